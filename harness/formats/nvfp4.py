@@ -1,0 +1,90 @@
+"""NVFP4: 4-bit floats in blocks of 16, one E4M3 scale a block, one float32 scale a tensor.
+
+A weight `w [out, in]` is stored as three tensors (compressed-tensors `nvfp4-pack-quantized`):
+
+    weight_packed        uint8          [out, in/2]    two codes a byte, even column in the low nibble
+    weight_scale         float8_e4m3fn  [out, in/16]   a multiplier, one per block of 16 columns
+    weight_global_scale  float32        [1]            a divisor, 448 * 6 / max|w|
+
+and means, for column j:
+
+    w[i, j] = E2M1[code[i, j]] * weight_scale[i, j // 16] / weight_global_scale
+
+That equation is the contract with every reader (vLLM, transformers, compressed-tensors). How the scales and
+codes are chosen is the writer's business; here it is round-to-nearest with absolute-maximum scales. All
+arithmetic is float32: the reference writer computes the global scale in bfloat16, so its files differ from
+ours in that last digit and decode by the same equation.
+
+Scales are named by direction: an *encode* scale multiplies weights on their way into the format (the stored
+global scale is one), a *decode* scale multiplies codes on their way out (the block scale is one).
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 16
+"""Columns that share one block scale."""
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes by code (2 exponent bits, 1 mantissa bit); bit 3 of a code is the sign, so code 8 is -0."""
+
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+
+ZERO_BLOCK_SCALE = 0.125
+"""Stored where a block scale would round to 0: the reference's epsilon. Such a block decodes to zeros."""
+
+
+def global_encode_scale(amax: Tensor) -> Tensor:
+    """The divisor `[1]` float32 that puts the largest block scale at E4M3's maximum: 2688 / `amax`.
+
+    `amax []` is the largest magnitude over every tensor that shares the scale. A tensor of zeros, or one so
+    small that the quotient overflows float32, gets 1.0, which is finite and decodes to zeros.
+    """
+    scale = E4M3_MAX * E2M1_MAX / amax.float().reshape(1)
+    return torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """`x [..., in]` as `[..., in/16, 16]`."""
+    return x.reshape(*x.shape[:-1], -1, BLOCK)
+
+
+def absmax_block_scales(w: Tensor, global_scale: Tensor) -> Tensor:
+    """Block scales `[out, in/16]` float8_e4m3fn that map each block's largest magnitude of `w [out, in]` to 6."""
+    amax = _blocks(w.float()).abs().amax(-1)
+    scales = (amax * (global_scale / E2M1_MAX)).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    return torch.where(scales.view(torch.uint8) == 0, torch.full_like(scales, ZERO_BLOCK_SCALE), scales)
+
+
+def encode(w: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
+    """Codes `[out, in]` uint8, each weight of `w [out, in]` rounded to the nearest E2M1 value, ties to even.
+
+    The grid steps by 0.5 up to 2, by 1 up to 4 and by 2 up to 6, so the code of a magnitude is the least of
+    round(2a), 2 + round(a) and 4 + round(a/2): three roundings (ties to even) and no comparisons by case.
+    """
+    decode_scale = scales.float() / global_scale
+    x = _blocks(w.float()) / decode_scale.unsqueeze(-1)
+    magnitude = x.abs().clamp_(max=E2M1_MAX)
+    code = torch.round(magnitude * 0.5).add_(4)
+    code = torch.minimum(code, torch.round(magnitude).add_(2))
+    code = torch.minimum(code, magnitude.mul_(2).round_())
+    return code.to(torch.uint8).bitwise_or_(torch.signbit(x).to(torch.uint8).bitwise_left_shift_(3)).flatten(-2)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two codes a byte: `codes [out, in]` uint8 to `[out, in/2]`, the even column in the low nibble."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of `pack`: `packed [out, in/2]` uint8 to codes `[out, in]`."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+
+
+def decode(packed: Tensor, scales: Tensor, global_scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Weights `[out, in]` in `dtype`: the equation of the module's docstring in float32, rounded once."""
+    magnitudes = torch.tensor(E2M1, device=packed.device)
+    table = torch.cat((magnitudes, -magnitudes))
+    values = _blocks(table[unpack(packed).int()])
+    return (values * (scales.float() / global_scale).unsqueeze(-1)).flatten(-2).to(dtype)
