@@ -1,0 +1,120 @@
+"""What a model weighs, from its configuration alone: tensors, bytes, bytes read per decoded token, cache sizes.
+
+Decoding at batch 1 is bound by memory: every weight that a token touches is read once. So bytes per token over
+bandwidth is the ceiling of its speed, and the census is what every size, ceiling and plan is computed from.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from harness.formats.config import Format
+from harness.model.qwen35 import Linear, ModelConfig, Role, linears_of, role_of
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of a source checkpoint with its role and the linear layers inside it."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    role: Role | None
+    linears: tuple[Linear, ...]
+
+    @property
+    def num_params(self) -> int:
+        return prod(self.shape)
+
+
+def source_tensors(tensors: Iterable[tuple[str, tuple[int, ...], int]]) -> tuple[SourceTensor, ...]:
+    """The census of (name, shape, bytes) triples."""
+    return tuple(
+        SourceTensor(name, shape, size, role_of(name), linears_of(name, shape)) for name, shape, size in tensors
+    )
+
+
+@dataclass(frozen=True)
+class RoleCount:
+    """One row of a plan: what a role weighs before and after. Per-tensor scales are counted."""
+
+    role: str
+    format: str
+    num_tensors: int
+    num_params: int
+    source_bytes: int
+    output_bytes: int
+
+
+def output_bytes(tensor: SourceTensor, form: Format | None) -> int:
+    """Bytes of `tensor` once stored in `form`; its own bytes where it is kept."""
+    if form is None:
+        return tensor.num_bytes
+    return sum(
+        stored.num_bytes for linear in tensor.linears for stored in form.stored(linear.out_features, linear.in_features)
+    )
+
+
+def count_roles(tensors: Sequence[SourceTensor], formats: Mapping[str, Format]) -> tuple[RoleCount, ...]:
+    """Totals by role, in the order in which the roles first occur. `formats` maps role names to formats."""
+    grouped: dict[str, list[SourceTensor]] = {}
+    for tensor in tensors:
+        grouped.setdefault(tensor.role.name if tensor.role else "unknown", []).append(tensor)
+    return tuple(
+        RoleCount(
+            role=role,
+            format=formats[role].name if role in formats else "kept",
+            num_tensors=len(members),
+            num_params=sum(member.num_params for member in members),
+            source_bytes=sum(member.num_bytes for member in members),
+            output_bytes=sum(output_bytes(member, formats.get(role)) for member in members),
+        )
+        for role, members in grouped.items()
+    )
+
+
+@dataclass(frozen=True)
+class TokenTraffic:
+    """Bytes that memory moves for one decoded token of one sequence, and what a sequence occupies.
+
+    `weight_bytes`: every text weight once, one row of the embedding table, the routed experts' active share.
+    `state_bytes`: recurrent and convolution states of all DeltaNet layers; each step reads and writes them.
+    `kv_bytes_per_token`: keys and values that one token adds to the cache; a step at depth d reads d of them.
+    """
+
+    weight_bytes: int
+    state_bytes: int
+    kv_bytes_per_token: int
+
+    def bytes_per_step(self, depth: int = 0) -> int:
+        return self.weight_bytes + 2 * self.state_bytes + depth * self.kv_bytes_per_token
+
+    def ceiling(self, bandwidth: float, depth: int = 0) -> float:
+        """Tokens per second at batch 1 that `bandwidth` (bytes per second) allows."""
+        return bandwidth / self.bytes_per_step(depth)
+
+
+_NOT_READ_BY_DECODE = ("visual", "mtp", "unknown")
+
+
+def token_traffic(config: ModelConfig, counts: Iterable[RoleCount]) -> TokenTraffic:
+    """Decode traffic of a model whose roles weigh what `counts` says. The KV cache is taken as 16-bit."""
+    weights = 0
+    for count in counts:
+        if count.role in _NOT_READ_BY_DECODE:
+            continue
+        if count.role == "embed_tokens":
+            # Tied embeddings serve as the output matrix too, which is read whole.
+            weights += count.output_bytes if config.tied_embeddings else count.output_bytes // config.vocab_size
+        elif count.role.startswith("mlp.experts."):
+            weights += count.output_bytes * config.num_experts_per_token // config.num_experts
+        else:
+            weights += count.output_bytes
+    num_full = len(config.full_attention_layers)
+    recurrent = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+    convolution = (2 * config.linear_key_size + config.linear_value_size) * (config.conv_kernel - 1)
+    return TokenTraffic(
+        weight_bytes=weights,
+        state_bytes=(config.num_layers - num_full) * (recurrent * config.state_bytes_per_element + convolution * 2),
+        kv_bytes_per_token=num_full * 2 * config.num_kv_heads * config.head_dim * 2,
+    )

@@ -1,0 +1,393 @@
+"""Safetensors shards as a stream: read rows, write tensors, never hold a shard.
+
+The safetensors library maps whole files into memory, and mapped pages count as resident: a 5 GB shard read once
+looks like 5 GB. Here a header is parsed and tensors are read with `pread` in pieces and written with `pwrite` to
+the place that the header gives them, so memory stays at the size of a piece whatever the model's size is.
+
+Layout of a file (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header
+{name: {dtype, shape, data_offsets}}, then the tensors' bytes without gaps.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from harness.errors import UserError
+from harness.formats.config import num_bytes
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PIECE_BYTES = 16 << 20
+"""Bytes read or written at a time: large enough to be sequential, small enough to be nothing."""
+
+_MAX_HEADER_BYTES = 100 << 20
+_MAX_PENDING = 4
+
+# In the order in which the library lays tensors out: by falling item size.
+TORCH_DTYPE = {
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: `offset` is absolute in file `shard`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.dtype, self.shape)
+
+    @property
+    def num_elements(self) -> int:
+        return num_bytes("U8", self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder: its configuration and every tensor, in the order of the files."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    shards: tuple[str, ...]
+    tensors: Mapping[str, TensorEntry]
+
+    def rows(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        """Rows `first` to `first + count` of a tensor seen as a matrix with rows of its last dimension, read
+        from disk into new memory."""
+        entry = self.tensors[name]
+        width = entry.shape[-1] if entry.shape else 1
+        total = entry.num_elements // max(width, 1)
+        count = total - first if count is None else count
+        row_bytes = num_bytes(entry.dtype, (width,))
+        data = bytearray(count * row_bytes)
+        with (self.folder / entry.shard).open("rb") as file:
+            _read_into(file, memoryview(data), entry.offset + first * row_bytes, self.folder / entry.shard)
+        if not data:
+            return torch.empty((count, width), dtype=TORCH_DTYPE[entry.dtype])
+        return torch.frombuffer(data, dtype=TORCH_DTYPE[entry.dtype]).view(count, width)
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor in its own shape."""
+        return self.rows(name).view(self.tensors[name].shape)
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The tensor's bytes, at most `PIECE_BYTES` at a time."""
+        entry = self.tensors[name]
+        with (self.folder / entry.shard).open("rb") as file:
+            for start in range(0, entry.num_bytes, PIECE_BYTES):
+                piece = bytearray(min(PIECE_BYTES, entry.num_bytes - start))
+                _read_into(file, memoryview(piece), entry.offset + start, self.folder / entry.shard)
+                yield bytes(piece)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """A digest that tells this checkpoint from another without reading all of it: `config.json`, every
+        shard's size and header, and 64 KiB from 256 evenly spaced places of each (a shard under 16 MiB whole)."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in self.shards:
+            path = self.folder / shard
+            size, sample = path.stat().st_size, 64 << 10
+            digest.update(f"{shard}:{size}".encode())
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                digest.update(file.read(length))
+                for place in range(256):
+                    file.seek(max(place * sample, place * (size - sample) // 255))
+                    digest.update(file.read(sample))
+        return digest.hexdigest()
+
+
+def _read_into(file: BinaryIO, view: memoryview, offset: int, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        read = os.preadv(file.fileno(), [view[done:]], offset + done)
+        if read == 0:
+            raise UserError(f"{path} ends at byte {offset + done}, before its tensor does.", "Download it again.")
+        done += read
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a checkpoint folder; `UserError` for the first thing that is wrong with it."""
+    checkpoint, problems = inspect_checkpoint(folder)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}.", "Download the checkpoint again, or give another folder.")
+    return checkpoint
+
+
+def inspect_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """Opens a checkpoint folder as far as that goes, with every disagreement between its index and its shards.
+
+    Raises `UserError` where there is nothing to open: no folder, no `config.json`, no safetensors (pickled
+    weights are refused: loading one runs code), or an index that is not one.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder.", "Give the folder of a checkpoint.")
+    config = read_json(folder / "config.json")
+    index_path = folder / INDEX
+    problems: list[str] = []
+    weight_map: dict[str, str] | None = None
+    if index_path.exists():
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{index_path} has no weight_map from tensor names to files.", "Download it again.")
+        shards = sorted(set(weight_map.values()))
+    elif (folder / SINGLE).exists():
+        shards = [SINGLE]
+    else:
+        pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
+        if pickled:
+            raise UserError(
+                f"{folder} holds pickled weights ({pickled[0]}), which can run code when loaded.",
+                "Convert them to safetensors, or take the model's safetensors revision.",
+            )
+        raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}.", "Give the folder of a checkpoint.")
+    tensors: dict[str, TensorEntry] = {}
+    opened = []
+    for shard in shards:
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            problems.append(f"{index_path} names a file outside its folder: {shard!r}")
+            continue
+        if not (folder / shard).is_file():
+            problems.append(f"{folder / shard} is missing, though {INDEX} names it")
+            continue
+        opened.append(shard)
+        try:
+            entries = read_header(folder / shard)
+        except UserError as error:
+            problems.append(error.problem.removesuffix("."))
+            continue
+        for entry in entries:
+            if weight_map is not None and weight_map.get(entry.name) != shard:
+                problems.append(f"{folder / shard} holds {entry.name}, which {INDEX} does not place there")
+            tensors[entry.name] = entry
+    for name, shard in (weight_map or {}).items():
+        if name not in tensors and shard in opened:
+            problems.append(f"{folder / shard} lacks {name}, which {INDEX} places there")
+    return Checkpoint(folder, config, tuple(opened), tensors), problems
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `UserError` where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.", "Give the folder of a checkpoint.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}).", "Download it again.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object.", "Download it again.")
+    return value
+
+
+def read_header(path: Path) -> list[TensorEntry]:
+    """The tensors of one safetensors file in the order of their bytes; `UserError` if it is cut or malformed."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= _MAX_HEADER_BYTES or 8 + length > size:
+            raise UserError(f"{path} is not a safetensors file, or is cut in its header.", "Download it again.")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        entries = [_entry(path, name, fields, 8 + length) for name, fields in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} has a malformed safetensors header ({error!r}).", "Download it again.") from None
+    entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
+    end = 8 + length
+    for entry in entries:
+        if entry.offset != end:
+            raise UserError(f"{path} leaves a gap or overlap before {entry.name}.", "Download it again.")
+        end += entry.num_bytes
+    if end != size:
+        raise UserError(f"{path} is {size} bytes long, and its header describes {end}.", "Download it again.")
+    return entries
+
+
+def _entry(path: Path, name: str, fields: Mapping[str, Any], data_start: int) -> TensorEntry:
+    begin, end = (_whole(value) for value in fields["data_offsets"])
+    shape = tuple(_whole(size) for size in fields["shape"])
+    entry = TensorEntry(name, str(fields["dtype"]), shape, path.name, data_start + begin)
+    if entry.dtype not in TORCH_DTYPE or entry.num_bytes != end - begin:
+        raise ValueError(f"{name}: {entry.dtype} {list(shape)} does not fill bytes {begin} to {end}")
+    return entry
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written: a name, a safetensors dtype and a shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.dtype, self.shape)
+
+
+def header_bytes(tensors: Sequence[NewTensor]) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file of `tensors` and each tensor's absolute offset.
+
+    Tensors lie by dtype in the order of `TORCH_DTYPE` and then by name, as the library writes them: every one is
+    then aligned to its items, and the bytes depend on nothing but names, dtypes and shapes.
+    """
+    rank = {dtype: place for place, dtype in enumerate(TORCH_DTYPE)}
+    ordered = sorted(tensors, key=lambda tensor: (rank[tensor.dtype], tensor.name))
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in ordered:
+        table[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.num_bytes],
+        }
+        position += tensor.num_bytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets = {tensor.name: start + table[tensor.name]["data_offsets"][0] for tensor in ordered}
+    return struct.pack("<Q", len(text)) + text, offsets
+
+
+class ShardWriter:
+    """Writes one safetensors file whose tensors are known beforehand, in any order and in pieces.
+
+    A second thread writes and hashes while the caller computes. `close` checks that every tensor is complete,
+    flushes the file to disk and renames it into place, so a file of the final name is a whole one.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[NewTensor]) -> None:
+        head, self._offsets = header_bytes(tensors)
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._left = {tensor.name: tensor.num_bytes for tensor in tensors}
+        self._sizes = dict(self._left)
+        self._hashes = {tensor.name: hashlib.sha256() for tensor in tensors}
+        self._head_hash = hashlib.sha256(head).hexdigest()
+        self._file = self._partial.open("wb")
+        total = len(head) + sum(self._sizes.values())
+        # Claims the space now, so that a full disk is found before the work and not after it.
+        os.posix_fallocate(self._file.fileno(), 0, total)
+        self._file.write(head)
+        self._file.flush()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._pending: list[Future[None]] = []
+
+    def write(self, name: str, data: Tensor | bytes) -> None:
+        """Appends the next piece of tensor `name`: its elements in order, of its dtype."""
+        view = data if isinstance(data, bytes) else _bytes_of(data)
+        size = len(view)
+        if size > self._left[name]:
+            raise ValueError(f"{name}: {size} bytes to write, {self._left[name]} left")
+        offset = self._offsets[name] + self._sizes[name] - self._left[name]
+        self._left[name] -= size
+        if len(self._pending) >= _MAX_PENDING:
+            self._pending.pop(0).result()
+        self._pending.append(self._pool.submit(self._put, name, view, offset))
+
+    def _put(self, name: str, view: bytes | memoryview, offset: int) -> None:
+        self._hashes[name].update(view)
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._file.fileno(), view[done:], offset + done)
+
+    def close(self) -> dict[str, str]:
+        """Finishes the file; returns the SHA-256 of the head (under the empty name) and of every tensor."""
+        self._drain()
+        if any(self._left.values()):
+            raise ValueError(f"unfinished tensors: {[name for name, left in self._left.items() if left][:3]}")
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self._path)
+        return {"": self._head_hash} | {name: digest.hexdigest() for name, digest in self._hashes.items()}
+
+    def _drain(self) -> None:
+        try:
+            for future in self._pending:
+                future.result()
+        finally:
+            self._pending.clear()
+            self._pool.shutdown(wait=True)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._file.closed:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def index_json(weight_map: Mapping[str, str], total_size: int) -> bytes:
+    """The bytes of `model.safetensors.index.json`."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a small file whole or not at all: to a temporary name, flushed to disk, renamed."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's names to disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, description) as work advances; the command line draws it."""
