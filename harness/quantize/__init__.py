@@ -1,0 +1,1 @@
+"""The builder of variants: recipes, plans and the streaming driver."""
