@@ -1,0 +1,1 @@
+"""Checks of finished checkpoints that share no code with the builder."""
