@@ -1,0 +1,295 @@
+"""Suites: one TOML file says what is built and measured, with names and numbers only.
+
+    name = "demo"
+    title = "NVFP4 of the embedded demo model"
+
+    [source]
+    location = "demo:dense"             # or a folder ("./checkpoint"), or a hub id ("Qwen/Qwen3.5-9B")
+
+    [variants.nvfp4a16]
+    recipe = "rtn-a16"
+
+    [ppl]
+    protocol = "wikitext2-512"
+    text = { demo = "heldout" }         # or { path = "wiki.txt" }, or { dataset = "Salesforce/wikitext", ... }
+
+    [bench]
+    text = { demo = "heldout" }
+    batch_sizes = [1, 2, 4]
+
+The dataclasses below *are* the schema: one reader walks their fields, so a key is documented, typed, defaulted
+and checked in one place. Every key that is not a field is an error with the nearest known one. A suite file never
+inherits from another, and nothing that changes a number hides in code: `Suite.resolved` writes every default out,
+and that goes into the header of every run together with its digest.
+
+Meaning never depends on what lies on the disk: a location is a folder if it is *written* as one (it begins with
+`.`, `/` or `~`), and a relative path starts at the suite's own folder.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError, did_you_mean
+
+SOURCE = "source"  # the name that the unquantized model has among the variants of a run
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+# A check returns what is wrong with a value, to be read after its key ("must be ..."), or None.
+_Check = Callable[[Any], str | None]
+
+
+def _at_least(minimum: int) -> _Check:
+    def check(value: int | tuple[int, ...]) -> str | None:
+        smallest = value if isinstance(value, int) else min(value)
+        return f"must be at least {minimum}, not {smallest}" if smallest < minimum else None
+
+    return check
+
+
+def _is_name(value: str) -> str | None:
+    if _NAME.fullmatch(value):
+        return None
+    return f"must be a name of lower-case letters, digits, '.', '_' and '-', not '{value}'"
+
+
+def _are_variant_names(value: Mapping[str, "Variant"]) -> str | None:
+    if not value:
+        return "must name at least one variant"
+    if SOURCE in value:
+        return f"must not use '{SOURCE}', which always means the unquantized model"
+    return next((f"has a variant that {wrong}" for name in value if (wrong := _is_name(name))), None)
+
+
+def _checked(check: _Check, **kwargs: Any) -> Any:
+    return field(metadata={"check": check}, **kwargs)
+
+
+@dataclass(frozen=True)
+class DemoText:
+    """A split of the embedded corpus, generated on the spot."""
+
+    demo: str
+
+
+@dataclass(frozen=True)
+class FileText:
+    """A UTF-8 text file; a relative path starts at the suite's folder."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class DatasetText:
+    """One column of a hub dataset, rows joined as the protocol says."""
+
+    dataset: str
+    config: str | None = None
+    split: str = "test"
+    column: str = "text"
+    revision: str | None = None
+
+
+# A table with several possible shapes is told by the first key of each: `demo`, `path` or `dataset`.
+Text = DemoText | FileText | DatasetText
+
+
+@dataclass(frozen=True)
+class Source:
+    """The unquantized checkpoint that every variant is built from and compared with."""
+
+    location: str  # "demo:<name>", a folder, or a hub id
+    revision: str | None = None  # of a hub id: branch, tag or commit
+    base_model: str | None = None  # the hub id to name in the card when the location is not one
+    license: str | None = None  # as the Hub writes it, for example "apache-2.0"; a variant inherits it
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One quantization of the source. Whether the recipe exists is the builder's to say."""
+
+    recipe: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs the model; 'requested' in the run header, where 'effective' stands beside it."""
+
+    name: str = "torch"
+    dtype: str = "bfloat16"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`harness ppl`: a protocol fixes windows and scored tokens, the text fixes the rest."""
+
+    protocol: str
+    text: Text
+    batch_size: int = _checked(_at_least(1), default=16)  # windows per forward pass
+
+
+@dataclass(frozen=True)
+class Bench:
+    """`harness bench`: decode at every batch size and one prefill, `starts` x `repetitions` times."""
+
+    text: Text  # prompts are token ids of real text
+    prompt_tokens: int = _checked(_at_least(1), default=128)
+    new_tokens: int = _checked(_at_least(2), default=64)  # the first one belongs to the prefill
+    batch_sizes: tuple[int, ...] = _checked(_at_least(1), default=(1, 2, 4))
+    prefill_tokens: int = _checked(_at_least(1), default=512)
+    repetitions: int = _checked(_at_least(1), default=3)  # kept, per engine start
+    warmups: int = _checked(_at_least(0), default=1)  # stored and marked, never averaged
+    starts: int = _checked(_at_least(1), default=2)  # times the engine is loaded anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """One model card: a source, its variants, and how they are measured."""
+
+    name: str = _checked(_is_name)
+    title: str
+    source: Source
+    variants: Mapping[str, Variant] = _checked(_are_variant_names)
+    description: str | None = None
+    engine: Engine = Engine()
+    ppl: Perplexity | None = None
+    bench: Bench | None = None
+    folder: Path = field(default=Path(), metadata={"in_file": False})  # where the file lies
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything the file says and every default that it leaves open, as JSON values.
+
+        Paths stay as they are written, so two people with the same suite have the same digest.
+        """
+        everything = dataclasses.asdict(self)
+        del everything["folder"]
+        resolved: dict[str, Any] = json.loads(json.dumps(everything))
+        return resolved
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the resolved suite as canonical JSON: sorted keys, no spaces, UTF-8."""
+        text = json.dumps(self.resolved(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def path(self, written: str) -> Path:
+        """Where a path written in this suite really is."""
+        return self.folder / Path(written).expanduser()
+
+    def source_location(self) -> str:
+        """Where the source is: a folder counted from the suite's own, anything else as it is written."""
+        location = self.source.location
+        return str(self.path(location)) if location.startswith((".", "/", "~")) else location
+
+
+def load(path: Path) -> Suite:
+    """Read and check one suite file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path}: the suite cannot be read ({error.strerror}).",
+            "Give the path of a TOML file with --suite.",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the suite is not UTF-8 text.", "Save it as UTF-8.") from error
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        last_line = f"at line {text.count(chr(10)) + 1}, the end of the file"
+        where = str(error).replace("at end of document", last_line)
+        raise UserError(f"{path}: not valid TOML: {where}.", "Mend that line.") from error
+    suite: Suite = _Reader(path).table(Suite, document, "")
+    return dataclasses.replace(suite, folder=path.parent)
+
+
+_TYPE_WORDS = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+}
+
+
+def _describe(value: object) -> str:
+    return _TYPE_WORDS.get(type(value), f"a {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """TOML values to dataclasses, driven by the annotations; `file` is only for messages."""
+
+    file: Path
+
+    def value(self, kind: Any, value: object, dotted: str) -> Any:
+        """`value` as an annotation wants it: dataclass, union, tuple, mapping of names, or a plain type."""
+        if dataclasses.is_dataclass(kind):
+            return self.table(kind, value, dotted)
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if origin is types.UnionType:
+            return self.union([one for one in arguments if one is not types.NoneType], value, dotted)
+        if origin is tuple:
+            items = self.expect(list, value, dotted)
+            if not items or len(set(map(repr, items))) < len(items):
+                raise self.wrong(dotted, "must be a list of at least one value, none twice")
+            return tuple(self.value(arguments[0], item, f"{dotted}[{i}]") for i, item in enumerate(items))
+        if origin is Mapping:
+            entries = self.expect(dict, value, dotted)
+            return {name: self.value(arguments[1], entry, f"{dotted}.{name}") for name, entry in entries.items()}
+        plain = self.expect(kind, value, dotted)
+        if plain == "":
+            raise self.wrong(dotted, "must not be empty")
+        return plain
+
+    def union(self, kinds: list[Any], value: object, dotted: str) -> Any:
+        """The one kind whose first key is present; a union of one kind (`X | None`) needs no telling."""
+        if len(kinds) == 1:
+            return self.value(kinds[0], value, dotted)
+        tags = {dataclasses.fields(kind)[0].name: kind for kind in kinds}
+        present = [tag for tag in tags if tag in self.expect(dict, value, dotted)]
+        if len(present) != 1:
+            found = " and ".join(present) or "none of them"
+            raise self.wrong(dotted, f"must have exactly one of the keys {', '.join(tags)}, and has {found}")
+        return self.table(tags[present[0]], value, dotted)
+
+    def table(self, kind: Any, value: object, dotted: str) -> Any:
+        """A TOML table as the dataclass `kind`: no unknown key, no missing one, every check passed."""
+        entries = self.expect(dict, value, dotted)
+        prefix = f"{dotted}." if dotted else ""
+        fields = {one.name: one for one in dataclasses.fields(kind) if one.metadata.get("in_file", True)}
+        for key in entries:
+            if key not in fields:
+                raise UserError(f"{self.file}: unknown key '{prefix}{key}'.", did_you_mean(key, fields))
+        arguments = {}
+        for key, one in fields.items():
+            if key in entries:
+                arguments[key] = self.value(one.type, entries[key], prefix + key)
+                wrong = one.metadata.get("check", lambda _: None)(arguments[key])
+                if wrong:
+                    raise self.wrong(prefix + key, wrong)
+            elif one.default is dataclasses.MISSING:
+                raise UserError(
+                    f"{self.file}: '{prefix}{key}' is missing.",
+                    f"Add it{f' to [{dotted}]' if dotted else ''}.",
+                )
+        return kind(**arguments)
+
+    def expect(self, kind: Any, value: object, dotted: str) -> Any:
+        """`value` if it is exactly a `kind` (true is no number), an error otherwise."""
+        if type(value) is not kind:
+            raise self.wrong(dotted, f"must be {_TYPE_WORDS[kind]}, not {_describe(value)}")
+        return value
+
+    def wrong(self, dotted: str, problem: str) -> UserError:
+        return UserError(f"{self.file}: '{dotted}' {problem}.", "Correct it in the suite.")

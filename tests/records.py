@@ -1,0 +1,175 @@
+"""Hand-made records with known arithmetic, for the tests of everything that reads records."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.record.results import End, Record, Run
+
+ENGINE: dict[str, Any] = {
+    "name": "torch",
+    "version": "transformers 5.17.0, torch 2.13.0",
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "requested": {"device": "auto"},
+    "effective": {"threads": 2, "weight_bytes_per_token": 10_000_000, "bandwidth_bytes_per_second": None},
+    "kernels": {"linear_attn": "reference", "self_attn": "sdpa"},
+}
+DATASET: dict[str, Any] = {
+    "name": "demo:heldout",
+    "protocol": "wikitext2-512",
+    "text_sha256": "0" * 64,
+    "token_ids_sha256": "1" * 64,
+    "num_tokens": 297_053,
+}
+MACHINE: dict[str, Any] = {
+    "name": "test-cpu-2c",
+    "cpu": "Test CPU",
+    "cores": 2,
+    "memory_bytes": 8 * 10**9,
+    "gpu": None,
+    "os": "Linux",
+    "python": "3.11.7",
+}
+
+
+def make_run(measure: str = "ppl", variant: str = "source", **header: Any) -> Run:
+    """A plausible header; any field can be given."""
+    fields: dict[str, Any] = {
+        "measure": measure,
+        "measure_version": 1,
+        "session_id": "5e551011",
+        "suite": {"name": "demo"},
+        "suite_digest": "2" * 64,
+        "variant": {
+            "name": variant,
+            "recipe": None if variant == "source" else "rtn-a16",
+            "artifact_digest": "3" * 64,
+        },
+        "engine": ENGINE if measure in ("ppl", "bench") else None,
+        "dataset": DATASET if measure in ("ppl", "bench") else None,
+        "machine": MACHINE,
+        "packages": {"torch": "2.13.0", "harness": "0.1.0"},
+        "git": {"commit": "c0ffee" + "0" * 34, "dirty": False},
+        "command": ("harness", measure, "--suite", "suites/demo.toml"),
+        "run_id": f"{measure}{variant}".encode().hex()[-8:],
+        "started_utc": "2026-03-01T12:00:00Z",
+    }
+    return Run(**{**fields, **header})
+
+
+def make_record(measure: str, variant: str, samples: Iterable[dict[str, Any]], **header: Any) -> Record:
+    """A complete run in memory, with the path that the store would give it."""
+    run, samples = make_run(measure, variant, **header), tuple(samples)
+    coverage = {"expected": len(samples), "done": len(samples)}
+    end = End(status="complete", num_samples=len(samples), coverage=coverage, ended_utc="2026-03-01T12:05:00Z")
+    return Record(Path("results") / run.machine["name"] / run.file_name, run, samples, end)
+
+
+def windows(ppl: float, noise: Sequence[float] = (0.0,), num_tokens: int = 297_053) -> list[dict[str, Any]]:
+    """Windows of 512 tokens whose perplexity is `ppl` exactly where the noise (nats per token, cycled) is zero."""
+    samples = []
+    for index, first in enumerate(range(0, num_tokens, 512)):
+        length = min(512, num_tokens - first)
+        nats = (math.log(ppl) + noise[index % len(noise)]) * (length - 1)
+        samples.append(
+            {
+                "kind": "window",
+                "index": index,
+                "first_token": first,
+                "num_tokens": length,
+                "num_scored": length - 1,
+                "nll_nats": nats,
+            }
+        )
+    return samples
+
+
+def decodes(
+    step_seconds: float, batch: int = 1, repetitions: int = 6, spread: float = 0.01, num_steps: int = 127
+) -> list[dict[str, Any]]:
+    """A ten times slower warm-up, then repetitions of equal steps, spread evenly around `step_seconds`."""
+    offsets = [(repetition - (repetitions - 1) / 2) / repetitions for repetition in range(repetitions)]
+    times = [10 * step_seconds, *(step_seconds * (1 + spread * offset) for offset in offsets)]
+    return [
+        {
+            "kind": "decode",
+            "start": 0,
+            "repetition": max(0, turn - 1),
+            "warmup": turn == 0,
+            "batch": batch,
+            "prompt_tokens": 128,
+            "prefill_seconds": 0.1,
+            "step_seconds": [seconds] * num_steps,
+        }
+        for turn, seconds in enumerate(times)
+    ]
+
+
+def prefills(seconds: float, repetitions: int = 6) -> list[dict[str, Any]]:
+    """A ten times slower warm-up, then equal prefills of 512 tokens."""
+    return [
+        {
+            "kind": "prefill",
+            "start": 0,
+            "repetition": max(0, turn - 1),
+            "warmup": turn == 0,
+            "batch": 1,
+            "prompt_tokens": 512,
+            "prefill_seconds": seconds * (10 if turn == 0 else 1),
+        }
+        for turn in range(repetitions + 1)
+    ]
+
+
+MEMORY: list[dict[str, Any]] = [{"kind": "memory", "start": 0, "weight_bytes": 18 * 10**6, "peak_rss_bytes": 10**9}]
+
+BUILD: list[dict[str, Any]] = [
+    {
+        "kind": "role",
+        "role": "mlp.up_proj",
+        "format": "NVFP4A16",
+        "num_tensors": 8,
+        "num_params": 8 * 10**6,
+        "source_bytes": 16 * 10**6,
+        "output_bytes": 45 * 10**5,
+    },
+    {
+        "kind": "role",
+        "role": "norm",
+        "format": "BF16",
+        "num_tensors": 17,
+        "num_params": 10**6,
+        "source_bytes": 2 * 10**6,
+        "output_bytes": 2 * 10**6,
+    },
+    {"kind": "stage", "name": "write", "seconds": 1.5},
+    {"kind": "totals", "peak_rss_bytes": 10**9, "output_bytes": 6_500_000},
+]
+
+VERIFY: list[dict[str, Any]] = [
+    {
+        "kind": "roundtrip",
+        "role": "mlp.up_proj",
+        "num_tensors": 8,
+        "max_abs_error": 0.0123,
+        "mean_abs_error": 0.00123,
+        "relative_l2_error": 0.0931,
+        "snr_db": 20.62,
+    }
+]
+
+
+def demo_records() -> list[Record]:
+    """A whole set for the suite 'demo': the source and the variant nvfp4a16."""
+    noise = [0.1 * math.sin(i) for i in range(7)]
+    loss = [one + 0.002 * math.cos(3 * i) for i, one in enumerate(noise)]
+    return [
+        make_record("build", "nvfp4a16", BUILD),
+        make_record("verify", "nvfp4a16", VERIFY),
+        make_record("ppl", "source", windows(8.0481, noise)),
+        make_record("ppl", "nvfp4a16", windows(8.1939, loss)),
+        make_record("bench", "source", decodes(1 / 170.3) + decodes(1 / 150, batch=4) + prefills(0.25) + MEMORY),
+        make_record("bench", "nvfp4a16", decodes(1 / 163.4) + decodes(1 / 140, batch=4) + prefills(0.3) + MEMORY),
+    ]

@@ -1,0 +1,368 @@
+"""The store: what is written is read back exactly, and a damaged file is named and never used."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import harness
+from harness.errors import UserError
+from harness.record import provenance
+from harness.record.results import COMPARABLE, SAMPLES, RunWriter, incomparable, new_id, read, read_all, utc_now
+from tests.records import ENGINE, decodes, make_record, make_run, windows
+
+WINDOWS = windows(8.0, num_tokens=1500)
+
+
+def store(folder: Path, samples: list[dict[str, Any]] = WINDOWS, **header: Any) -> Path:
+    with RunWriter(folder, make_run(**header)) as writer:
+        for sample in samples:
+            writer.sample(sample)
+        return writer.finish()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rewrite(path: Path, entries: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def only_skipped(folder: Path) -> str:
+    records, skipped = read_all(folder)
+    assert records == [] and len(skipped) == 1
+    return skipped[0].reason
+
+
+def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    record = read(store(tmp_path))
+    assert record.run == make_run()
+    assert list(record.samples) == WINDOWS
+    assert record.end.status == "complete" and record.end.num_samples == 3
+    assert record.end.coverage == {"expected": 3, "done": 3} and record.whole
+    assert read_all(tmp_path) == ([record], [])
+
+
+def test_the_file_is_named_by_machine_time_measure_suite_variant_and_run(tmp_path: Path) -> None:
+    path = store(tmp_path, run_id="0123abcd")
+    assert path == tmp_path / "test-cpu-2c" / "20260301T120000Z-ppl-demo-source-0123abcd.jsonl"
+
+
+def test_the_lines_are_run_samples_and_end(tmp_path: Path) -> None:
+    assert [line["type"] for line in lines(store(tmp_path))] == ["run", "sample", "sample", "sample", "end"]
+
+
+def test_a_run_over_a_part_is_complete_but_not_whole(tmp_path: Path) -> None:
+    with RunWriter(tmp_path, make_run(), expected=581) as writer:
+        writer.sample(WINDOWS[0])
+        record = read(writer.finish())
+    assert record.end.status == "complete" and not record.whole
+    assert record.end.coverage == {"expected": 581, "done": 1}
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (OSError, "failed")])
+def test_a_run_left_by_an_exception_keeps_its_samples_and_is_not_used(
+    tmp_path: Path, error: type[BaseException], status: str
+) -> None:
+    with pytest.raises(error), RunWriter(tmp_path, make_run(), expected=3) as writer:
+        writer.sample(WINDOWS[0])
+        raise error
+    record = read(writer.path)
+    assert (record.end.status, record.samples) == (status, (WINDOWS[0],))
+    assert status in only_skipped(tmp_path)
+
+
+def test_a_run_that_is_never_finished_is_a_bug_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="without finish"), RunWriter(tmp_path, make_run()) as writer:
+        writer.sample(WINDOWS[0])
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_killed_process_leaves_no_results_file(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, pathlib; from harness.record.results import RunWriter;"
+        "from tests.records import make_run, windows\n"
+        "with RunWriter(pathlib.Path(sys.argv[1]), make_run()) as writer:\n"
+        "    writer.sample(windows(8.0)[0])\n"
+        "    os._exit(9)"
+    )
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=root, check=False).returncode == 9
+    assert list(tmp_path.rglob("*.jsonl")) == []
+    assert read_all(tmp_path) == ([], [])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_are_refused_with_the_samples_number(tmp_path: Path, value: float) -> None:
+    with (
+        pytest.raises(UserError, match=r"sample 1 \(window\) holds NaN or an infinity"),
+        RunWriter(tmp_path, make_run()) as writer,
+    ):
+        writer.sample(WINDOWS[0])
+        writer.sample({**WINDOWS[1], "nll_nats": value})
+    assert "failed" in only_skipped(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {"kind": "window", "index": 0},
+        {"kind": "decode"},
+        {},
+        {**WINDOWS[0], "num_scored": 0},
+        {**WINDOWS[0], "index": True},
+        {**WINDOWS[0], "nll_nats": None},
+    ],
+)
+def test_a_sample_that_is_none_of_the_schema_is_not_written(tmp_path: Path, sample: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="sample"), RunWriter(tmp_path, make_run()) as writer:
+        writer.sample(sample)
+
+
+@pytest.mark.parametrize("steps", [[], [0.1, 0.0], [0.1, -0.1], [0.1, None], 0.1])
+def test_a_clock_that_jumps_is_refused(tmp_path: Path, steps: object) -> None:
+    sample = {**decodes(0.01)[0], "step_seconds": steps}
+    with pytest.raises(ValueError, match="no good 'step_seconds'"), RunWriter(tmp_path, make_run("bench")) as writer:
+        writer.sample(sample)
+
+
+@given(cut=st.integers(0))
+def test_a_file_cut_at_any_byte_is_skipped_and_named(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    folder = tmp_path_factory.mktemp("results")
+    path = store(folder)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: cut % len(whole)])
+    records, skipped = read_all(folder)
+    assert records == [] and [one.path for one in skipped] == [path] and skipped[0].reason
+
+
+def test_the_line_that_was_cut_is_named(tmp_path: Path) -> None:
+    path = store(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert only_skipped(tmp_path) == "line 5 is cut"
+
+
+def test_a_file_cut_at_the_end_of_any_line_is_skipped(tmp_path: Path) -> None:
+    path = store(tmp_path)
+    entries = lines(path)
+    for kept in range(len(entries)):
+        rewrite(path, entries[:kept])
+        assert only_skipped(tmp_path)
+
+
+SAMPLE = st.fixed_dictionaries(
+    {
+        "kind": st.just("window"),
+        "index": st.integers(0, 10**6),
+        "first_token": st.integers(0, 10**9),
+        "num_tokens": st.integers(1, 10**6),
+        "num_scored": st.integers(1, 10**6),
+        "nll_nats": st.floats(allow_nan=False, allow_infinity=False),
+    },
+    optional={"note": st.text(), "more": st.lists(st.integers() | st.none() | st.booleans())},
+)
+
+
+@given(st.lists(SAMPLE, min_size=1, max_size=5))
+def test_any_samples_survive_the_store_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, samples: list[dict[str, Any]]
+) -> None:
+    assert list(read(store(tmp_path_factory.mktemp("results"), samples)).samples) == samples
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_skipped_and_never_a_crash(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    folder = tmp_path_factory.mktemp("results") / "machine"
+    folder.mkdir()
+    (folder / "x.jsonl").write_bytes(data)
+    assert only_skipped(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "says"),
+    [
+        (0, {"schema": 2}, "its schema is 2"),
+        (0, {"measure": "plan"}, "measure 'plan' is unknown"),
+        (0, {"suite": {}}, "does not name its suite"),
+        (0, {"machine": []}, "line 1 has a 'machine' of the wrong type"),
+        (0, {"surprise": 1}, "'surprise'"),
+        (0, {"type": "sample"}, "line 1 is not the 'run' line"),
+        (1, {"kind": "decode"}, "line 2: a sample of ppl cannot be of the kind 'decode'"),
+        (2, {"nll_nats": "many"}, "line 3: a window sample has no good 'nll_nats'"),
+        (2, {"type": "end"}, "line 3: it is no sample"),
+        (-1, {"num_samples": 4}, "it has 3 samples, and its end line counts 4"),
+        (-1, {"status": "failed"}, "status is 'failed'"),
+        (-1, {"coverage": {}}, "what was covered"),
+        (-1, {"type": "sample"}, "no end line"),
+    ],
+)
+def test_a_malformed_file_is_skipped_with_its_reason(
+    tmp_path: Path, line: int, change: dict[str, Any], says: str
+) -> None:
+    path = store(tmp_path)
+    entries = lines(path)
+    entries[line] |= change
+    rewrite(path, entries)
+    assert says in only_skipped(tmp_path)
+
+
+def test_a_missing_header_key_is_named(tmp_path: Path) -> None:
+    path = store(tmp_path)
+    entries = lines(path)
+    del entries[0]["git"]
+    rewrite(path, entries)
+    assert "'git'" in only_skipped(tmp_path)
+    with pytest.raises(UserError, match="'git'"):
+        read(path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_a_number_that_is_not_finite_is_not_read(tmp_path: Path, number: str) -> None:
+    path = store(tmp_path)
+    text = path.read_text()
+    value = json.dumps(WINDOWS[1]["nll_nats"])
+    path.write_text(text.replace(f'"nll_nats":{value}', f'"nll_nats":{number}', 1))
+    assert "finite" in only_skipped(tmp_path)
+
+
+def test_a_complete_run_without_samples_is_not_used(tmp_path: Path) -> None:
+    store(tmp_path, [])
+    assert "no samples" in only_skipped(tmp_path)
+
+
+def test_runs_of_one_session_on_the_same_tokens_are_comparable() -> None:
+    for measure in SAMPLES:
+        assert incomparable(make_record(measure, "source", []), make_record(measure, "a", [])) == []
+
+
+@pytest.mark.parametrize(
+    ("measure", "change", "key"),
+    [
+        ("ppl", {"measure_version": 2}, "measure_version"),
+        ("ppl", {"dataset": {"token_ids_sha256": "f"}}, "dataset.token_ids_sha256"),
+        ("ppl", {"engine": {**ENGINE, "dtype": "float32"}}, "engine.dtype"),
+        ("bench", {"session_id": "ffffffff"}, "session_id"),
+        ("bench", {"machine": {"name": "other"}}, "machine.name"),
+        ("bench", {"engine": {**ENGINE, "effective": {"threads": 1}}}, "engine.effective.threads"),
+    ],
+)
+def test_what_forbids_a_comparison_is_named(measure: str, change: dict[str, Any], key: str) -> None:
+    record = make_record(measure, "source", [])
+    assert key in COMPARABLE[measure]
+    assert key in incomparable(record, replace(record, run=replace(record.run, **change)))
+
+
+def test_perplexity_of_two_sessions_may_be_compared() -> None:
+    record = make_record("ppl", "source", [])
+    assert incomparable(record, replace(record, run=replace(record.run, session_id="ffffffff"))) == []
+
+
+def test_different_measures_are_never_comparable() -> None:
+    assert incomparable(make_record("ppl", "a", []), make_record("bench", "a", [])) == ["measure"]
+
+
+def test_ids_are_eight_hex_digits_and_time_is_utc() -> None:
+    assert int(new_id(), 16) >= 0 and len(new_id()) == 8
+    assert utc_now().endswith("Z") and len(utc_now()) == 20
+
+
+# -- Provenance --------------------------------------------------------------------------------------------------
+
+
+def test_the_machine_is_named_by_a_slug_of_what_computes() -> None:
+    machine = provenance.machine()
+    assert set(machine) == {"name", "cpu", "cores", "memory_bytes", "gpu", "os", "python"}
+    assert machine["name"] == machine["name"].lower() and " " not in machine["name"]
+    assert machine["cores"] >= 1 and machine["memory_bytes"] > 10**8
+
+
+@pytest.mark.parametrize(
+    ("model", "slug"),
+    [
+        ("AMD EPYC", "amd-epyc"),
+        ("AMD EPYC 7763 64-Core Processor", "amd-epyc-7763"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "intel-xeon"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "nvidia-rtx-pro-6000-blackwell-workstation-edition"),
+    ],
+)
+def test_a_model_name_becomes_a_folder_name(model: str, slug: str) -> None:
+    assert provenance._slug(model) == slug
+
+
+def test_gpus_are_read_from_nvidia_smi() -> None:
+    assert provenance._gpu("NVIDIA H200, 143771, 570.86\nNVIDIA H200, 143771, 570.86\n") == {
+        "name": "NVIDIA H200",
+        "count": 2,
+        "memory_bytes": 143771 * 2**20,
+        "driver": "570.86",
+    }
+    assert provenance._gpu("NVIDIA GB10, [N/A], 580.1\n") == {
+        "name": "NVIDIA GB10",
+        "count": 1,
+        "memory_bytes": None,
+        "driver": "580.1",
+    }
+    assert provenance._gpu(None) is None and provenance._gpu("") is None
+
+
+def test_the_bandwidth_of_unknown_hardware_is_unknown() -> None:
+    assert provenance.bandwidth_bytes_per_second("NVIDIA H200") == 4800 * 10**9
+    assert provenance.bandwidth_bytes_per_second("NVIDIA H200 MIG 1g.18gb") is None
+
+
+def test_packages_lists_the_installed_ones_and_the_harness() -> None:
+    versions = provenance.packages(["pytest", "surely-not-installed"])
+    assert versions == {"harness": harness.__version__, "pytest": pytest.__version__}
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run(["git", *identity, "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+def test_git_knows_the_commit_of_a_tracked_folder_and_its_changes(tmp_path: Path) -> None:
+    assert provenance.git(tmp_path) is None
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "code.py").write_text("1")
+    (tmp_path / "README.md").write_text("1")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    assert provenance.git(package) is None  # nothing committed yet
+    git(tmp_path, "commit", "-m", "x")
+    found = provenance.git(package)
+    assert found is not None and len(found["commit"]) == 40 and found["dirty"] is False
+    (tmp_path / "README.md").write_text("2")
+    (package / "fresh.jsonl").write_text("")
+    assert provenance.git(package) == found
+    (package / "code.py").write_text("2")
+    assert provenance.git(package) == {**found, "dirty": True}
+
+
+def test_a_package_installed_inside_an_unrelated_checkout_has_no_commit(tmp_path: Path) -> None:
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "x")
+    installed = tmp_path / "venv" / "site-packages" / "harness"
+    installed.mkdir(parents=True)
+    (installed / "code.py").write_text("1")
+    assert provenance.git(installed) is None
+
+
+def test_peak_memory_is_at_least_what_this_test_holds() -> None:
+    held = bytearray(50 * 10**6)
+    peak = provenance.peak_rss_bytes()
+    assert peak is not None and peak > len(held)
+
+
+def test_provenance_does_not_import_torch() -> None:
+    program = (
+        "import sys; from harness.record import provenance; provenance.machine(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, check=True)
