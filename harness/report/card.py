@@ -1,0 +1,440 @@
+"""The card: what a suite's records say, as `reports/<suite>/README.md`, and the same tables inside other pages.
+
+`render` is a pure function from a suite, records and the pages to fill to the bytes of every file; `stale` and
+`write` compare those with a folder. Nothing in the output depends on when or where it is rendered, so a card is
+out of date exactly if its bytes differ (figures: if their data differ, see `plots`).
+
+A page may hold blocks:
+
+    <!-- harness:begin perplexity suite=demo -->
+    ...replaced...
+    <!-- harness:end perplexity -->
+
+Each marker stands alone on its line. Text around the blocks is never touched, and neither is a block of another
+suite, nor a marker shown inside a fenced code block.
+
+One run speaks for each variant in each measure: the newest whole one. The numbers of two runs stand in relation
+only if `results.incomparable` allows it.
+"""
+
+import json
+import posixpath
+import re
+import secrets
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from harness.errors import UserError, did_you_mean
+from harness.record.results import Record
+from harness.record.stats import RESAMPLES, Estimate
+from harness.report import plots, tables
+from harness.suite import SOURCE, Suite
+
+MEASURES = ("build", "verify", "ppl", "bench")  # in the order in which they run; each is also a nox session
+
+Link = Callable[[str], str]  # a path from the project's root -> its URL from where the text stands
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """A suite and the runs that speak for it, with every frame computed once."""
+
+    suite: Suite
+    results_dir: str
+    records: Mapping[str, tables.Records]  # measure -> variant -> record
+    frames: Mapping[str, pd.DataFrame]
+
+    def record_path(self, record: Record) -> str:
+        return posixpath.join(self.results_dir, record.path.parent.name, record.path.name)
+
+
+def render(
+    suite: Suite, records: Sequence[Record], *, results_dir: str, pages: Mapping[str, bytes]
+) -> dict[str, bytes]:
+    """Every generated file: path from the project's root -> bytes.
+
+    `results_dir` is the results folder and the keys of `pages` are the Markdown files whose blocks are to be
+    filled, all as POSIX paths from the root.
+    """
+    evidence = _gather(suite, records, results_dir)
+    folder = f"reports/{suite.name}"
+    card = f"{folder}/README.md"
+    return {
+        card: _card(evidence, _linker(card)).encode(),
+        **{f"{folder}/{name}": data for name, data in _figure_files(evidence).items()},
+        **{page: _filled(page, text, evidence) for page, text in pages.items()},
+    }
+
+
+def stale(rendered: Mapping[str, bytes], root: Path) -> list[str]:
+    """The files under `root` that are missing or do not say what the records say."""
+    return [path for path, data in rendered.items() if not _says(root / path, data)]
+
+
+def write(rendered: Mapping[str, bytes], root: Path) -> list[str]:
+    """Bring the stale files up to date, each replaced in one step; returns their paths."""
+    outdated = stale(rendered, root)
+    for path in outdated:
+        target = root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        temporary.write_bytes(rendered[path])
+        temporary.replace(target)
+    return outdated
+
+
+def _says(path: Path, data: bytes) -> bool:
+    if not path.is_file():
+        return False
+    digest = plots.embedded_digest(data)
+    present = path.read_bytes()
+    return present == data if digest is None else plots.embedded_digest(present) == digest
+
+
+def _gather(suite: Suite, records: Sequence[Record], results_dir: str) -> _Evidence:
+    variants = (SOURCE, *suite.variants)
+    chosen = {measure: tables.newest(records, suite.name, measure, variants) for measure in MEASURES}
+    frames = {
+        "size": tables.size(chosen["build"]),
+        "roundtrip": tables.roundtrip(chosen["verify"]),
+        "findings": tables.findings(chosen["verify"]),
+        "perplexity": tables.perplexity(chosen["ppl"]),
+        "decode": tables.decode(chosen["bench"]),
+        "prefill": tables.prefill(chosen["bench"]),
+        "memory": tables.memory(chosen["bench"]),
+        "runs": tables.runs([record for measure in MEASURES for record in chosen[measure].values()]),
+    }
+    return _Evidence(suite, results_dir, chosen, frames)
+
+
+# -- Blocks: each a piece of Markdown about one question -----------------------------------------------------------
+
+
+def _headline(evidence: _Evidence, link: Link) -> str:
+    """One line per variant: what it weighs, what it loses, how fast it decodes."""
+    lines = []
+    for name, variant in evidence.suite.variants.items():
+        parts = [part(evidence, name) for part in (_size_words, _perplexity_words, _decode_words)]
+        said = "; ".join(part for part in parts if part) or "not measured yet"
+        lines.append(f"- **{name}** ({tables.escape(variant.recipe)}): {said}.")
+    return "\n".join(lines)
+
+
+def _row(frame: pd.DataFrame, **wanted: object) -> dict[str, object] | None:
+    """The first row with the wanted values, if there is one."""
+    for row in frame.to_dict("records"):
+        if all(row[key] == value for key, value in wanted.items()):
+            return {str(key): value for key, value in row.items()}
+    return None
+
+
+def _size_words(evidence: _Evidence, variant: str) -> str | None:
+    row = _row(evidence.frames["size"], variant=variant, role="total")
+    if row is None:
+        return None
+    show = tables.shown
+    share = show("bytes_share", row["bytes_share"])
+    output, source = (show(key, row[key]) for key in ("output_bytes", "source_bytes"))
+    return f"{output} of {source} ({share})"
+
+
+def _perplexity_words(evidence: _Evidence, variant: str) -> str | None:
+    row = _row(evidence.frames["perplexity"], variant=variant)
+    base = _row(evidence.frames["perplexity"], variant=SOURCE)
+    if row is None:
+        return None
+    words = f"perplexity {tables.shown('ppl', row['ppl'])}"
+    loss = row["delta_log_ppl"]
+    if base is None or not isinstance(loss, Estimate):
+        return f"{words} ({loss})"
+    change = tables.shown("relative_change_ratio", row["relative_change_ratio"])
+    against = tables.shown("ppl", base["ppl"])
+    return f"{words} against {against} ({change}; Δ log-perplexity {tables.shown('delta_log_ppl', loss)})"
+
+
+def _decode_words(evidence: _Evidence, variant: str) -> str | None:
+    row = _row(evidence.frames["decode"], variant=variant, batch=1)
+    if row is None:
+        return None
+    speed = tables.shown("tokens_per_second", row["tokens_per_second"])
+    ratio = row["speed_ratio"]
+    relation = f"{tables.shown('speed_ratio', ratio)} × the source" if isinstance(ratio, Estimate) else ratio
+    return f"decode {speed} tok/s at batch 1 ({relation or 'not measured for the source'})"
+
+
+def _table(evidence: _Evidence, link: Link, frame: pd.DataFrame) -> str:
+    return tables.markdown(frame, lambda record: link(evidence.record_path(record)))
+
+
+def _no_record(evidence: _Evidence, measure: str) -> str | None:
+    """Which variants a measure has no run of, and what to do; None if it has them all."""
+    quantized = tuple(evidence.suite.variants)
+    expected = quantized if measure in ("build", "verify") else (SOURCE, *quantized)
+    missing = [variant for variant in expected if variant not in evidence.records[measure]]
+    if not missing:
+        return None
+    of = "" if len(missing) == len(expected) else f" of {', '.join(f'`{variant}`' for variant in missing)}"
+    return f"No record yet{of}: run `nox -s {measure}`."
+
+
+def _paragraphs(*parts: str | None) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def _size(evidence: _Evidence, link: Link) -> str:
+    frame = evidence.frames["size"]
+    return _paragraphs(None if frame.empty else _table(evidence, link, frame), _no_record(evidence, "build"))
+
+
+def _roundtrip(evidence: _Evidence, link: Link) -> str:
+    frame, findings = evidence.frames["roundtrip"], evidence.frames["findings"]
+    clean = [name for name, record in evidence.records["verify"].items() if not record.kind("finding")]
+    return _paragraphs(
+        None if frame.empty else _table(evidence, link, frame),
+        f"`harness verify` finds nothing to object to in {', '.join(f'`{name}`' for name in clean)}."
+        if clean
+        else None,
+        None if findings.empty else _table(evidence, link, findings),
+        _no_record(evidence, "verify"),
+    )
+
+
+def _perplexity(evidence: _Evidence, link: Link) -> str:
+    frame = evidence.frames["perplexity"]
+    if frame.empty:
+        return _paragraphs(_no_record(evidence, "ppl"))
+    return _paragraphs(
+        _table(evidence, link, frame),
+        "Δ is paired: variant and source scored the same tokens, and their difference is taken window by window. The "
+        f"interval is a bootstrap over whole windows ({RESAMPLES:,} resamples).",
+        _no_record(evidence, "ppl"),
+    )
+
+
+def _decode(evidence: _Evidence, link: Link) -> str:
+    frame = evidence.frames["decode"]
+    if frame.empty:
+        return _paragraphs(_no_record(evidence, "bench"))
+    single = frame[frame["batch"] == 1].drop(columns="user_tokens_per_second")
+    curve = frame.drop(columns=["ceiling_tokens_per_second", "ceiling_share"]).sort_values("batch", kind="stable")
+    return _paragraphs(
+        None if single.empty else f"**One user**\n\n{_table(evidence, link, single)}",
+        f"**By batch size**, in total and for each user\n\n{_table(evidence, link, curve)}",
+        "Speeds are medians over repetitions with exact order-statistic intervals; the ratio's interval is a bootstrap "
+        "of both medians, and only runs of one session are compared. The ceiling is memory bandwidth over the bytes of "
+        "weights that a token reads, and a dash where the bandwidth is unknown.",
+        _kernels(evidence),
+        _no_record(evidence, "bench"),
+    )
+
+
+def _kernels(evidence: _Evidence) -> str:
+    """What computed each variant's layers, and a warning where that is not the format of its weights."""
+    engines = {name: record.run.engine or {} for name, record in evidence.records["bench"].items()}
+    lines = [
+        f"- `{name}`: "
+        + ", ".join(f"{tables.escape(layer)}: {tables.escape(kernel)}" for layer, kernel in kernels.items())
+        for name, engine in engines.items()
+        if (kernels := engine.get("kernels"))
+    ]
+    torch = any(engine.get("name") == "torch" for engine in engines.values())
+    return _paragraphs(
+        "Kernels that ran:\n\n" + "\n".join(lines) if lines else None,
+        "**The torch engine decompresses quantized weights to BF16 before it computes, on every device. Its decode "
+        "speed says nothing about NVFP4 kernels.**"
+        if torch
+        else None,
+    )
+
+
+def _prefill(evidence: _Evidence, link: Link) -> str:
+    frame = evidence.frames["prefill"]
+    return _paragraphs(None if frame.empty else _table(evidence, link, frame), _no_record(evidence, "bench"))
+
+
+def _memory(evidence: _Evidence, link: Link) -> str:
+    frame = evidence.frames["memory"]
+    return _paragraphs(None if frame.empty else _table(evidence, link, frame), _no_record(evidence, "bench"))
+
+
+def _figure(evidence: _Evidence, link: Link) -> str:
+    folder = f"reports/{evidence.suite.name}"
+    alternative = "Checkpoint size, loss of log-perplexity and decode step times of every variant beside the source"
+    return f"[![{alternative}]({link(f'{folder}/overview.png')})]({link(f'{folder}/overview.svg')})"
+
+
+def _figure_files(evidence: _Evidence) -> dict[str, bytes]:
+    rows = []
+    sizes = evidence.frames["size"]
+    for variant in (SOURCE, *evidence.suite.variants):
+        # Every build read the same source, so any of them tells its size.
+        total = _row(sizes, role="total") if variant == SOURCE else _row(sizes, role="total", variant=variant)
+        num_bytes = total and total["source_bytes" if variant == SOURCE else "output_bytes"]
+        loss = (_row(evidence.frames["perplexity"], variant=variant) or {}).get("delta_log_ppl")
+        speed = _row(evidence.frames["decode"], variant=variant, batch=1)
+        steps: list[float] = []
+        if speed and not isinstance(speed["speed_ratio"], str):
+            for (batch, _), samples in tables.by_shape(evidence.records["bench"][variant], "decode").items():
+                steps += [seconds for sample in samples for seconds in sample["step_seconds"] if batch == 1]
+        rows.append(
+            plots.Row(
+                variant,
+                num_bytes if isinstance(num_bytes, int) else None,
+                loss if isinstance(loss, Estimate) else None,
+                tuple(steps),
+            )
+        )
+    return plots.overview(rows)
+
+
+def _reproduce(evidence: _Evidence, link: Link) -> str:
+    chosen = [record for measure in MEASURES for record in evidence.records[measure].values()]
+    commands = dict.fromkeys(shlex.join(record.run.command) for record in chosen)
+    if not commands:
+        return "No record yet."
+    return _paragraphs(
+        "```sh\n" + "\n".join(commands) + "\n```",
+        "These are the commands that made the runs below. In a checkout each subcommand is also a nox session that "
+        "installs what it needs: `python -m pip install nox`, then for example `python -m nox -s ppl -- --suite FILE`. "
+        "`harness report` then rewrites this page.",
+    )
+
+
+def _runs(evidence: _Evidence, link: Link) -> str:
+    frame = evidence.frames["runs"]
+    if frame.empty:
+        return "No record yet."
+    artifacts = frame[["variant", "artifact"]].drop_duplicates()
+    changed = artifacts["variant"][artifacts["variant"].duplicated()].unique()
+    return _paragraphs(
+        _table(evidence, link, frame),
+        *(
+            f"**The runs of `{variant}` are not all of one artifact: measure again what is of an older one.**"
+            for variant in changed
+        ),
+    )
+
+
+# What a page may ask for by name, under the heading that it has in the card.
+BLOCKS: dict[str, tuple[str | None, Callable[[_Evidence, Link], str]]] = {
+    "headline": (None, _headline),
+    "figure": (None, _figure),
+    "size": ("What is quantized and what is kept", _size),
+    "roundtrip": ("Round-trip error", _roundtrip),
+    "perplexity": ("Perplexity", _perplexity),
+    "decode": ("Decode speed", _decode),
+    "prefill": ("Prefill speed", _prefill),
+    "memory": ("Memory", _memory),
+    "reproduce": ("How to reproduce", _reproduce),
+    "runs": ("Runs", _runs),
+}
+
+
+# -- Pages -------------------------------------------------------------------------------------------------------
+
+
+def _linker(document: str) -> Link:
+    folder = posixpath.dirname(document)
+    return lambda path: posixpath.relpath(path, folder or ".")
+
+
+def _card(evidence: _Evidence, link: Link) -> str:
+    suite = evidence.suite
+    sections = [
+        _paragraphs(f"## {heading}" if heading else None, block(evidence, link)) for heading, block in BLOCKS.values()
+    ]
+    source = suite.source.location + (f" at revision {suite.source.revision}" if suite.source.revision else "")
+    return (
+        _paragraphs(
+            _front_matter(suite),
+            f"# {tables.escape(suite.title)}",
+            suite.description and suite.description.strip(),
+            f"NVFP4 quantization of `{source}`. Every number is computed from the raw records that its row links to.",
+            *sections,
+        )
+        + "\n"
+    )
+
+
+def _front_matter(suite: Suite) -> str:
+    """The metadata that the model hub reads; keys that the suite leaves open are left out, not guessed."""
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", suite.source.location)
+    base_model = suite.source.base_model or (suite.source.location if is_hub_id else None)
+    metadata: dict[str, str | list[str] | None] = {
+        "license": suite.source.license,
+        "base_model": base_model,
+        "base_model_relation": "quantized" if base_model else None,
+        "library_name": "transformers",
+        "tags": ["nvfp4", "compressed-tensors", "deltanet"],
+    }
+    # JSON strings and lists are YAML, whatever characters they hold.
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items() if value]
+    return "\n".join(("---", *lines, "---"))
+
+
+_MARKER = re.compile(r"<!--\s*harness:(begin|end)\b(.*)-->")
+_BEGIN = re.compile(r"(\S+)\s+suite=(\S+)")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+
+
+def _filled(page: str, data: bytes, evidence: _Evidence) -> bytes:
+    """The page with the blocks of this suite replaced; every other byte stays."""
+    try:
+        lines = data.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{page} is not UTF-8 text.", "Save it as UTF-8.") from error
+    output: list[str] = []
+    opened: tuple[int, str, str] | None = None  # line, block and suite of the block we are in
+    fence: str | None = None  # what opened the code block we are in, outside of blocks
+    for number, line in enumerate(lines, start=1):
+        if opened is None and (ticks := _FENCE.match(line)):
+            if fence is None:
+                fence = ticks[1]
+            elif line.strip().startswith(fence) and set(line.strip()) == {fence[0]}:
+                fence = None
+        marker = None if fence else _MARKER.fullmatch(line.strip())
+        if marker is None:
+            if opened is None or opened[2] != evidence.suite.name:
+                output.append(line)
+            continue
+        output.append(line)
+        if marker[1] == "begin":
+            if opened is not None:
+                raise UserError(
+                    f"{page}, line {number}: a block begins inside '{opened[1]}' of line {opened[0]}.",
+                    f"End that one first with <!-- harness:end {opened[1]} -->.",
+                )
+            opened = (number, *_begun(page, number, marker[2]))
+            if opened[2] == evidence.suite.name:
+                output += ["", BLOCKS[opened[1]][1](evidence, _linker(page)), ""]
+        elif opened is None or marker[2].strip() != opened[1]:
+            inside = f"'{opened[1]}' of line {opened[0]} is open" if opened else "no block is open"
+            raise UserError(
+                f"{page}, line {number}: the end of '{marker[2].strip()}', where {inside}.",
+                "Make the markers match.",
+            )
+        else:
+            opened = None
+    if opened is not None:
+        raise UserError(
+            f"{page}, line {opened[0]}: the block '{opened[1]}' has no end.",
+            f"Add <!-- harness:end {opened[1]} -->.",
+        )
+    return "\n".join(output).encode()
+
+
+def _begun(page: str, number: int, words: str) -> tuple[str, str]:
+    """Block and suite from the words of a begin marker."""
+    parts = _BEGIN.fullmatch(words.strip())
+    if parts is None:
+        raise UserError(
+            f"{page}, line {number}: this marker does not say which block of which suite begins.",
+            "Write <!-- harness:begin BLOCK suite=SUITE -->.",
+        )
+    if parts[1] not in BLOCKS:
+        raise UserError(f"{page}, line {number}: unknown block '{parts[1]}'.", did_you_mean(parts[1], BLOCKS))
+    return parts[1], parts[2]

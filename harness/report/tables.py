@@ -1,0 +1,434 @@
+"""Records to tables: one pandas frame per question, and one way to print any of them.
+
+A frame holds values, not text: numbers, `Estimate`s with their interval, the `Record` itself in the column `run`.
+`markdown`, `text` and `rows` turn a frame into a card's table, a terminal's table or JSON; how a column looks is
+written once, in `COLUMNS`. Columns that describe the measurement (protocol, number of tokens ...) move into the
+caption where all rows agree, and stay columns where they do not, so that nothing is hidden by tidiness.
+
+Every frame takes the records of one measure by variant, with the unquantized model under `source`. A row is
+compared with the source only if `results.incomparable` finds nothing; otherwise the cell says what differs.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from harness.record import stats
+from harness.record.results import Record, incomparable
+from harness.record.stats import Estimate
+from harness.suite import SOURCE
+
+Records = Mapping[str, Record]  # variant -> the run that speaks for it, of one measure
+
+
+def newest(records: Sequence[Record], suite: str, measure: str, variants: Sequence[str]) -> dict[str, Record]:
+    """The latest whole run of each variant of a suite, in the order of `variants`.
+
+    Whole: complete and without `--limit`. Variants without such a run are left out.
+    """
+    latest: dict[str, Record] = {}
+    for record in sorted(records, key=lambda record: (record.run.started_utc, record.run.run_id)):
+        if record.whole and record.run.measure == measure and record.run.suite["name"] == suite:
+            latest[record.run.variant["name"]] = record
+    return {variant: latest[variant] for variant in variants if variant in latest}
+
+
+# -- Frames ----------------------------------------------------------------------------------------------------
+
+
+def perplexity(records: Records) -> pd.DataFrame:
+    """Perplexity = exp(sum of nll / scored tokens), and what each variant loses against the source.
+
+    The loss is the paired difference of log-perplexities in nats, with its interval over windows; the relative
+    change of perplexity is exp(difference) - 1.
+    """
+    rows = []
+    for variant, record in records.items():
+        windows = record.kind("window")
+        dataset = record.run.dataset or {}
+        row = {
+            "variant": variant,
+            "protocol": dataset.get("protocol"),
+            "dataset": dataset.get("name"),
+            "num_tokens": dataset.get("num_tokens"),
+            "num_windows": len(windows),
+            "num_scored": sum(window["num_scored"] for window in windows),
+            "ppl": _ppl(windows),
+            "delta_ppl": None,
+            "relative_change_ratio": None,
+            "delta_log_ppl": _refusal(records, variant),
+            "standard_errors": None,
+            "run": record,
+        }
+        if variant != SOURCE and row["delta_log_ppl"] is None:
+            base = records[SOURCE].kind("window")
+            loss = stats.paired_mean_difference(
+                [window["nll_nats"] for window in base],
+                [window["nll_nats"] for window in windows],
+                [window["num_scored"] for window in windows],
+            )
+            row["delta_ppl"] = row["ppl"] - _ppl(base)
+            row["relative_change_ratio"] = math.expm1(loss.value)
+            row["delta_log_ppl"] = loss
+            row["standard_errors"] = loss.standard_errors_from_zero
+        rows.append(row)
+    return _frame(rows)
+
+
+def decode(records: Records) -> pd.DataFrame:
+    """Decode speed per variant and batch size, beside the speed at which the weights alone could be read.
+
+    One value per repetition: the tokens of all its steps over their time. The first new token belongs to the
+    prefill and is in neither. At batch 1 the ceiling is memory bandwidth / bytes of weights read per token: no
+    kernel can exceed it, whatever it computes.
+    """
+    rows = _speeds(records, "decode", lambda sample: sample["batch"] * _mean_rate(sample["step_seconds"]))
+    for row in rows:
+        effective = (row["run"].run.engine or {}).get("effective", {})
+        speed, batch = row["tokens_per_second"], row["batch"]
+        steps = by_shape(row["run"], "decode")[batch, row["prompt_tokens"]][0]["step_seconds"]
+        bandwidth = effective.get("bandwidth_bytes_per_second")
+        bytes_per_token = effective.get("weight_bytes_per_token")
+        ceiling = bandwidth / bytes_per_token if batch == 1 and bandwidth and bytes_per_token else None
+        row["new_tokens"] = len(steps) + 1
+        row["user_tokens_per_second"] = _scaled(speed, 1 / batch)
+        row["ceiling_tokens_per_second"] = ceiling
+        row["ceiling_share"] = speed.value / ceiling if ceiling else None
+    return _frame(rows)
+
+
+def prefill(records: Records) -> pd.DataFrame:
+    """Prefill speed: the prompt's tokens over the time until the first new token is known."""
+    return _frame(
+        _speeds(
+            records,
+            "prefill",
+            lambda sample: sample["batch"] * sample["prompt_tokens"] / sample["prefill_seconds"],
+        )
+    )
+
+
+def memory(records: Records) -> pd.DataFrame:
+    """What the engine held: the weights, and the most memory that any of its starts came to."""
+    rows = []
+    for variant, record in records.items():
+        starts = record.kind("memory")
+        most = {
+            key: max((start[key] for start in starts if start.get(key) is not None), default=None)
+            for key in ("weight_bytes", "peak_rss_bytes", "peak_vram_bytes")
+        }
+        if starts:
+            rows.append({"variant": variant, **most, "run": record})
+    return _frame(rows)
+
+
+def size(records: Records) -> pd.DataFrame:
+    """What was quantized and what was kept: per role the format, the tensors, and the bytes before and after."""
+    rows = []
+    for variant, record in records.items():
+        roles = record.kind("role")
+        counts = ("num_tensors", "num_params", "source_bytes", "output_bytes")
+        total = {"role": "total", **{count: sum(role[count] for role in roles) for count in counts}}
+        for role in (*roles, total):
+            share = role["output_bytes"] / role["source_bytes"] if role["source_bytes"] else None
+            rows.append({"variant": variant, **role, "bytes_share": share, "run": record})
+    return _frame(rows)
+
+
+def roundtrip(records: Records) -> pd.DataFrame:
+    """How far the decoded weights are from the source's, per role."""
+    return _frame(
+        [
+            {"variant": variant, **role, "run": record}
+            for variant, record in records.items()
+            for role in record.kind("roundtrip")
+        ]
+    )
+
+
+def findings(records: Records) -> pd.DataFrame:
+    """What `harness verify` objects to; empty is good."""
+    return _frame(
+        [
+            {"variant": variant, **finding, "run": record}
+            for variant, record in records.items()
+            for finding in record.kind("finding")
+        ]
+    )
+
+
+def runs(records: Sequence[Record]) -> pd.DataFrame:
+    """Where every number comes from: the run, its engine, machine, versions and commit."""
+    rows = []
+    for record in records:
+        run = record.run
+        engine, machine, git = run.engine, run.machine, run.git
+        gpu = machine.get("gpu")
+        hardware = f"{gpu['count']} × {gpu['name']}, driver {gpu['driver']}" if gpu else machine.get("cpu")
+        digest = run.variant.get("artifact_digest")
+        rows.append(
+            {
+                "variant": run.variant["name"],
+                "measure": run.measure,
+                "recipe": run.variant.get("recipe"),
+                "artifact": digest and digest[:12],
+                "engine": f"{engine['name']} ({engine['version']}), {engine['dtype']} on {engine['device']}"
+                if engine
+                else None,
+                "machine": f"{machine['name']}: {hardware}, {machine.get('cores')} cores, {machine.get('os')}",
+                "packages": ", ".join(f"{name} {version}" for name, version in sorted(run.packages.items())),
+                "commit": git["commit"][:12] + (" with changes" if git["dirty"] else "") if git else None,
+                "started_utc": run.started_utc,
+                "run": record,
+            }
+        )
+    return _frame(rows)
+
+
+def of_measure(measure: str, records: Records) -> list[pd.DataFrame]:
+    """The frames that answer one measure's questions, those without rows left out."""
+    frames = {
+        "build": (size,),
+        "verify": (roundtrip, findings),
+        "ppl": (perplexity,),
+        "bench": (decode, prefill, memory),
+    }[measure]
+    return [frame for make in frames if not (frame := make(records)).empty]
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows as a frame of objects (None stays None), with the columns that they have in the order of `COLUMNS`."""
+    columns = [key for key in COLUMNS if any(key in row for row in rows)]
+    return pd.DataFrame([[row.get(key) for key in columns] for row in rows], columns=columns, dtype=object)
+
+
+def _ppl(windows: Sequence[Mapping[str, Any]]) -> float:
+    return math.exp(math.fsum(one["nll_nats"] for one in windows) / sum(one["num_scored"] for one in windows))
+
+
+def _mean_rate(seconds: Sequence[float]) -> float:
+    return len(seconds) / math.fsum(seconds)
+
+
+def _scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The estimate of factor x value."""
+    low, high = (None if bound is None else bound * factor for bound in (estimate.low, estimate.high))
+    return replace(estimate, value=estimate.value * factor, low=low, high=high)
+
+
+def _refusal(records: Records, variant: str) -> str | None:
+    """Why a variant cannot be compared with the source; None if it can, or is the source."""
+    if SOURCE not in records:
+        return "no record of the source"
+    differing = incomparable(records[SOURCE], records[variant])
+    if _spans(records[SOURCE]) != _spans(records[variant]):
+        differing.append("windows")
+    return f"incomparable: {', '.join(differing)}" if differing else None
+
+
+def _spans(record: Record) -> list[tuple[int, ...]]:
+    """What each window of a run covers, in order; none for other measures."""
+    keys = ("index", "first_token", "num_tokens", "num_scored")
+    return [tuple(window[key] for key in keys) for window in record.kind("window")]
+
+
+def _speeds(records: Records, kind: str, rate: Callable[[Mapping[str, Any]], float]) -> list[dict[str, Any]]:
+    """Rows of speed, one per variant and shape (batch size, prompt length).
+
+    `rate` gives one repetition's tokens per second, over the whole batch.
+    """
+    rows = []
+    for variant, record in records.items():
+        for shape, samples in by_shape(record, kind).items():
+            rates = [rate(sample) for sample in samples]
+            ratio: Estimate | str | None = _refusal(records, variant)
+            if variant != SOURCE and ratio is None:
+                base = by_shape(records[SOURCE], kind).get(shape)
+                ratio = stats.median_ratio(rates, [rate(sample) for sample in base]) if base else None
+            rows.append(
+                {
+                    "variant": variant,
+                    "batch": shape[0],
+                    "prompt_tokens": shape[1],
+                    "num_repetitions": len(rates),
+                    "tokens_per_second": stats.median(rates),
+                    "speed_ratio": ratio,
+                    "run": record,
+                }
+            )
+    return rows
+
+
+def by_shape(record: Record, kind: str) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """A bench run's samples of one kind by (batch size, prompt length); warm-ups are left out."""
+    shapes: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for sample in record.kind(kind):
+        if not sample["warmup"]:
+            shapes.setdefault((sample["batch"], sample["prompt_tokens"]), []).append(sample)
+    return dict(sorted(shapes.items()))
+
+
+# -- Cells -----------------------------------------------------------------------------------------------------
+
+
+def byte_unit(num_bytes: float) -> tuple[str, int]:
+    """The decimal unit that suits a size, and how many bytes it has (1 GB = 10^9 bytes)."""
+    units = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+    return next(((unit, scale) for unit, scale in units if num_bytes >= scale), ("B", 1))
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes with two decimals in their unit: `18.82 GB`, `11.03 MB`."""
+    unit, scale = byte_unit(num_bytes)
+    return f"{num_bytes / scale:.2f} {unit}"
+
+
+def format_estimate(estimate: Estimate, spec: str) -> str:
+    """`value [low, high]`, the value alone where there is no interval."""
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:{spec}}"
+    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
+
+
+def format_percent(ratio: float, spec: str = ".1f") -> str:
+    """A ratio as a percentage: 0.595 is `59.5 %`."""
+    return f"{100 * ratio:{spec}} %"
+
+
+def _plain(value: object) -> str:
+    return str(value)
+
+
+def _as(spec: str) -> Callable[[Any], str]:
+    """A number or an `Estimate` under one format specification."""
+    return lambda value: format_estimate(value, spec) if isinstance(value, Estimate) else f"{value:{spec}}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one kind of value looks. A column that `describes` moves into the caption where all rows agree on it."""
+
+    heading: str
+    show: Callable[[Any], str] = _plain
+    numeric: bool = True
+    describes: bool = False
+
+
+def _described(heading: str, show: Callable[[Any], str] = _plain, numeric: bool = False) -> Column:
+    return Column(heading, show, numeric, describes=True)
+
+
+# In the order in which they stand in a table.
+COLUMNS: dict[str, Column] = {
+    "variant": _described("variant"),
+    "measure": Column("measure", numeric=False),
+    "recipe": Column("recipe", numeric=False),
+    "artifact": Column("artifact", numeric=False),
+    "role": Column("role", numeric=False),
+    "format": Column("format", numeric=False),
+    "severity": Column("severity", numeric=False),
+    "tensor": Column("tensor", numeric=False),
+    "problem": Column("problem", numeric=False),
+    "consequence": Column("consequence", numeric=False),
+    "protocol": _described("protocol"),
+    "dataset": _described("dataset"),
+    "num_tokens": _described("tokens", _as(","), numeric=True),
+    "num_windows": _described("windows", _as(","), numeric=True),
+    "num_scored": _described("scored tokens", _as(","), numeric=True),
+    "num_tensors": Column("tensors", _as(",")),
+    "num_params": Column("parameters", _as(",")),
+    "source_bytes": Column("before", format_bytes),
+    "output_bytes": Column("after", format_bytes),
+    "bytes_share": Column("after / before", format_percent),
+    "max_abs_error": Column("max abs error", _as(".3g")),
+    "mean_abs_error": Column("mean abs error", _as(".3g")),
+    "relative_l2_error": Column("relative L2 error", _as(".4f")),
+    "snr_db": Column("SNR (dB)", _as(".1f")),
+    "ppl": Column("PPL", _as(".4f")),
+    "delta_ppl": Column("Δ PPL", _as("+.4f")),
+    "relative_change_ratio": Column("change", lambda ratio: format_percent(ratio, "+.2f")),
+    "delta_log_ppl": Column("Δ log-PPL, nats [95 %]", _as("+.4f")),
+    "standard_errors": Column("standard errors from 0", _as(".1f")),
+    "batch": _described("batch", _as("d"), numeric=True),
+    "prompt_tokens": _described("prompt tokens", _as(","), numeric=True),
+    "new_tokens": _described("new tokens", _as(","), numeric=True),
+    "num_repetitions": _described("repetitions", _as("d"), numeric=True),
+    "tokens_per_second": Column("tok/s [95 %]", _as(".1f")),
+    "user_tokens_per_second": Column("tok/s per user", _as(".1f")),
+    "speed_ratio": Column("÷ source [95 %]", _as(".3f")),
+    "ceiling_tokens_per_second": Column("ceiling, tok/s", _as(".1f")),
+    "ceiling_share": Column("of ceiling", format_percent),
+    "weight_bytes": Column("weights", format_bytes),
+    "peak_rss_bytes": Column("peak RSS", format_bytes),
+    "peak_vram_bytes": Column("peak VRAM", format_bytes),
+    "engine": _described("engine"),
+    "machine": _described("machine"),
+    "packages": _described("packages"),
+    "commit": _described("commit"),
+    "started_utc": Column("started", numeric=False),
+    "run": _described("run"),
+}
+
+
+def markdown(frame: pd.DataFrame, link: Callable[[Record], str]) -> str:
+    """A caption and a Markdown table, runs as links. `link` gives a record's URL from where the text will stand."""
+
+    def cell(key: str, value: object) -> str:
+        if isinstance(value, Record):
+            return f"[{value.run.run_id}]({link(value)})"
+        return escape(value) if isinstance(value, str) else shown(key, value)
+
+    return _laid_out(frame, cell, "pipe")
+
+
+def text(frame: pd.DataFrame) -> str:
+    """The same caption and table for a terminal, runs by their id."""
+    return _laid_out(frame, shown, "simple")
+
+
+def rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The frame's rows as JSON values: estimates as objects, runs by their id."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Estimate):
+            return asdict(value)
+        return value.run.run_id if isinstance(value, Record) else value
+
+    return [{str(key): plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def escape(words: str) -> str:
+    """Text that Markdown would read as markup or as the end of a table cell, made literal.
+
+    An underscore inside a word is literal already, and tensor names are full of them.
+    """
+    return re.sub(r"([\\`*|<>\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
+
+
+def shown(key: str, value: object) -> str:
+    """A cell: a dash for what is unknown or does not apply, a refusal in its own words, else the column's format."""
+    if isinstance(value, Record):
+        return value.run.run_id
+    if value is None or isinstance(value, str):
+        return value or "—"
+    return COLUMNS[key].show(value)
+
+
+def _laid_out(frame: pd.DataFrame, cell: Callable[[str, object], str], table_format: str) -> str:
+    cells = {key: [cell(key, value) for value in frame[key]] for key in frame.columns}
+    constant = [key for key in cells if COLUMNS[key].describes and len(set(cells[key])) == 1]
+    caption = " · ".join(f"{COLUMNS[key].heading} {cells[key][0]}" for key in constant)
+    columns = [key for key in cells if key not in constant]
+    table = tabulate(
+        list(zip(*(cells[key] for key in columns), strict=True)),
+        headers=[COLUMNS[key].heading for key in columns],
+        colalign=["right" if COLUMNS[key].numeric else "left" for key in columns],
+        disable_numparse=True,
+        tablefmt=table_format,
+    )
+    return f"{caption}\n\n{table}" if caption else table

@@ -1,0 +1,296 @@
+"""Tables: the numbers are those of hand arithmetic and of published cards, and refusals are said out loud."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.record import stats
+from harness.record.results import Record
+from harness.report import tables
+from tests.records import (
+    BUILD,
+    DATASET,
+    ENGINE,
+    MEMORY,
+    VERIFY,
+    decodes,
+    make_record,
+    prefills,
+    windows,
+)
+
+WEIGHT_BYTES = 20 * 10**9
+KNOWN = {**ENGINE, "effective": {"weight_bytes_per_token": WEIGHT_BYTES, "bandwidth_bytes_per_second": 273 * 10**9}}
+
+
+def ppl_pair(source: float, variant: float, **header: Any) -> dict[str, Record]:
+    return {
+        "source": make_record("ppl", "source", windows(source)),
+        "nvfp4": make_record("ppl", "nvfp4", windows(variant), **header),
+    }
+
+
+def bench_pair(source: list[dict[str, Any]], variant: list[dict[str, Any]], **header: Any) -> dict[str, Record]:
+    return {
+        "source": make_record("bench", "source", source, **header),
+        "nvfp4": make_record("bench", "nvfp4", variant, **header),
+    }
+
+
+def link(record: Record) -> str:
+    return f"../{record.path.name}"
+
+
+def row(frame: Any, **wanted: object) -> dict[str, Any]:
+    found = [one for one in frame.to_dict("records") if all(one[key] == value for key, value in wanted.items())]
+    assert len(found) == 1
+    return dict(found[0])
+
+
+# -- Perplexity --------------------------------------------------------------------------------------------------
+
+
+def test_the_published_perplexities_give_the_published_loss() -> None:
+    frame = tables.perplexity(ppl_pair(8.0481, 8.1939))
+    assert row(frame, variant="source")["ppl"] == pytest.approx(8.0481)
+    loss = row(frame, variant="nvfp4")
+    assert loss["delta_ppl"] == pytest.approx(0.1458)
+    assert loss["relative_change_ratio"] == pytest.approx(8.1939 / 8.0481 - 1)
+    assert loss["delta_log_ppl"].value == pytest.approx(math.log(8.1939 / 8.0481))
+    text = tables.text(frame)
+    for figure in ("8.0481", "8.1939", "+0.1458", "+1.81 %", "+0.0180", "297,053", "581", "296,472"):
+        assert figure in text
+
+
+def test_the_paired_interval_is_over_windows() -> None:
+    noise = [0.3 * math.sin(i) for i in range(13)]
+    loss = [one + 0.01 + 0.002 * math.cos(i) for i, one in enumerate(noise)]
+    pair = {
+        "source": make_record("ppl", "source", windows(8.0, noise)),
+        "nvfp4": make_record("ppl", "nvfp4", windows(8.0, loss)),
+    }
+    cells = row(tables.perplexity(pair), variant="nvfp4")
+    samples = {name: record.kind("window") for name, record in pair.items()}
+    expected = stats.paired_mean_difference(
+        [one["nll_nats"] for one in samples["source"]],
+        [one["nll_nats"] for one in samples["nvfp4"]],
+        [one["num_scored"] for one in samples["source"]],
+    )
+    assert cells["delta_log_ppl"] == expected and expected.num == 581
+    assert cells["standard_errors"] == expected.standard_errors_from_zero
+
+
+def test_other_tokens_are_refused_by_name() -> None:
+    pair = ppl_pair(8.0, 8.1, dataset={**DATASET, "token_ids_sha256": "f" * 64})
+    cells = row(tables.perplexity(pair), variant="nvfp4")
+    assert cells["delta_log_ppl"] == "incomparable: dataset.token_ids_sha256"
+    assert cells["delta_ppl"] is None and cells["relative_change_ratio"] is None
+    assert cells["ppl"] == pytest.approx(8.1)
+
+
+def test_other_windows_are_refused() -> None:
+    pair = ppl_pair(8.0, 8.1)
+    pair["nvfp4"] = make_record("ppl", "nvfp4", windows(8.1)[:580])
+    assert row(tables.perplexity(pair), variant="nvfp4")["delta_log_ppl"] == "incomparable: windows"
+
+
+def test_a_variant_without_a_source_is_compared_with_nothing() -> None:
+    pair = ppl_pair(8.0, 8.1)
+    del pair["source"]
+    assert row(tables.perplexity(pair), variant="nvfp4")["delta_log_ppl"] == "no record of the source"
+
+
+# -- Speed -------------------------------------------------------------------------------------------------------
+
+
+def test_speed_is_the_median_over_repetitions_without_warm_ups() -> None:
+    frame = tables.decode(bench_pair(decodes(1 / 170.3, repetitions=7), decodes(1 / 163.4, repetitions=7)))
+    source, variant = row(frame, variant="source"), row(frame, variant="nvfp4")
+    assert source["tokens_per_second"].value == pytest.approx(170.3)
+    assert variant["tokens_per_second"].value == pytest.approx(163.4)
+    assert variant["speed_ratio"].value == pytest.approx(163.4 / 170.3)
+    assert source["num_repetitions"] == 7 and source["new_tokens"] == 128
+    assert "170.3" in tables.text(frame) and "163.4" in tables.text(frame)
+
+
+def test_the_published_speed_up_is_reproduced() -> None:
+    frame = tables.decode(bench_pair(decodes(1 / 7.93, repetitions=7), decodes(1 / 11.98, repetitions=7)))
+    assert tables.shown("speed_ratio", row(frame, variant="nvfp4")["speed_ratio"]).startswith("1.511")
+
+
+def test_a_batch_makes_tokens_for_every_user() -> None:
+    frame = tables.decode(bench_pair(decodes(0.01, batch=4, repetitions=7), decodes(0.02, batch=4, repetitions=7)))
+    source = row(frame, variant="source")
+    assert source["tokens_per_second"].value == pytest.approx(400)
+    assert source["user_tokens_per_second"].value == pytest.approx(100)
+    assert source["user_tokens_per_second"].low == pytest.approx(source["tokens_per_second"].low / 4)
+
+
+def test_the_ceiling_is_bandwidth_over_bytes_per_token_at_batch_one() -> None:
+    samples = decodes(1 / 7.93, repetitions=7) + decodes(1 / 7.93, batch=2)
+    frame = tables.decode(bench_pair(samples, samples, engine=KNOWN))
+    single = row(frame, variant="source", batch=1)
+    assert single["ceiling_tokens_per_second"] == pytest.approx(273 / 20)
+    assert single["ceiling_share"] == pytest.approx(7.93 / 13.65)
+    assert row(frame, variant="source", batch=2)["ceiling_tokens_per_second"] is None
+
+
+def test_an_unknown_bandwidth_gives_a_dash_and_no_guess() -> None:
+    frame = tables.decode(bench_pair(decodes(0.01), decodes(0.01)))
+    assert row(frame, variant="source")["ceiling_tokens_per_second"] is None
+    header, _, source = tables.markdown(frame, link).splitlines()[2:5]
+    column = header.split("|").index(next(cell for cell in header.split("|") if "ceiling, tok/s" in cell))
+    assert source.split("|")[column].strip() == "—"
+
+
+def test_speeds_of_two_sessions_are_refused() -> None:
+    pair = bench_pair(decodes(0.01), decodes(0.01))
+    pair["nvfp4"] = make_record("bench", "nvfp4", decodes(0.01) + prefills(0.1), session_id="ffffffff")
+    assert row(tables.decode(pair), variant="nvfp4")["speed_ratio"] == "incomparable: session_id"
+    assert row(tables.prefill(pair), variant="nvfp4")["speed_ratio"] == "incomparable: session_id"
+
+
+def test_a_batch_size_that_the_source_lacks_has_no_ratio() -> None:
+    frame = tables.decode(bench_pair(decodes(0.01), decodes(0.01) + decodes(0.01, batch=8)))
+    assert row(frame, variant="nvfp4", batch=8)["speed_ratio"] is None
+
+
+def test_few_repetitions_give_a_value_without_an_interval() -> None:
+    frame = tables.decode(bench_pair(decodes(0.01, repetitions=3), decodes(0.02, repetitions=3)))
+    cells = row(frame, variant="nvfp4")
+    assert tables.shown("tokens_per_second", cells["tokens_per_second"]) == "50.0"
+    assert tables.shown("speed_ratio", cells["speed_ratio"]) == "0.500"
+
+
+def test_prefill_is_the_prompts_tokens_over_the_time_to_the_first_new_one() -> None:
+    frame = tables.prefill(bench_pair(prefills(0.25), prefills(0.5)))
+    assert row(frame, variant="source")["tokens_per_second"].value == 2048
+    assert row(frame, variant="nvfp4")["speed_ratio"].value == 0.5
+
+
+def test_memory_is_the_most_of_all_starts() -> None:
+    starts = [
+        *MEMORY,
+        {"kind": "memory", "start": 1, "weight_bytes": 18 * 10**6, "peak_rss_bytes": 2 * 10**9},
+        {"kind": "memory", "start": 2, "weight_bytes": 18 * 10**6, "peak_rss_bytes": None},
+    ]
+    cells = row(tables.memory({"source": make_record("bench", "source", starts)}), variant="source")
+    assert (cells["weight_bytes"], cells["peak_rss_bytes"], cells["peak_vram_bytes"]) == (18 * 10**6, 2 * 10**9, None)
+
+
+# -- Size and round trip -----------------------------------------------------------------------------------------
+
+
+def test_sizes_add_up() -> None:
+    total = row(tables.size({"nvfp4": make_record("build", "nvfp4", BUILD)}), role="total")
+    assert (total["num_tensors"], total["source_bytes"], total["output_bytes"]) == (25, 18 * 10**6, 65 * 10**5)
+    assert total["bytes_share"] == pytest.approx(6.5 / 18)
+
+
+def test_the_published_sizes_give_the_published_share() -> None:
+    role = {**BUILD[0], "source_bytes": 18_820_000_000, "output_bytes": 11_200_000_000}
+    text = tables.text(tables.size({"nvfp4": make_record("build", "nvfp4", [role])}))
+    for figure in ("18.82 GB", "11.20 GB", "59.5 %"):
+        assert figure in text
+
+
+def test_an_exact_round_trip_has_no_signal_to_noise_ratio() -> None:
+    exact = {**VERIFY[0], "role": "norm", "max_abs_error": 0.0, "snr_db": None}
+    frame = tables.roundtrip({"nvfp4": make_record("verify", "nvfp4", [*VERIFY, exact])})
+    assert tables.shown("snr_db", row(frame, role="mlp.up_proj")["snr_db"]) == "20.6"
+    assert tables.shown("snr_db", row(frame, role="norm")["snr_db"]) == "—"
+
+
+# -- Selection and layout ----------------------------------------------------------------------------------------
+
+
+def test_the_newest_whole_run_speaks_for_a_variant() -> None:
+    old = make_record("ppl", "source", windows(8.0), started_utc="2026-01-01T00:00:00Z", run_id="00000001")
+    new = make_record("ppl", "source", windows(9.0), started_utc="2026-01-02T00:00:00Z", run_id="00000002")
+    limited = make_record("ppl", "source", windows(7.0)[:3], started_utc="2026-01-03T00:00:00Z")
+    limited.end.coverage["expected"] = 581
+    other_suite = make_record("ppl", "source", windows(7.0), suite={"name": "x"}, started_utc="2026-01-04T00:00:00Z")
+    other_measure = make_record("bench", "source", decodes(1.0), started_utc="2026-01-05T00:00:00Z")
+    records = [new, limited, other_suite, other_measure, old]
+    assert tables.newest(records, "demo", "ppl", ("source", "nvfp4")) == {"source": new}
+
+
+def test_variants_come_in_the_order_asked_for() -> None:
+    records = [make_record("ppl", name, windows(8.0)) for name in ("a", "source", "b", "unasked")]
+    assert list(tables.newest(records, "demo", "ppl", ("source", "b", "a"))) == ["source", "b", "a"]
+
+
+def test_what_all_rows_share_stands_in_the_caption_and_what_differs_in_columns() -> None:
+    pair = ppl_pair(8.0, 8.1)
+    caption, _, header = tables.text(tables.perplexity(pair)).splitlines()[:3]
+    assert caption == (
+        "protocol wikitext2-512 · dataset demo:heldout · tokens 297,053 · windows 581 · scored tokens 296,472"
+    )
+    assert "protocol" not in header
+    pair["nvfp4"] = make_record("ppl", "nvfp4", windows(8.1), dataset={**DATASET, "protocol": "gptq-2048"})
+    caption, _, header = tables.text(tables.perplexity(pair)).splitlines()[:3]
+    assert "protocol" not in caption and "protocol" in header
+
+
+def test_markdown_links_every_row_to_its_run() -> None:
+    pair = ppl_pair(8.0, 8.1)
+    text = tables.markdown(tables.perplexity(pair), link)
+    for record in pair.values():
+        assert f"[{record.run.run_id}](../{record.path.name})" in text
+
+
+def test_text_that_would_break_a_table_is_escaped() -> None:
+    hostile = "a|b\n*c* <d> [e](f) _g_ h_i `j`"
+    finding = {"kind": "finding", "severity": "error", "tensor": hostile, "problem": "p", "consequence": "c"}
+    text = tables.markdown(tables.findings({"nvfp4": make_record("verify", "nvfp4", [finding])}), link)
+    assert r"a\|b \*c\* \<d\> \[e\](f) \_g\_ h_i \`j\`" in text
+    assert len(text.splitlines()) == 2 + 3
+
+
+def test_rows_are_json_with_estimates_as_objects() -> None:
+    rows = tables.rows(tables.perplexity(ppl_pair(8.0, 8.1)))
+    assert json.loads(json.dumps(rows)) == rows
+    assert rows[0]["delta_log_ppl"] is None
+    assert set(rows[1]["delta_log_ppl"]) == {"value", "low", "high", "num", "method", "standard_error"}
+    assert rows[1]["run"] == ppl_pair(8.0, 8.1)["nvfp4"].run.run_id
+
+
+@pytest.mark.parametrize(
+    ("measure", "samples", "count"),
+    [
+        ("build", BUILD, 1),
+        ("verify", VERIFY, 1),
+        ("ppl", windows(8.0), 1),
+        ("bench", decodes(0.1) + prefills(0.1) + MEMORY, 3),
+        ("bench", decodes(0.1), 1),
+    ],
+)
+def test_a_measure_gives_its_tables_and_no_empty_one(measure: str, samples: list[dict[str, Any]], count: int) -> None:
+    frames = tables.of_measure(measure, {"source": make_record(measure, "source", samples)})
+    assert len(frames) == count
+    assert all(tables.text(frame) for frame in frames)
+
+
+def test_the_runs_table_names_engine_machine_versions_and_commit() -> None:
+    gpu = {"name": "NVIDIA H200", "count": 1, "memory_bytes": 1, "driver": "570.86"}
+    machine = {"name": "nvidia-h200-1x", "cpu": "x", "cores": 16, "gpu": gpu, "os": "Linux"}
+    text = tables.text(tables.runs([make_record("ppl", "source", windows(8.0), machine=machine, git=None)]))
+    for words in ("torch (transformers 5.17.0, torch 2.13.0), bfloat16 on cpu", "1 × NVIDIA H200, driver 570.86"):
+        assert words in text
+    assert "commit —" in text and "harness 0.1.0, torch 2.13.0" in text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"), [(0, "0.00 B"), (999, "999.00 B"), (11_034_000, "11.03 MB"), (18.82e9, "18.82 GB")]
+)
+def test_bytes_are_decimal(num_bytes: float, words: str) -> None:
+    assert tables.format_bytes(num_bytes) == words
+
+
+def test_paths_in_records_do_not_matter_to_a_frame() -> None:
+    record = make_record("ppl", "source", windows(8.0))
+    moved = Record(Path("/elsewhere/m") / record.path.name, record.run, record.samples, record.end)
+    assert tables.text(tables.perplexity({"source": record})) == tables.text(tables.perplexity({"source": moved}))
