@@ -134,7 +134,7 @@ class Perplexity:
 
     protocol: str
     text: Text
-    batch_size: int = _checked(_at_least(1), default=16)  # windows per forward pass
+    batch_size: int = _checked(_at_least(1), default=4)  # windows per forward pass
 
 
 @dataclass(frozen=True)

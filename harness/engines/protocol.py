@@ -1,0 +1,114 @@
+"""What a measure may ask of an engine, and what an engine must say about itself.
+
+An engine holds one checkpoint in memory and answers two questions about token ids: how probable was each
+token (`score`), and what comes next and how long did it take (`decode`). Everything goes in and out as token ids:
+a tokenizer's version changes perplexity more than a quantization does, so text is tokenized once, elsewhere.
+
+Both calls are batch-first, and `decode` returns the engine's own clock readings, because a batching engine such as
+vLLM schedules the work itself and knows its token times better than a caller with a stopwatch. `EngineInfo` separates
+what was *requested* from what is in *effect*, and names the kernel that computed each kind of layer: a 4-bit
+checkpoint served by a weight-only kernel is a different measurement, and nothing in the numbers shows it.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.errors import UserError, did_you_mean
+
+# Name -> module and class. Imported only when opened, so that one that is not installed harms no other.
+ENGINES = {"torch": ("harness.engines.torch_engine", "TorchEngine")}
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """One engine start, as the results record it."""
+
+    name: str
+    version: str
+    """The release of the library that computes, e.g. transformers' and torch's."""
+    device: str
+    """`cpu`, or the accelerator's own name."""
+    dtype: str
+    """Of activations and of weights that are not quantized: `bfloat16` or `float32`."""
+    requested: Mapping[str, Any] = field(default_factory=dict)
+    effective: Mapping[str, Any] = field(default_factory=dict)
+    """What is really in force. Every engine states `weight_bytes_resident` (all weights in memory) and
+    `weight_bytes_per_token` (those that one decoded token reads at batch 1), both in bytes."""
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    """Layer kind -> what computed it."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, for the results file."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "device": self.device,
+            "dtype": self.dtype,
+            "requested": dict(self.requested),
+            "effective": dict(self.effective),
+            "kernels": dict(self.kernels),
+        }
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One greedy generation of a batch, with its times."""
+
+    token_ids: tuple[tuple[int, ...], ...]
+    """[batch][num_tokens]: new tokens only."""
+    prefill_seconds: float
+    """From the start until the first new token of the whole batch is known."""
+    step_seconds: tuple[float, ...]
+    """[num_tokens - 1]: one per further token of the whole batch; batch / step_seconds is tokens/s."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most memory held at once since the engine started, in bytes; None where there is no such memory."""
+
+    peak_rss_bytes: int | None
+    """Of the process that loaded the model, everything in it included."""
+    peak_vram_bytes: int | None
+    """Of the accelerator, as the engine's allocator counts it."""
+
+
+class Engine(Protocol):
+    """A checkpoint in memory."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What runs, and how."""
+
+    def score(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float64]]:
+        """For each window of n token ids, in order, the natural-log probabilities [n - 1] of its tokens 1 … n - 1,
+        each given all tokens before it in the window. Windows are batched only with windows of their own length:
+        padding a recurrent model would change its state."""
+
+    def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
+        """Greedy continuation of a batch of equally long prompts by `num_tokens` each, with a real KV and state
+        cache. The end-of-text token does not stop it: a speed needs a known length."""
+
+    def memory(self) -> Memory:
+        """The peaks since this engine started."""
+
+    def close(self) -> None:
+        """Free the memory. The engine answers nothing after that."""
+
+
+def open_engine(name: str, folder: Path, *, dtype: str = "bfloat16", device: str = "auto") -> Engine:
+    """Start the engine `name` on the checkpoint in `folder`.
+
+    `dtype` is `bfloat16` or `float32`; `device` is `cpu`, `cuda` (or `cuda:1` …), or `auto`: the accelerator if
+    there is one.
+    """
+    if name not in ENGINES:
+        raise UserError(f"There is no engine '{name}'.", did_you_mean(name, ENGINES))
+    module, class_name = ENGINES[name]
+    engine: Engine = getattr(importlib.import_module(module), class_name)(folder, dtype=dtype, device=device)
+    return engine

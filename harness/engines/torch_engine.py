@@ -1,0 +1,372 @@
+"""The torch engine: transformers' own model class on a CPU or one accelerator.
+
+It is the reference: slow, readable, and the only engine that needs nothing but torch. Checkpoints are loaded by
+transformers' compressed-tensors integration, so what is measured here is what any user of `from_pretrained` gets.
+
+**What happens to quantized weights.** compressed-tensors has no 4-bit matrix product. With its default the packed
+weights are decompressed to BF16 by a hook on the first forward pass, once; with `dequantize=True` the same code
+runs at the end of loading. The arithmetic is identical; this engine asks for the second, because then no
+first measurement pays for it, the resident bytes can be counted, and float32 is possible (the decompressor writes
+BF16 whatever dtype was asked for, and a float32 activation times a BF16 weight is an error in torch: the weights are
+widened after it). Either way the quantization scheme stays on the module, so the *activations* of a W4A4
+checkpoint are still quantized and decoded on every call. So NVFP4 here shows what quantization loses, never
+what it gains in speed: a decode step reads the decompressed weights.
+
+**Logits are computed in float32.** BF16 logits step by 1/8 between 16 and 32, which is noise of the size of the
+effects measured here; an unquantized `lm_head` is widened for scoring. `decode` uses the model's own head.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import io
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.cache_utils import DynamicCache
+
+from harness.engines.protocol import Decoded, Engine, EngineInfo, Memory
+from harness.errors import UserError, did_you_mean
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# Logits alive at once while scoring. A vocabulary of 248,320 takes 1 MB of float32 per token.
+LOGITS_BYTES = 2**27
+
+
+class TorchEngine(Engine):
+    """A checkpoint folder as a transformers model; see `protocol.Engine` for what its methods promise."""
+
+    def __init__(self, folder: Path, *, dtype: str = "bfloat16", device: str = "auto") -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"The torch engine does not compute in '{dtype}'.", did_you_mean(dtype, DTYPES))
+        self._device = _resolve_device(device)
+        _set_threads()
+        _reset_peak_memory(self._device)
+        # transformers warns on stderr that it uses its reference DeltaNet; `info.kernels` says that instead.
+        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        model = _load(folder, DTYPES[dtype])
+        with _out_of_memory(f"Loading {folder}", "Use a machine with more memory."):
+            model = model.to(self._device)
+            if dtype == "float32":
+                # Widens what the decompressor wrote as BF16. Never the other way: the rotary frequencies and the
+                # global scales are float32 in a BF16 model too, and must stay so.
+                model = model.to(torch.float32)
+        self._model: Any = model
+        self._trunk: Any = model.get_decoder()
+        self._head: Any = model.get_output_embeddings()
+        self._info = _describe(model, self._trunk, self._head, folder, dtype, device, self._device)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What runs, and how."""
+        return self._info
+
+    def score(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float64]]:
+        """Log-probabilities, in nats, of tokens 1 … n - 1 of each window of n tokens, in order."""
+        # A quantized head keeps its own forward, which also quantizes its activations.
+        quantized_head = getattr(self._head, "quantization_scheme", None) is not None
+        weight = None if quantized_head else self._head.weight.float()
+        for _, run in groupby(windows, key=len):
+            equal = list(run)
+            for start in range(0, len(equal), batch_size):
+                yield from self._score_batch(equal[start : start + batch_size], weight)
+
+    def _score_batch(self, windows: list[Sequence[int]], weight: torch.Tensor | None) -> NDArray[np.float64]:
+        with (
+            torch.inference_mode(),
+            _out_of_memory(f"Scoring {len(windows)} windows of {len(windows[0])} tokens", "Lower the batch size."),
+        ):
+            ids = torch.tensor(windows, device=self._device)  # [batch, n]
+            hidden = self._trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [batch, n - 1, width]
+            targets = ids[:, 1:].reshape(-1)
+            hidden = hidden.flatten(0, 1)
+            vocabulary = self._head.weight.shape[0]
+            rows = max(1, LOGITS_BYTES // (4 * vocabulary))
+            log_probs = torch.empty(len(targets), dtype=torch.float32, device=self._device)
+            for start in range(0, len(targets), rows):
+                part = slice(start, start + rows)
+                logits = (
+                    self._head(hidden[part]).float()
+                    if weight is None
+                    else nn.functional.linear(hidden[part].float(), weight)
+                )
+                target = logits.gather(1, targets[part, None]).squeeze(1)
+                log_probs[part] = target - logits.logsumexp(dim=1)
+            array: NDArray[np.float64] = log_probs.double().reshape(len(windows), -1).cpu().numpy()
+        return array
+
+    def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
+        """Greedy continuation; the prefill gives the first new token, each step one more."""
+        if num_tokens < 1 or len({len(prompt) for prompt in prompts}) != 1:
+            raise ValueError("decode needs num_tokens >= 1 and prompts of one length")
+        with (
+            torch.inference_mode(),
+            _out_of_memory(
+                f"Decoding {len(prompts)} × {len(prompts[0])} + {num_tokens} tokens", "Lower the batch or the prompt."
+            ),
+        ):
+            ids = torch.tensor(prompts, device=self._device)  # [batch, prompt]
+            cache = DynamicCache(config=self._trunk.config)
+            tokens, seconds = [], []
+            for _ in range(num_tokens):
+                start = self._clock()
+                hidden = self._trunk(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+                # Only the last position's logits: the prompt's are never looked at.
+                ids = self._head(hidden[:, -1:]).argmax(dim=-1)  # [batch, 1]
+                seconds.append(self._clock() - start)
+                tokens.append(ids)
+            rows = torch.cat(tokens, dim=1).tolist()
+        return Decoded(tuple(tuple(row) for row in rows), seconds[0], tuple(seconds[1:]))
+
+    def _clock(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def memory(self) -> Memory:
+        """The peaks since this engine began to load."""
+        vram = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+        return Memory(_peak_rss_bytes(), vram)
+
+    def close(self) -> None:
+        """Drop the model and hand its memory back."""
+        self._model = self._trunk = self._head = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UserError(f"The torch engine does not know the device '{device}'.", "Use cpu, cuda or auto.")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"Device '{device}' was asked for, but torch {torch.__version__} sees none.", "Use cpu.")
+    return torch.device(device)
+
+
+def _set_threads() -> None:
+    """All the cores this process may use, unless the user decided: torch's own default counts physical ones."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of `folder` in memory, every one of its weights read from the file."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{folder} is not a checkpoint: it has no config.json.", "Name a folder that has one.")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} has no safetensors weights.", "Convert other weights first; pickles are never loaded."
+        )
+    try:
+        raw = json.loads(config_file.read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{config_file} is no configuration that transformers {transformers.__version__} knows: {_line(error)}.",
+            "Check its model_type.",
+        ) from None
+    quantization = getattr(config, "quantization_config", None) or raw.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method")
+        if method != "compressed-tensors":
+            raise UserError(
+                f"{config_file} says quant_method '{method}'.", "The harness reads compressed-tensors checkpoints only."
+            )
+        if importlib.util.find_spec("compressed_tensors") is None:
+            raise UserError(f"{folder} needs compressed-tensors.", "Run `pip install compressed-tensors`.")
+        config.quantization_config = {**quantization, "dequantize": True}
+    # The class whose tensor names are the checkpoint's: the names and patterns in a quantization_config are
+    # written for those, and a text-only class built from a multimodal checkpoint renames them.
+    multimodal = getattr(config, "vision_config", None) is not None
+    auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    try:
+        # compressed-tensors draws a progress bar on stderr and takes no argument against it.
+        with (
+            _out_of_memory(f"Loading {folder}", "Use a machine with more memory."),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            model, report = auto.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they come back in the report, by name
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        # from_pretrained raises many types for a damaged checkpoint; each is about this folder.
+        raise UserError(f"transformers cannot load {folder}: {_line(error)}.", "Run `harness verify` on it.") from error
+    _refuse_partial(folder, report)
+    return model.eval()
+
+
+def _refuse_partial(folder: Path, report: dict[str, Any]) -> None:
+    """transformers fills a tensor it misses with random numbers and only warns; here that is an error.
+
+    `mtp.*` (the multi-token-prediction head) is no part of the model class and is excused by transformers itself.
+    """
+    unexpected = [key for key in report["unexpected_keys"] if not key.startswith("mtp.")]
+    for what, keys in (
+        ("lacks", sorted(report["missing_keys"])),
+        ("has the wrong shape for", sorted(key[0] for key in report["mismatched_keys"])),
+        ("has tensors the model has no place for:", sorted(unexpected)),
+        ("failed:", sorted(report["error_msgs"])),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UserError(f"{folder} {what} {', '.join(keys[:3])}{more}.", "Run `harness verify` on it.")
+
+
+def _describe(
+    model: Any, trunk: Any, head: Any, folder: Path, dtype: str, requested: str, device: torch.device
+) -> EngineInfo:
+    config = trunk.config
+    cuda = device.type == "cuda"
+    return EngineInfo(
+        name="torch",
+        version=f"transformers {transformers.__version__}, torch {torch.__version__}",
+        device=torch.cuda.get_device_name(device) if cuda else "cpu",
+        dtype=dtype,
+        requested={"folder": folder.name, "dtype": dtype, "device": requested},
+        effective={
+            "model_class": type(model).__name__,
+            "threads": torch.get_num_threads(),
+            # Waiting threads spin by default, which on a machine with other work costs several times the speed.
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "attention_implementation": config._attn_implementation,
+            "deltanet_implementation": _deltanet_kernels(config, device),
+            "use_cache": {"score": False, "decode": True},
+            "cache": "DynamicCache",
+            "score_logits_dtype": "float32",
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "weight_bytes_resident": _resident_bytes(model),
+            "weight_bytes_per_token": _bytes_per_token(trunk, head),
+        },
+        kernels=_kernels(trunk, head, device),
+    )
+
+
+def _deltanet_kernels(config: Any, device: torch.device) -> str:
+    """flash-linear-attention if transformers can import it, else transformers' readable reference."""
+    if "linear_attention" not in getattr(config, "layer_types", ()):
+        return "none"
+    if device.type == "cuda" and importlib.util.find_spec("fla") is not None:
+        return "flash-linear-attention"
+    return "transformers reference"
+
+
+def _kernels(trunk: Any, head: Any, device: torch.device) -> dict[str, str]:
+    """Kind of layer -> what computes it. The kind of a linear layer is the end of its name, `mlp.down_proj`."""
+    found: dict[str, set[str]] = {}
+    for name, module in [*trunk.named_modules(), ("lm_head", head)]:
+        kind = ".".join(name.split(".")[-2:])
+        if isinstance(module, nn.Linear):
+            found.setdefault(kind, set()).add(_linear_kernel(module))
+        elif isinstance(getattr(module, "down_proj", None), nn.Parameter):
+            found.setdefault(kind, set()).add(f"{_dtype_name(module.down_proj)} experts, one after another")
+    kernels = {kind: " | ".join(sorted(ways)) for kind, ways in sorted(found.items())}
+    kernels["full_attention"] = trunk.config._attn_implementation
+    deltanet = _deltanet_kernels(trunk.config, device)
+    if deltanet != "none":
+        kernels["linear_attention"] = f"{deltanet}: chunked in prefill, recurrent in decode"
+    return kernels
+
+
+def _linear_kernel(module: nn.Linear) -> str:
+    product = f"{_dtype_name(module.weight)} F.linear"
+    scheme = getattr(module, "quantization_scheme", None)
+    if scheme is None:
+        return product
+    activations = scheme.input_activations
+    inputs = "" if activations is None else f", {activations.num_bits}-bit {activations.type} activations emulated"
+    weights = scheme.weights
+    return f"{weights.num_bits}-bit {weights.type} weights, compressed-tensors decompress → {product}{inputs}"
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _resident_bytes(model: nn.Module) -> int:
+    """Bytes of all weights and buffers; tied tensors count once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(model)}.values())
+
+
+def _bytes_per_token(trunk: Any, head: Any) -> int:
+    """Weight bytes that one decode step reads at batch 1: the text trunk and the head, but of the embedding table one
+    row and of the routed experts only those that a token is sent to. Scales that decompression left behind
+    are resident but not read. KV cache and DeltaNet state come on top and grow with the prompt."""
+    config = trunk.config
+    experts_share = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
+    total: int = head.weight.numel() * head.weight.element_size()
+    for name, tensor in trunk.named_parameters():
+        size = tensor.numel() * tensor.element_size()
+        if name == "embed_tokens.weight":
+            size //= tensor.shape[0]
+        elif ".experts." in name:
+            size = round(size * experts_share)
+        elif name.endswith(("_scale", "_zero_point")):
+            size = 0
+        total += size
+    return total
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+@contextlib.contextmanager
+def _out_of_memory(doing: str, remedy: str) -> Iterator[None]:
+    """Turn every way of running out of memory into a sentence."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UserError(f"{doing} ran out of memory.", remedy) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what torch's CPU allocator says
+            raise
+        raise UserError(f"{doing} ran out of memory.", remedy) from error
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, without its full stop."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].strip().rstrip(".")[:300]
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    """Start the peaks anew, so that each engine start has its own. Linux resets the resident peak on `5`."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_rss_bytes() -> int:
+    # Kilobytes everywhere but on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,221 @@
+"""Perplexity: under a named protocol, the negative log-likelihood of each window of a text.
+
+Perplexity is exp of the mean negative log-likelihood per scored token. The same model on the same text gives several
+"perplexities", because a protocol decides how the text is cut and which tokens of a window count: a token at
+the start of its window is predicted from nothing and costs much more. So a protocol has a name, its windows are
+data (`PROTOCOLS`), and the name, the number of tokens, windows and scored tokens belong to every number.
+
+The measure yields one raw sample per window and averages nothing: two variants measured on the same windows can then be
+compared pairwise, which is far tighter than comparing two means.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from harness.engines.protocol import Engine
+from harness.errors import UserError, did_you_mean
+
+VERSION = 1
+
+# Called with (done, total, description); who draws a bar is not this module's business.
+Progress = Callable[[int, int, str], None]
+
+ScoredRule = Literal["all but the first", "second half", "new tokens"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a text of token ids is cut into windows, and which tokens of each are scored."""
+
+    name: str
+    window: int
+    """Tokens per window."""
+    stride: int
+    """Tokens from one window's start to the next one's."""
+    scored: ScoredRule
+    """`all but the first`: whatever has at least one token before it in the window. `second half`: the tokens
+    whose context is longer than half a window. `new tokens`: those that no earlier window has seen."""
+    keep_tail: bool
+    """Whether a last, shorter window counts, or is dropped."""
+    description: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens first_token … first_token + num_tokens - 1 of the text, of which those from `first_scored` (counted
+    within the window, never 0) to its end are scored."""
+
+    first_token: int
+    num_tokens: int
+    first_scored: int
+
+    @property
+    def num_scored(self) -> int:
+        """How many tokens count."""
+        return self.num_tokens - self.first_scored
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            name="wikitext2-512",
+            window=512,
+            stride=512,
+            scored="all but the first",
+            keep_tail=True,
+            description="Disjoint windows of 512, the last one shorter; every token but each window's first.",
+            source="The protocol of vLLM-measured NVFP4 cards: 297,053 tokens, 581 windows, 296,472 scored.",
+        ),
+        Protocol(
+            name="llamacpp-512",
+            window=512,
+            stride=512,
+            scored="second half",
+            keep_tail=False,
+            description="Disjoint windows of 512, the tail dropped; the last 255 tokens of each.",
+            source="llama.cpp, tools/perplexity (no BOS for models that add none): 580 chunks of 297,193 tokens.",
+        ),
+        Protocol(
+            name="gptq-2048",
+            window=2048,
+            stride=2048,
+            scored="all but the first",
+            keep_tail=False,
+            description="Disjoint windows of 2048, the tail dropped; every token but each window's first.",
+            source="The evaluation of the GPTQ paper's code, followed by most quantization papers.",
+        ),
+        Protocol(
+            name="hf-1024-s512",
+            window=1024,
+            stride=512,
+            scored="new tokens",
+            keep_tail=True,
+            description="Windows of 1024 every 512 tokens; of each the tokens that no window before it has scored.",
+            source="transformers' guide 'Perplexity of fixed-length models', its loss weighted by its true tokens.",
+        ),
+    )
+}
+
+
+def get_protocol(name: str) -> Protocol:
+    """The protocol called `name`."""
+    if name not in PROTOCOLS:
+        raise UserError(f"There is no perplexity protocol '{name}'.", did_you_mean(name, PROTOCOLS))
+    return PROTOCOLS[name]
+
+
+def windows(protocol: Protocol, num_tokens: int) -> list[Window]:
+    """The windows of a text of `num_tokens` tokens. A tail of one token has nothing to score and is left out."""
+    if num_tokens < protocol.window:
+        raise UserError(
+            f"The text has {num_tokens:,} tokens, fewer than one window of {protocol.name} ({protocol.window:,}).",
+            "Use a longer text or a protocol with a shorter window.",
+        )
+    cut: list[Window] = []
+    seen = 0  # tokens that the windows so far cover
+    for first in range(0, num_tokens, protocol.stride):
+        length = min(protocol.window, num_tokens - first)
+        if length < protocol.window and not protocol.keep_tail:
+            break
+        match protocol.scored:
+            case "all but the first":
+                first_scored = 1
+            case "second half":
+                # llama-perplexity scores the predictions made at positions window/2 … window - 2.
+                first_scored = protocol.window // 2 + 1
+            case "new tokens":
+                first_scored = max(1, seen - first)
+        if first_scored < length:
+            cut.append(Window(first, length, first_scored))
+        seen = first + length
+        if seen == num_tokens:
+            break  # a sliding window that reaches the end is the last one
+    return cut
+
+
+def tokenize(folder: Path, text: str) -> list[int]:
+    """The token ids of a text, without special tokens, by the checkpoint's `tokenizer.json`.
+
+    By the tokenizers library itself, not by `AutoTokenizer`: which class transformers picks, and with it the ids,
+    has changed between releases for one and the same folder. Do this once and hand the ids to every engine.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"{folder} has no tokenizer.json.", "Copy the one of the source checkpoint into it.")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for every parse error
+        raise UserError(f"{file} is not a tokenizer: {error}.", "Copy the source checkpoint's again.") from None
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def token_ids_digest(ids: Sequence[int]) -> str:
+    """SHA-256 of the ids as little-endian 32-bit integers: two runs with the same digest saw the same tokens."""
+    return hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).hexdigest()
+
+
+def measure(
+    engine: Engine,
+    ids: Sequence[int],
+    protocol: Protocol,
+    *,
+    batch_size: int = 4,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """One sample per window, in order; `limit` keeps the first windows only.
+
+    `{"kind": "window", "index", "first_token", "num_tokens", "num_scored", "nll_nats"}`, where `nll_nats` is the
+    summed negative log-likelihood of the scored tokens. `batch_size` is a matter of speed: see `Engine.score`.
+    """
+    cut = windows(protocol, len(ids))[:limit]
+    scores = engine.score([ids[w.first_token : w.first_token + w.num_tokens] for w in cut], batch_size)
+    if progress is not None:
+        progress(0, len(cut), protocol.name)
+    returned = 0
+    for index, (window, log_probs) in enumerate(zip(cut, scores, strict=False)):
+        _check(log_probs, window, index)
+        yield {
+            "kind": "window",
+            "index": index,
+            "first_token": window.first_token,
+            "num_tokens": window.num_tokens,
+            "num_scored": window.num_scored,
+            # log_probs[i] belongs to token i + 1 of the window
+            "nll_nats": -float(np.sum(log_probs[window.first_scored - 1 :], dtype=np.float64)),
+        }
+        returned = index + 1
+        if progress is not None:
+            progress(returned, len(cut), protocol.name)
+    if returned < len(cut):
+        raise UserError(
+            f"The {engine.info.name} engine scored {returned} of {len(cut)} windows.",
+            "The run is not usable: repeat it.",
+        )
+
+
+def _check(log_probs: NDArray[np.float64], window: Window, index: int) -> None:
+    """Refuse what would silently spoil a mean."""
+    if len(log_probs) != window.num_tokens - 1:
+        raise UserError(
+            f"Window {index} has {window.num_tokens} tokens, and the engine gave {len(log_probs)} log-probabilities.",
+            "The run is not usable: repeat it.",
+        )
+    bad = np.flatnonzero(~np.isfinite(log_probs))
+    if len(bad):
+        position = int(bad[0]) + 1
+        raise UserError(
+            f"Window {index} has a log-probability of {log_probs[bad[0]]} at position {position} "
+            f"(token {window.first_token + position} of the text).",
+            "Run `harness verify`: a scale or weight of the checkpoint is broken.",
+        )

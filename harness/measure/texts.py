@@ -1,0 +1,64 @@
+"""Where the text of a measurement comes from: a local file, or a column of a dataset on the model hub.
+
+A text is one string. How it was put together changes its tokens, and with them every number, so there is one way: the
+rows of a dataset are joined with nothing in between (WikiText's rows carry their own line ends).
+"""
+
+from pathlib import Path
+
+from harness.errors import UserError
+
+
+def load_text(
+    *,
+    path: Path | None = None,
+    dataset: str | None = None,
+    config: str | None = None,
+    split: str = "test",
+    column: str = "text",
+    revision: str | None = None,
+) -> str:
+    """The text of a UTF-8 file (`path`), or of `dataset` on the hub; exactly one of the two."""
+    if (path is None) == (dataset is None):
+        raise UserError("A text needs either a path or a dataset.", "Name exactly one of them in the suite.")
+    if path is not None:
+        text = _read_file(path)
+    else:
+        assert dataset is not None
+        text = _read_dataset(dataset, config, split, column, revision)
+    if not text.strip():
+        raise UserError(f"The text of {path or dataset} is empty.", "Check its path, split and column.")
+    return text
+
+
+def _read_file(path: Path) -> str:
+    try:
+        # Bytes, not text mode: that would turn the line ends of a Windows file into other tokens.
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start:,}).", "Convert it, for example with iconv.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path in the suite.") from None
+
+
+def _read_dataset(dataset: str, config: str | None, split: str, column: str, revision: str | None) -> str:
+    try:
+        import datasets  # type: ignore[import-untyped]
+    except ImportError:
+        raise UserError("Reading from the hub needs `datasets`.", "Run `pip install datasets`.") from None
+    try:
+        rows = datasets.load_dataset(dataset, config, split=split, revision=revision)
+    except Exception as error:
+        # Its errors for "no network", "no such name" and "no such split" have no base class of their own.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        arguments = ", ".join(repr(a) for a in (dataset, config) if a is not None)
+        raise UserError(
+            f"The dataset {dataset} ({config or 'default'}, {split}) cannot be loaded: {reason}.",
+            "On a machine with the network, fetch it once into the cache with "
+            f'`python -c "import datasets; datasets.load_dataset({arguments})"`, or give a local file as path.',
+        ) from error
+    if column not in rows.column_names:
+        raise UserError(
+            f"The dataset {dataset} has no column '{column}'.", f"Its columns: {', '.join(rows.column_names)}."
+        )
+    return "".join(rows[column])
