@@ -115,7 +115,7 @@ def test_torch_speeds_carry_a_warning_and_other_engines_none(suite: Suite) -> No
     assert warning in text_of(suite, [make_record("bench", "source", decodes(0.1))]).replace("\n", " ")
     vllm = {**ENGINE, "name": "vllm", "kernels": {"linear": "MarlinNvFp4"}}
     text = text_of(suite, [make_record("bench", "source", decodes(0.1), engine=vllm)])
-    assert warning not in text and "- `source`: linear: MarlinNvFp4" in text
+    assert warning not in text and "- `source`: MarlinNvFp4 (`linear`)" in text
 
 
 def test_incomparable_runs_are_shown_apart_with_the_reason(suite: Suite) -> None:

@@ -22,12 +22,12 @@ from harness.model.checkpoint import (
     INDEX,
     PIECE_BYTES,
     Checkpoint,
-    Progress,
     inspect_checkpoint,
     open_checkpoint,
     read_json,
 )
 from harness.model.qwen35 import Linear, ModelConfig, expected_tensors, linears_of, parse_config, role_of
+from harness.progress import Progress
 
 VERSION = 1
 

@@ -12,15 +12,14 @@ kept, because the median of many hides what one slow step shows. One call measur
 (memory layout, clocks), so measure each variant in at least two, in the order A B B A, and compare by ratio.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from harness.engines.protocol import Decoded, Engine
 from harness.errors import UserError
+from harness.progress import Progress
 
 VERSION = 1
-
-Progress = Callable[[int, int, str], None]
 
 
 def prompts(ids: Sequence[int], batch: int, prompt_tokens: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ compared pairwise, which is far tighter than comparing two means.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,9 @@ from tokenizers import Tokenizer
 
 from harness.engines.protocol import Engine
 from harness.errors import UserError, did_you_mean
+from harness.progress import Progress
 
 VERSION = 1
-
-# Called with (done, total, description); who draws a bar is not this module's business.
-Progress = Callable[[int, int, str], None]
 
 ScoredRule = Literal["all but the first", "second half", "new tokens"]
 

@@ -11,7 +11,8 @@ MTP head, embeddings, norms, and the tokenizer and configuration files; `config.
 `quantization_config` and nothing else.
 
 The same source and recipe give the same bytes. A build that is interrupted or killed leaves `<out>.partial`,
-which holds no `config.json` and so is no checkpoint; the same command continues it at the shard it was in.
+which holds no `config.json` and so is no checkpoint; the same command continues it at the shard it was in. A
+finished folder takes its name first, and `config.json` appears in it last, in one rename.
 """
 
 import fcntl
@@ -42,7 +43,6 @@ from harness.model.checkpoint import (
     PIECE_BYTES,
     Checkpoint,
     NewTensor,
-    Progress,
     ShardWriter,
     index_json,
     open_checkpoint,
@@ -51,6 +51,7 @@ from harness.model.checkpoint import (
     write_file,
 )
 from harness.model.qwen35 import Linear, parse_config
+from harness.progress import Progress
 from harness.quantize.plan import plan, quantized
 from harness.quantize.recipes import Recipe
 
@@ -64,6 +65,8 @@ MANIFEST = "harness-build.json"
 """The file in an artifact that says what it was built from; a folder with it is ours."""
 
 _PROGRESS = "progress.json"
+_LOCK = "lock"
+_NEW_CONFIG = "config.json.new"
 _CHUNK_ELEMENTS = 1 << 18
 """Weights encoded at a time: their float32 temporaries stay in the second-level cache."""
 
@@ -142,7 +145,7 @@ def build(source: Path, recipe: Recipe, out: Path, progress: Progress) -> Artifa
         seconds = time.perf_counter() - started
         digest = _finish(checkpoint, unfinished, recipe, identity, done, tensors, formats)
     unfinished.replace(out)
-    sync_folder(out.parent)
+    _commit(out)
     return Artifact(out, digest, reused=False, counts=what.counts, stage_seconds=(("quantize", seconds),))
 
 
@@ -183,7 +186,20 @@ def _existing(out: Path, identity: dict[str, Any], recipe: Recipe) -> str | None
             f"{out} holds an artifact of {what}, not of '{recipe.name}' from this source.",
             "Remove it, or give another --out.",
         )
+    if (out / _NEW_CONFIG).exists():
+        _commit(out)
+    if (missing := next((name for name in manifest["files"] if not (out / name).is_file()), None)) is not None:
+        raise UserError(f"{out} lacks {missing}, which its build wrote.", "Remove the folder to build it again.")
     return str(manifest["digest"])
+
+
+def _commit(out: Path) -> None:
+    """Makes the finished folder `out` a checkpoint; done again after a kill in the middle of it."""
+    sync_folder(out.parent)
+    for leftover in (_PROGRESS, _LOCK):
+        (out / leftover).unlink(missing_ok=True)
+    (out / _NEW_CONFIG).replace(out / "config.json")
+    sync_folder(out)
 
 
 def _check_disk(out: Path, size: int) -> None:
@@ -199,10 +215,11 @@ def _check_disk(out: Path, size: int) -> None:
 @contextmanager
 def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[dict[str, str]]:
     """Makes or continues `folder` and yields the digests of its finished shards, by file name."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / _PROGRESS).is_file():
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not found <= {_LOCK, f"{_PROGRESS}.partial"} and _PROGRESS not in found:
         raise UserError(f"{folder} exists and is no unfinished build.", "Move it away, or give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -211,7 +228,7 @@ def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[dict[str, str]]
         if saved.get("identity") != identity:
             # Left by a build of something else under the same name: none of it can be used.
             for path in folder.iterdir():
-                if path.name != "lock":
+                if path.name not in (_LOCK, _PROGRESS):
                     path.unlink()
             saved = {"identity": identity, "shards": {}}
             write_file(folder / _PROGRESS, _json(saved))
@@ -375,7 +392,7 @@ def _finish(
     tensors: Sequence[SourceTensor],
     formats: dict[str, Format],
 ) -> str:
-    """Writes everything beside the shards, `config.json` last, and returns the artifact's digest."""
+    """Writes everything beside the shards, `config.json` under its temporary name; returns the artifact's digest."""
     digests = dict(sorted(shard_digests.items()))
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and _is_copied(path.name):
@@ -404,9 +421,7 @@ def _finish(
         "files": digests,
     }
     write_file(folder / MANIFEST, _json(manifest))
-    write_file(folder / "config.json", config)
-    for leftover in (_PROGRESS, "lock"):
-        (folder / leftover).unlink()
+    write_file(folder / _NEW_CONFIG, config)
     sync_folder(folder)
     return digest
 

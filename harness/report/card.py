@@ -235,12 +235,15 @@ def _decode(evidence: _Evidence, link: Link) -> str:
 def _kernels(evidence: _Evidence) -> str:
     """What computed each variant's layers, and a warning where that is not the format of its weights."""
     engines = {name: record.run.engine or {} for name, record in evidence.records["bench"].items()}
-    lines = [
-        f"- `{name}`: "
-        + ", ".join(f"{tables.escape(layer)}: {tables.escape(kernel)}" for layer, kernel in kernels.items())
-        for name, engine in engines.items()
-        if (kernels := engine.get("kernels"))
-    ]
+    lines = []
+    for name, engine in engines.items():
+        layers: dict[str, list[str]] = {}
+        for layer, kernel in engine.get("kernels", {}).items():
+            layers.setdefault(kernel, []).append(layer)
+        lines += [
+            f"- `{name}`: {tables.escape(kernel)} ({', '.join(f'`{one}`' for one in those)})"
+            for kernel, those in layers.items()
+        ]
     torch = any(engine.get("name") == "torch" for engine in engines.values())
     return _paragraphs(
         "Kernels that ran:\n\n" + "\n".join(lines) if lines else None,
