@@ -1,0 +1,392 @@
+"""The command line: `harness plan | build | verify | ppl | bench | report | demo`.
+
+Arguments in, a table on stdout, progress on stderr. Nothing else in the package prints or exits.
+
+Exit codes: 0 good, 1 findings or a stale report, 2 the user's error (one sentence and a remedy), 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import __version__
+from harness.errors import UserError
+from harness.suite import Suite, load
+
+if TYPE_CHECKING:
+    from harness.progress import Progress
+    from harness.stages import Job
+
+DEFAULT_SUITE = "suites/demo.toml"
+_MOST_FINDINGS = 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit code."""
+    # OpenMP's waiting threads spin by default, which beside any other program costs far more than waking them; it
+    # reads this once, when torch is loaded. The engine records the policy in force.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _parser()
+    options = parser.parse_args(given)
+    try:
+        code: int = options.run(options, tuple(given))
+        return code
+    except UserError as error:
+        print(f"harness: {error.problem}\n  {error.remedy}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("harness: interrupted. The same command starts again; a build continues where it was.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of the table has gone (`harness ppl | head`): nobody is left to tell.
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="harness", description="Build, verify, measure and report NVFP4 variants of hybrid DeltaNet models."
+    )
+    parser.add_argument("--version", action="version", version=f"harness {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace, tuple[str, ...]], int], text: str) -> Any:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    plan = command("plan", _plan, "What a recipe makes of a model, in bytes, without reading weights.")
+    plan.add_argument("source", metavar="SOURCE", help="a checkpoint folder, a config.json, a hub id or demo:dense")
+    plan.add_argument("--revision", help="of a hub id")
+    plan.add_argument("--recipe", help="without one, every tensor is kept")
+    plan.add_argument("--bandwidth-gbs", type=_positive, metavar="B", help="memory bandwidth in 10⁹ bytes per second")
+    _json_option(plan)
+
+    build = command("build", _build, "Build variants as compressed-tensors checkpoints.")
+    build.add_argument("source", metavar="SOURCE", nargs="?", help="build this checkpoint instead of a suite's")
+    build.add_argument("--recipe", help="with SOURCE")
+    build.add_argument("--out", type=Path, metavar="DIR", help="with SOURCE: the new folder")
+    _suite_options(build)
+
+    verify = command("verify", _verify, "Check a compressed-tensors checkpoint, ours or not.")
+    verify.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="without one, the suite's variants")
+    verify.add_argument("--source", metavar="SOURCE", help="with DIR: the checkpoint that it was made from")
+    _suite_options(verify)
+
+    for name, run, text in (
+        ("ppl", _ppl, "Perplexity of the source and its variants on the same tokens."),
+        ("bench", _bench, "Decode and prefill speed of the source and its variants."),
+    ):
+        measure = command(name, run, text)
+        _suite_options(measure)
+        measure.add_argument("--engine", metavar="NAME", help="instead of the suite's")
+        measure.add_argument("--limit", type=_count, metavar="N", help="only the first N windows or repetitions")
+
+    report = command("report", _report, "Write the card, figures and marked tables from the records.")
+    report.add_argument("pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (README.md)")
+    report.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
+    report.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
+    report.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything is stale")
+    _json_option(report)
+
+    demo = commands.add_parser("demo", help="The embedded models and synthetic checkpoints.")
+    kinds = demo.add_subparsers(required=True, metavar="WHAT")
+    text = "Write a checkpoint of random weights in a configuration's true shapes."
+    synthesize = kinds.add_parser("synthesize", help=text, description=text)
+    synthesize.set_defaults(run=_synthesize)
+    synthesize.add_argument("config", type=Path, metavar="CONFIG", help="a config.json")
+    synthesize.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    synthesize.add_argument("--layers", type=_count, metavar="N", help="instead of the configuration's")
+    synthesize.add_argument("--vocabulary", type=_count, metavar="N", help="instead of the configuration's")
+    synthesize.add_argument("--seed", type=int, default=0, metavar="S", help="(0)")
+    return parser
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else")
+
+
+def _suite_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE}, or the embedded one where there is none)")
+    parser.add_argument("--variant", action="append", metavar="V", help="only this variant (may be repeated)")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="DIR", help="(artifacts)")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
+    _json_option(parser)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+@contextmanager
+def _progress() -> "Iterator[Progress]":
+    """Draws one bar per description on stderr; silent where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(done: int, total: int, description: str) -> None:
+            if description not in tasks:
+                for task in tasks.values():
+                    bars.stop_task(task)
+                tasks[description] = bars.add_task(description, total=total)
+            bars.update(tasks[description], completed=done, total=total)
+
+        yield advance
+
+
+def _load_suite(options: argparse.Namespace) -> Suite:
+    path = Path(options.suite or DEFAULT_SUITE)
+    if options.suite is None and not path.exists():
+        from harness import demo
+
+        path = demo.SUITE
+    return load(path)
+
+
+@contextmanager
+def _job(options: argparse.Namespace, arguments: tuple[str, ...]) -> "Iterator[Job]":
+    from harness.record.results import new_id
+    from harness.stages import Job
+
+    suite = _load_suite(options)
+    with _progress() as progress:
+        yield Job(suite, options.artifacts, options.results, progress, ("harness", *arguments), new_id())
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _gb(num_bytes: float) -> str:
+    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if num_bytes >= s), ("kB", 1e3))
+    return f"{num_bytes / scale:,.2f} {unit}"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    from tabulate import tabulate
+
+    align = ("left", *("right" for _ in headers[1:]))
+    return tabulate(rows, headers=headers, tablefmt="simple", colalign=align, disable_numparse=True)
+
+
+def _plan(options: argparse.Namespace, _: tuple[str, ...]) -> int:
+    from harness.quantize.recipes import recipe_named
+    from harness.stages import plan_source
+
+    recipe = recipe_named(options.recipe) if options.recipe else None
+    config, plan = plan_source(options.source, recipe, options.revision)
+    bandwidth = options.bandwidth_gbs and options.bandwidth_gbs * 1e9
+    traffic = {"source": plan.source_traffic, "output": plan.output_traffic}
+    if options.json:
+        _print_json(
+            {
+                "architecture": config.architecture,
+                "recipe": recipe.name if recipe else None,
+                "num_tensors": plan.num_tensors,
+                "num_quantized": plan.num_quantized,
+                "source_bytes": plan.source_bytes,
+                "output_bytes": plan.output_bytes,
+                "roles": [asdict(count) for count in plan.counts],
+                "traffic": {
+                    name: asdict(one) | {"ceiling_tokens_per_second": one.ceiling(bandwidth) if bandwidth else None}
+                    for name, one in traffic.items()
+                },
+            }
+        )
+        return 0
+    print(f"{config.architecture}, {config.num_layers} layers; recipe {recipe.name if recipe else 'none: all kept'}\n")
+    rows = [
+        (c.role, c.format, f"{c.num_tensors:,}", f"{c.num_params:,}", _gb(c.source_bytes), _gb(c.output_bytes))
+        for c in plan.counts
+    ]
+    params = sum(count.num_params for count in plan.counts)
+    rows.append(("total", "", f"{plan.num_tensors:,}", f"{params:,}", _gb(plan.source_bytes), _gb(plan.output_bytes)))
+    print(_table(("role", "format", "tensors", "parameters", "source", "output"), rows))
+    kept = plan.num_tensors - plan.num_quantized
+    print(f"\n{plan.num_quantized:,} tensors quantized, {kept:,} kept; 1 GB = 10⁹ bytes.\n")
+    lines = [
+        ("weights read per decoded token", *(_gb(one.weight_bytes) for one in traffic.values())),
+        ("DeltaNet state per sequence", *(_gb(one.state_bytes) for one in traffic.values())),
+        ("KV cache per token (16-bit)", *(_gb(one.kv_bytes_per_token) for one in traffic.values())),
+    ]
+    if bandwidth:
+        name = f"decode ceiling at {options.bandwidth_gbs:g} GB/s, batch 1"
+        lines.append((name, *(f"{one.ceiling(bandwidth):,.2f} tok/s" for one in traffic.values())))
+    print(_table(("", "source", "output"), lines))
+    return 0
+
+
+def _build(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
+    from harness.quantize.build import build
+    from harness.quantize.recipes import recipe_named
+    from harness.stages import build_variant, chosen_variants, find_source
+
+    if options.source is None:
+        if options.recipe or options.out:
+            raise UserError(
+                "--recipe and --out go with a SOURCE.", "Name one, or build a suite's variants without them."
+            )
+        with _job(options, arguments) as job:
+            built = [
+                build_variant(job, name) for name in chosen_variants(job.suite, options.variant, with_source=False)
+            ]
+    else:
+        if not (options.recipe and options.out):
+            raise UserError("SOURCE needs --recipe and --out.", "For example: --recipe rtn-a16 --out my-model-nvfp4.")
+        with _progress() as progress:
+            built = [build(find_source(options.source), recipe_named(options.recipe), options.out, progress)]
+    if options.json:
+        _print_json([{"folder": str(one.folder), "digest": one.digest, "reused": one.reused} for one in built])
+        return 0
+    for one in built:
+        total = sum(count.output_bytes for count in one.counts)
+        how = "reused" if one.reused else f"built in {sum(seconds for _, seconds in one.stage_seconds):.1f} s"
+        print(f"{one.folder}  {_gb(total)}  {how}  digest {one.digest[:12]}")
+    return 0
+
+
+def _verify(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
+    from harness.audit.verify import verify
+    from harness.stages import chosen_variants, find_source, verify_variant
+
+    if options.folder is None:
+        with _job(options, arguments) as job:
+            names = chosen_variants(job.suite, options.variant, with_source=False)
+            outcomes = {str(job.artifact(name)): verify_variant(job, name) for name in names}
+    else:
+        source = find_source(options.source) if options.source else None
+        with _progress() as progress:
+            outcomes = {str(options.folder): verify(options.folder, source, progress)}
+    passed = all(outcome.passed for outcome in outcomes.values())
+    if options.json:
+        _print_json({folder: {"passed": one.passed, **asdict(one)} for folder, one in outcomes.items()})
+        return 0 if passed else 1
+    for folder, outcome in outcomes.items():
+        print(f"{folder}: {outcome.num_tensors:,} tensors, {outcome.num_quantized_modules:,} quantized layers")
+        for finding in outcome.findings[:_MOST_FINDINGS]:
+            print(f"  {finding.severity}: {finding.tensor} {finding.problem}.\n    In vLLM: {finding.consequence}.")
+        if (more := len(outcome.findings) - _MOST_FINDINGS) > 0:
+            print(f"  … and {more:,} more findings (--json lists them all)")
+        if outcome.round_trips:
+            rows = [
+                (
+                    trip.role,
+                    trip.format,
+                    f"{trip.num_tensors:,}",
+                    f"{trip.max_abs_error:.3g}",
+                    f"{trip.mean_abs_error:.3g}",
+                    f"{trip.relative_l2_error:.4f}",
+                    f"{trip.snr_db:.2f}",
+                )
+                for trip in outcome.round_trips
+            ]
+            heads = ("role", "format", "tensors", "max |error|", "mean |error|", "relative L2", "SNR dB")
+            print(f"\n{_table(heads, rows)}\n")
+        unsure = "" if outcome.compared_with_source else " (not compared with a source: give --source)"
+        print(f"{'passed' if outcome.passed else 'FAILED'}{unsure}")
+    return 0 if passed else 1
+
+
+def _ppl(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
+    from harness.stages import measure_perplexity
+
+    return _measure(options, arguments, "ppl", measure_perplexity)
+
+
+def _bench(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
+    from harness.stages import measure_decode
+
+    return _measure(options, arguments, "bench", measure_decode)
+
+
+def _measure(options: argparse.Namespace, arguments: tuple[str, ...], measure: str, stage: Callable[..., Any]) -> int:
+    from dataclasses import replace
+
+    from harness.report import tables
+    from harness.stages import prepare, with_stored_source
+
+    with _job(options, arguments) as job:
+        if options.engine:
+            job = replace(job, suite=replace(job.suite, engine=replace(job.suite.engine, name=options.engine)))
+        models = prepare(job, measure, options.variant)
+        if not options.json:
+            for model in models.values():
+                if model.reused is not None:
+                    print(f"{model.folder}: {'reused' if model.reused else 'built'}, digest {model.digest[:12]}")
+        measured = stage(job, models, options.limit)
+        frames = tables.of_measure(measure, with_stored_source(job, measured))
+    if options.json:
+        files = {variant: str(record.path) for variant, record in measured.items()}
+        _print_json({"records": files, "tables": [tables.rows(frame) for frame in frames]})
+        return 0
+    for frame in frames:
+        print(f"\n{tables.text(frame)}")
+    print("\nRecords:", *(f"  {record.path}" for record in measured.values()), sep="\n")
+    return 0
+
+
+def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
+    from harness.record import results
+    from harness.report import card
+
+    suite = _load_suite(options)
+    records, skipped = results.read_all(options.results)
+    for one in skipped:
+        print(f"harness: {one.path} is not used: {one.reason}", file=sys.stderr)
+    named = [Path(page) for page in options.pages] or [page for page in (Path("README.md"),) if page.exists()]
+    pages = {}
+    for page in named:
+        try:
+            pages[page.as_posix()] = page.read_bytes()
+        except OSError as error:
+            raise UserError(f"{page} cannot be read ({error.strerror}).", "Name a Markdown file.") from error
+    rendered = card.render(suite, records, results_dir=options.results.as_posix(), pages=pages)
+    root = Path.cwd()
+    changed = card.stale(rendered, root) if options.check else card.write(rendered, root)
+    if options.json:
+        _print_json({"files": sorted(rendered), "stale" if options.check else "written": changed})
+    else:
+        word = "stale" if options.check else "written"
+        print("\n".join(f"{word}: {path}" for path in changed) or f"up to date: {', '.join(sorted(rendered))}")
+    if options.check and changed and not options.json:
+        print("Run `nox -s report` and commit what it writes.")
+    return 1 if options.check and changed else 0
+
+
+def _synthesize(options: argparse.Namespace, _: tuple[str, ...]) -> int:
+    from harness.demo.synthesize import synthesize
+    from harness.model.checkpoint import read_json
+
+    with _progress() as progress:
+        total = synthesize(
+            read_json(options.config),
+            options.out,
+            num_layers=options.layers,
+            vocab_size=options.vocabulary,
+            seed=options.seed,
+            progress=progress,
+        )
+    print(f"{options.out}  {_gb(total)} of random weights")
+    return 0

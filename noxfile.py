@@ -1,0 +1,104 @@
+"""Sessions: thin wrappers over the `harness` subcommands, and the checks of the project itself.
+
+    nox -s ppl bench                 build what is missing, measure, print
+    nox -s ppl -- --limit 20         arguments after -- go to the subcommand
+    nox                              tests, lint, typing
+
+The measuring sessions share one environment, `.nox/measure`, which is made once and reused until
+`pyproject.toml` or `constraints.txt` changes.
+"""
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["tests", "lint", "typing"]
+nox.options.reuse_venv = "yes"
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+MEASURING = ("build", "verify", "ppl", "bench", "report")
+
+
+def shared_python(session: nox.Session) -> str:
+    """The interpreter of the environment that all measuring sessions share, made or renewed if need be."""
+    environment = ROOT / ".nox" / "measure"
+    python = environment / "bin" / "python"
+    stamp = environment / "installed"
+    wanted = hashlib.sha256(
+        (ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes() + sys.version.encode() + bytes(ROOT)
+    ).hexdigest()
+    if not stamp.exists() or stamp.read_text() != wanted:
+        session.run(sys.executable, "-m", "venv", "--clear", str(environment), external=True)
+        session.run(
+            *(str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+            *("--constraint", str(CONSTRAINTS), "--editable", str(ROOT)),
+            external=True,
+        )
+        stamp.write_text(wanted)
+    return str(python)
+
+
+def measuring_session(subcommand: str) -> None:
+    """Defines the session that runs `harness SUBCOMMAND` in the shared environment."""
+
+    @nox.session(name=subcommand, venv_backend="none", default=False)
+    def run(session: nox.Session) -> None:
+        python = shared_python(session)
+        session.run(python, "-m", "harness", subcommand, *session.posargs, external=True)
+
+    run.__doc__ = f"Run `harness {subcommand}` on the demo suite, or as the arguments after -- say."
+
+
+for name in MEASURING:
+    measuring_session(name)
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """Installs the package and dependency groups of `pyproject.toml` at the pinned versions."""
+    wanted = [argument for group in groups for argument in ("--group", group)]
+    session.install("--constraint", str(CONSTRAINTS), "--editable", str(ROOT), *wanted)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The test suite, offline."""
+    install(session, "tests")
+    session.run("python", "-m", "pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and format by ruff."""
+    session.install("--constraint", str(CONSTRAINTS), "--group", "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Types by mypy, strict."""
+    install(session, "tests", "typing")
+    session.run("mypy")
+
+
+@nox.session(default=False)
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it into an empty environment, and measure in an empty folder."""
+    session.install("--constraint", str(CONSTRAINTS), "--group", "wheel")
+    folder = Path(session.create_tmp()).resolve()
+    dist, empty = folder / "dist", folder / "empty"
+    for made in (dist, empty):
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(dist), str(ROOT), silent=True)
+    (built,) = dist.glob("*.whl")
+    session.install("--constraint", str(CONSTRAINTS), str(built))
+    # A rebuilt wheel of the same version would not replace the one that is installed.
+    session.install("--force-reinstall", "--no-deps", str(built))
+    session.chdir(empty)
+    session.run("harness", "ppl", *(session.posargs or ("--limit", "8")), env={"HF_HUB_OFFLINE": "1"})
