@@ -11,9 +11,11 @@ Layout of a file (https://huggingface.co/docs/safetensors): 8 bytes little-endia
 import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -305,7 +307,12 @@ class ShardWriter:
         self._file = self._partial.open("wb")
         total = len(head) + sum(self._sizes.values())
         # Claims the space now, so that a full disk is found before the work and not after it.
-        os.posix_fallocate(self._file.fileno(), 0, total)
+        try:
+            os.posix_fallocate(self._file.fileno(), 0, total)
+        except OSError:
+            self._file.close()
+            self._partial.unlink()
+            raise
         self._file.write(head)
         self._file.flush()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
@@ -362,6 +369,30 @@ class ShardWriter:
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return flat.numpy().data
+
+
+@contextmanager
+def new_shard(path: Path, tensors: Sequence[NewTensor]) -> Iterator[ShardWriter]:
+    """A `ShardWriter`, whose failures to write (a full disk, a folder that may not be written) are the user's errors.
+    Left by an exception, or without `close`, it leaves no file."""
+    try:
+        with ShardWriter(path, tensors) as writer:
+            yield writer
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}).", "Make room, or give a folder on another disk."
+        ) from error
+
+
+def check_disk(out: Path, size: int) -> None:
+    """`UserError` if the disk of the future folder `out` has not `size` bytes free."""
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(
+            f"{out} needs {size / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free.",
+            "Make room, or give a folder on another disk.",
+        )
 
 
 def index_json(weight_map: Mapping[str, str], total_size: int) -> bytes:

@@ -43,8 +43,9 @@ from harness.model.checkpoint import (
     PIECE_BYTES,
     Checkpoint,
     NewTensor,
-    ShardWriter,
+    check_disk,
     index_json,
+    new_shard,
     open_checkpoint,
     read_json,
     sync_folder,
@@ -123,7 +124,7 @@ def build(source: Path, recipe: Recipe, out: Path, progress: Progress) -> Artifa
     identity = _identity(checkpoint, recipe)
     if (found := _existing(out, identity, recipe)) is not None:
         return Artifact(out, found, reused=True, counts=what.counts)
-    _check_disk(out, what.output_bytes)
+    check_disk(out, what.output_bytes)
     unfinished = out.with_name(out.name + ".partial")
     with _claimed(unfinished, identity) as done, _workers() as pool:
         started = time.perf_counter()
@@ -202,16 +203,6 @@ def _commit(out: Path) -> None:
     sync_folder(out)
 
 
-def _check_disk(out: Path, size: int) -> None:
-    existing = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < size:
-        raise UserError(
-            f"{out} needs {size / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free.",
-            "Make room, or give an --out on another disk.",
-        )
-
-
 @contextmanager
 def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[dict[str, str]]:
     """Makes or continues `folder` and yields the digests of its finished shards, by file name."""
@@ -262,7 +253,7 @@ def _write_shard(
 ) -> str:
     """Writes the tensors of one source shard and returns the file's digest."""
     new = [new for tensor in tensors for new in _new_tensors(checkpoint, tensor, formats.get(tensor.name))]
-    with _writer(path, new) as writer:
+    with new_shard(path, new) as writer:
         for tensor in tensors:
             if tensor.name not in formats:
                 for piece in checkpoint.pieces(tensor.name):
@@ -312,15 +303,6 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _writer(path: Path, new: Sequence[NewTensor]) -> Iterator[ShardWriter]:
-    try:
-        with ShardWriter(path, new) as writer:
-            yield writer
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}).", "Make room, or give another --out.") from error
 
 
 def _new_tensors(checkpoint: Checkpoint, tensor: SourceTensor, form: Format | None) -> Iterator[NewTensor]:
