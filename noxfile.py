@@ -21,6 +21,8 @@ nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+TRANSFORMERS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0")
 MEASURING = ("build", "verify", "ppl", "bench", "report")
 
 
@@ -68,7 +70,7 @@ def install(session: nox.Session, *groups: str) -> None:
 def tests(session: nox.Session) -> None:
     """The test suite, offline."""
     install(session, "tests")
-    session.run("python", "-m", "pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+    session.run("python", "-m", "pytest", *session.posargs, env=OFFLINE)
 
 
 @nox.session
@@ -87,6 +89,17 @@ def typing(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+@nox.parametrize("transformers", TRANSFORMERS)
+def compatibility(session: nox.Session, transformers: str) -> None:
+    """The demo model's ids, and the torch engine, under every transformers release line that is allowed."""
+    pins = [line for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("transformers==")]
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join([*pins, f"transformers=={transformers}", ""]))
+    session.install("--constraint", str(constraints), "--editable", str(ROOT), "--group", "tests")
+    session.run("python", "-m", "pytest", "tests/test_demo.py", "tests/test_torch_engine.py", env=OFFLINE)
+
+
+@nox.session(default=False)
 def wheel(session: nox.Session) -> None:
     """Build the wheel, install it into an empty environment, and measure in an empty folder."""
     session.install("--constraint", str(CONSTRAINTS), "--group", "wheel")
@@ -101,4 +114,4 @@ def wheel(session: nox.Session) -> None:
     # A rebuilt wheel of the same version would not replace the one that is installed.
     session.install("--force-reinstall", "--no-deps", str(built))
     session.chdir(empty)
-    session.run("harness", "ppl", *(session.posargs or ("--limit", "8")), env={"HF_HUB_OFFLINE": "1"})
+    session.run("harness", "ppl", *(session.posargs or ("--limit", "8")), env=OFFLINE)

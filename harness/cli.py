@@ -179,11 +179,6 @@ def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def _gb(num_bytes: float) -> str:
-    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if num_bytes >= s), ("kB", 1e3))
-    return f"{num_bytes / scale:,.2f} {unit}"
-
-
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     from tabulate import tabulate
 
@@ -193,6 +188,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _plan(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     from harness.quantize.recipes import recipe_named
+    from harness.report.tables import format_bytes
     from harness.stages import plan_source
 
     recipe = recipe_named(options.recipe) if options.recipe else None
@@ -218,18 +214,34 @@ def _plan(options: argparse.Namespace, _: tuple[str, ...]) -> int:
         return 0
     print(f"{config.architecture}, {config.num_layers} layers; recipe {recipe.name if recipe else 'none: all kept'}\n")
     rows = [
-        (c.role, c.format, f"{c.num_tensors:,}", f"{c.num_params:,}", _gb(c.source_bytes), _gb(c.output_bytes))
+        (
+            c.role,
+            c.format,
+            f"{c.num_tensors:,}",
+            f"{c.num_params:,}",
+            format_bytes(c.source_bytes),
+            format_bytes(c.output_bytes),
+        )
         for c in plan.counts
     ]
     params = sum(count.num_params for count in plan.counts)
-    rows.append(("total", "", f"{plan.num_tensors:,}", f"{params:,}", _gb(plan.source_bytes), _gb(plan.output_bytes)))
+    rows.append(
+        (
+            "total",
+            "",
+            f"{plan.num_tensors:,}",
+            f"{params:,}",
+            format_bytes(plan.source_bytes),
+            format_bytes(plan.output_bytes),
+        )
+    )
     print(_table(("role", "format", "tensors", "parameters", "source", "output"), rows))
     kept = plan.num_tensors - plan.num_quantized
     print(f"\n{plan.num_quantized:,} tensors quantized, {kept:,} kept; 1 GB = 10⁹ bytes.\n")
     lines = [
-        ("weights read per decoded token", *(_gb(one.weight_bytes) for one in traffic.values())),
-        ("DeltaNet state per sequence", *(_gb(one.state_bytes) for one in traffic.values())),
-        ("KV cache per token (16-bit)", *(_gb(one.kv_bytes_per_token) for one in traffic.values())),
+        ("weights read per decoded token", *(format_bytes(one.weight_bytes) for one in traffic.values())),
+        ("DeltaNet state per sequence", *(format_bytes(one.state_bytes) for one in traffic.values())),
+        ("KV cache per token (16-bit)", *(format_bytes(one.kv_bytes_per_token) for one in traffic.values())),
     ]
     if bandwidth:
         name = f"decode ceiling at {options.bandwidth_gbs:g} GB/s, batch 1"
@@ -241,6 +253,7 @@ def _plan(options: argparse.Namespace, _: tuple[str, ...]) -> int:
 def _build(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from harness.quantize.build import build
     from harness.quantize.recipes import recipe_named
+    from harness.report.tables import format_bytes
     from harness.stages import build_variant, chosen_variants, find_source
 
     if options.source is None:
@@ -263,7 +276,7 @@ def _build(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     for one in built:
         total = sum(count.output_bytes for count in one.counts)
         how = "reused" if one.reused else f"built in {sum(seconds for _, seconds in one.stage_seconds):.1f} s"
-        print(f"{one.folder}  {_gb(total)}  {how}  digest {one.digest[:12]}")
+        print(f"{one.folder}  {format_bytes(total)}  {how}  digest {one.digest[:12]}")
     return 0
 
 
@@ -378,6 +391,7 @@ def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
 def _synthesize(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     from harness.demo.synthesize import synthesize
     from harness.model.checkpoint import read_json
+    from harness.report.tables import format_bytes
 
     with _progress() as progress:
         total = synthesize(
@@ -388,5 +402,5 @@ def _synthesize(options: argparse.Namespace, _: tuple[str, ...]) -> int:
             seed=options.seed,
             progress=progress,
         )
-    print(f"{options.out}  {_gb(total)} of random weights")
+    print(f"{options.out}  {format_bytes(total)} of random weights")
     return 0
