@@ -163,6 +163,80 @@ def test_a_lost_mtp_head_is_an_error_where_the_source_has_one(artifact: Path, so
     assert "warning" in found(verify(artifact, None, quiet), "mtp.*")
 
 
+def test_parts_that_the_configuration_lost_too_are_missed_by_the_source(artifact: Path, source: Path) -> None:
+    def drop(tensors: Tensors) -> None:
+        for name in [name for name in tensors if "visual" in name or name.startswith("mtp.")]:
+            del tensors[name]
+
+    def forget(config: dict[str, Any]) -> None:
+        del config["vision_config"]
+        config["text_config"]["mtp_num_hidden_layers"] = 0
+
+    change(artifact, drop)
+    edit_config(artifact, forget)
+    errors = [one.tensor for one in verify(artifact, source, quiet).findings if one.severity == "error"]
+    assert "mtp.fc.weight" in errors
+    assert "model.visual.pos_embed.weight" in errors
+
+
+def test_codes_in_the_wrong_order_are_found_by_the_source(artifact: Path, source: Path) -> None:
+    def swap_nibbles(tensors: Tensors) -> None:
+        packed = tensors[f"{QUERY}.weight_packed"]
+        tensors[f"{QUERY}.weight_packed"] = (packed << 4) | (packed >> 4)
+
+    change(artifact, swap_nibbles)
+    assert "times its own norm" in found(verify(artifact, source, quiet), QUERY)
+
+
+def test_a_layer_of_bad_scales_has_no_round_trip_error_but_the_others_have(artifact: Path, source: Path) -> None:
+    change(artifact, lambda tensors: tensors[f"{QUERY}.weight_global_scale"].zero_())
+    outcome = verify(artifact, source, quiet)
+    assert not outcome.passed
+    roles = {trip.role for trip in outcome.round_trips}
+    assert "self_attn.q_proj" not in roles
+    assert "self_attn.k_proj" in roles
+    assert all(torch.isfinite(torch.tensor(trip.relative_l2_error)) for trip in outcome.round_trips)
+
+
+def to_fp8(folder: Path) -> None:
+    """Stores every down_proj as FP8 per channel, as a mixed checkpoint of another tool would be."""
+
+    def convert(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("mlp.down_proj.weight_packed") and "mtp" not in name]:
+            module = name.removesuffix(".weight_packed")
+            scale = tensors.pop(f"{module}.weight_global_scale")
+            weight = nvfp4.decode(tensors.pop(name), tensors.pop(f"{module}.weight_scale"), scale, torch.float32)
+            channel = (weight.abs().amax(1, keepdim=True) / 448).bfloat16()
+            tensors[f"{module}.weight"] = (weight / channel.float()).to(torch.float8_e4m3fn)
+            tensors[f"{module}.weight_scale"] = channel
+
+    def regroup(config: dict[str, Any]) -> None:
+        quantization = config["quantization_config"]
+        groups = quantization["config_groups"]
+        quantization["format"] = "mixed-precision"
+        groups["group_0"]["targets"].remove(r"re:.*mlp\.down_proj$")
+        eight = {"num_bits": 8, "type": "float", "symmetric": True}
+        groups["group_1"] = {
+            "targets": [r"re:.*mlp\.down_proj$"],
+            "format": "float-quantized",
+            "weights": {**eight, "strategy": "channel", "dynamic": False},
+            "input_activations": {**eight, "strategy": "token", "dynamic": True},
+        }
+
+    change(folder, convert)
+    edit_config(folder, regroup)
+
+
+def test_a_sound_fp8_group_passes_with_its_source_and_its_bad_scales_are_found(artifact: Path, source: Path) -> None:
+    to_fp8(artifact)
+    outcome = verify(artifact, source, quiet)
+    assert outcome.findings == ()
+    assert {trip.format for trip in outcome.round_trips if trip.role == "mlp.down_proj"} == {"FP8_DYNAMIC"}
+    name = "model.language_model.layers.1.mlp.down_proj.weight_scale"
+    change(artifact, lambda tensors: tensors[name][3].fill_(torch.nan))
+    assert "in 1 of" in found(verify(artifact, source, quiet), name)
+
+
 def test_one_changed_bit_in_a_kept_tensor_is_found_by_the_source(artifact: Path, source: Path) -> None:
     name = "model.visual.merger.linear_fc1.weight"
     change(artifact, lambda tensors: tensors[name].view(torch.int16)[0, 0].bitwise_xor_(1))

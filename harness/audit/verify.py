@@ -33,6 +33,8 @@ VERSION = 1
 
 _KEPT_DTYPES = ("BF16", "F16", "F32")
 _MULTIMODAL, _TEXT_ONLY = "model.language_model.", "model."
+_MOST_RELATIVE_ERROR = 0.5
+"""Round-to-nearest NVFP4 is at about 0.1 and FP8 at 0.03 of a weight's norm; half of it is not rounding."""
 _UNINITIALISED = "vLLM leaves the parameter uninitialised without a word, and the model answers with noise"
 _REFUSED = "vLLM stops while loading"
 
@@ -115,15 +117,19 @@ def verify(folder: Path, source: Path | None, progress: Progress) -> Verificatio
     findings += expectation.findings
     findings += _key_findings(checkpoint, expectation, original)
     present = [module for module in expectation.modules if _is_complete(checkpoint, module)]
-    total = len(present) + (len(original.tensors) if original else 0)
+    sound = []
     for done, module in enumerate(present, 1):
-        findings += _scale_findings(checkpoint, module)
-        progress(done, total, "verify scales")
+        bad_scales = list(_scale_findings(checkpoint, module))
+        findings += bad_scales
+        if not bad_scales:
+            sound.append(module)
+        progress(done, len(present), "verify scales")
     findings += _fused_findings(checkpoint, expectation.modules)
     round_trips: tuple[RoundTrip, ...] = ()
     if original is not None:
-        findings += _source_findings(checkpoint, original, progress, len(present), total)
-        round_trips = _round_trips(checkpoint, original, present, progress)
+        findings += _source_findings(checkpoint, original, expectation, progress)
+        round_trips, far = _round_trips(checkpoint, original, sound, progress)
+        findings += far
     return Verification(
         findings=tuple(findings),
         round_trips=round_trips,
@@ -245,9 +251,17 @@ def _is_complete(checkpoint: Checkpoint, module: _Module) -> bool:
 
 def _scale_findings(checkpoint: Checkpoint, module: _Module) -> Iterator[Finding]:
     """Scales that are not finite, not positive, or stored the wrong way round."""
-    if module.form.compressor != "nvfp4-pack-quantized":
-        return
     name = module.linear.module
+    if module.form.compressor == "float-quantized":
+        scales = checkpoint.tensor(f"{name}.weight_scale").float()
+        if count := int((~(scales.isfinite() & (scales > 0))).sum()):
+            yield Finding(
+                "error",
+                f"{name}.weight_scale",
+                f"is no positive number in {count} of {scales.numel()} rows",
+                "those outputs become NaN, infinite, zero or of the wrong sign",
+            )
+        return
     codes = checkpoint.tensor(f"{name}.weight_scale").view(torch.uint8)
     for problem, bad in (
         ("holds NaN", (codes & 0x7F) == 0x7F),
@@ -296,7 +310,7 @@ def _fused_findings(checkpoint: Checkpoint, modules: list[_Module]) -> Iterator[
             values = {
                 module.linear.module: float(checkpoint.tensor(f"{module.linear.module}.{suffix}"))
                 for module in members
-                if f"{module.linear.module}.{suffix}" in checkpoint.tensors
+                if (entry := checkpoint.tensors.get(f"{module.linear.module}.{suffix}")) and entry.shape == (1,)
             }
             # A scale that is no positive number has a finding of its own and no ratio.
             if len(set(values.values())) > 1 and all(0 < value < math.inf for value in values.values()):
@@ -311,14 +325,19 @@ def _fused_findings(checkpoint: Checkpoint, modules: list[_Module]) -> Iterator[
 
 
 def _source_findings(
-    checkpoint: Checkpoint, original: Checkpoint, progress: Progress, done: int, total: int
+    checkpoint: Checkpoint, original: Checkpoint, expectation: _Expectation, progress: Progress
 ) -> Iterator[Finding]:
     """Kept tensors, tokenizer files and configuration that are not the source's."""
-    for name, entry in original.tensors.items():
-        done += 1
-        progress(done, total, "verify kept tensors")
+    quantized = {module.tensor for module in expectation.modules}
+    for done, (name, entry) in enumerate(original.tensors.items(), 1):
+        progress(done, len(original.tensors), "verify kept tensors")
+        if name in quantized:
+            continue
         kept = checkpoint.tensors.get(name)
         if kept is None:
+            # What the configuration calls for has its finding already; this is what the configuration lost too.
+            if name not in expectation.tensors:
+                yield Finding("error", name, "is in the source and missing here", "that part of the model is gone")
             continue
         if (kept.dtype, kept.shape) != (entry.dtype, entry.shape) or any(
             ours != theirs for ours, theirs in zip(checkpoint.pieces(name), original.pieces(name), strict=True)
@@ -365,48 +384,72 @@ class _Error:
     squared: float = 0.0
     source_squared: float = 0.0
 
+    def add(self, other: "_Error") -> None:
+        self.tensors |= other.tensors
+        self.num += other.num
+        self.largest = max(self.largest, other.largest)
+        self.absolute += other.absolute
+        self.squared += other.squared
+        self.source_squared += other.source_squared
+
+    @property
+    def relative_l2(self) -> float:
+        return math.sqrt(self.squared / self.source_squared) if self.source_squared else 0.0
+
 
 def _round_trips(
     checkpoint: Checkpoint, original: Checkpoint, modules: list[_Module], progress: Progress
-) -> tuple[RoundTrip, ...]:
+) -> tuple[tuple[RoundTrip, ...], list[Finding]]:
+    """The errors by role, and a finding for every module whose weights are not the source's at all."""
     sums: dict[str, _Error] = {}
+    far = []
     for done, module in enumerate(modules, 1):
         progress(done, len(modules), "verify round trip")
-        if module.form.compressor != "nvfp4-pack-quantized" or module.tensor not in original.tensors:
+        if module.tensor not in original.tensors:
             continue
-        role = module.linear.role.name
-        total = sums.setdefault(role, _Error(module.form.name))
-        total.tensors.add(module.tensor)
+        error = _Error(module.form.name, {module.tensor})
         for ours, theirs in _decoded_pieces(checkpoint, original, module):
-            error = (ours - theirs).abs()
-            total.num += error.numel()
-            total.largest = max(total.largest, float(error.max()))
-            total.absolute += float(error.sum(dtype=torch.float64))
-            total.squared += float(error.square().sum(dtype=torch.float64))
-            total.source_squared += float(theirs.square().sum(dtype=torch.float64))
-    return tuple(
+            difference = (ours - theirs).abs()
+            error.num += difference.numel()
+            error.largest = max(error.largest, float(difference.max()))
+            error.absolute += float(difference.sum(dtype=torch.float64))
+            error.squared += float(difference.square().sum(dtype=torch.float64))
+            error.source_squared += float(theirs.square().sum(dtype=torch.float64))
+        if error.relative_l2 > _MOST_RELATIVE_ERROR:
+            far.append(
+                Finding(
+                    "error",
+                    module.linear.module,
+                    f"decodes {error.relative_l2:.2f} times its own norm away from the source's weights",
+                    "the layer computes something else: codes swapped, another layer's scales, or another source",
+                )
+            )
+        sums.setdefault(module.linear.role.name, _Error(module.form.name)).add(error)
+    trips = tuple(
         RoundTrip(
             role=role,
             format=total.format,
             num_tensors=len(total.tensors),
             max_abs_error=total.largest,
             mean_abs_error=total.absolute / total.num,
-            relative_l2_error=math.sqrt(total.squared / total.source_squared) if total.source_squared else 0.0,
+            relative_l2_error=total.relative_l2,
         )
         for role, total in sums.items()
     )
+    return trips, far
 
 
 def _decoded_pieces(checkpoint: Checkpoint, original: Checkpoint, module: _Module) -> Iterator[tuple[Any, Any]]:
     """The decoded and the source weights of a module as float32 `[rows, in]` pairs."""
     linear = module.linear
-    scale = checkpoint.tensor(f"{linear.module}.weight_global_scale")
     step = max(1, PIECE_BYTES // (8 * linear.in_features))
     for first in range(0, linear.out_features, step):
         count = min(step, linear.out_features - first)
-        packed = checkpoint.rows(f"{linear.module}.weight_packed", first, count)
-        block_scales = checkpoint.rows(f"{linear.module}.weight_scale", first, count)
-        yield (
-            nvfp4.decode(packed, block_scales, scale, torch.float32),
-            original.rows(module.tensor, linear.first_row + first, count).float(),
-        )
+        scales = checkpoint.rows(f"{linear.module}.weight_scale", first, count)
+        if module.form.compressor == "float-quantized":
+            decoded = checkpoint.rows(f"{linear.module}.weight", first, count).float() * scales.float()
+        else:
+            packed = checkpoint.rows(f"{linear.module}.weight_packed", first, count)
+            global_scale = checkpoint.tensor(f"{linear.module}.weight_global_scale")
+            decoded = nvfp4.decode(packed, scales, global_scale, torch.float32)
+        yield decoded, original.rows(module.tensor, linear.first_row + first, count).float()
