@@ -1,0 +1,23 @@
+"""The embedded models: small, trained, in the exact layout of the published checkpoints.
+
+`checkpoint_path("dense")` is a folder like any downloaded one, so everything runs offline. `corpus` makes the
+text that it was trained and is measured on, `train` made its weights, `evaluate` says what it has learnt.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.errors import UserError, did_you_mean
+
+SUITE = Path(__file__).parent / "demo.toml"
+"""The suite of the embedded models; `suites/demo.toml` of the repository is this file."""
+
+
+def checkpoint_path(name: str = "dense") -> Path:
+    """The folder of an embedded checkpoint."""
+    root = Path(__file__).parent
+    available = sorted(config.parent.name for config in root.glob("*/config.json"))
+    if name not in available:
+        raise UserError(f"There is no embedded model '{name}'.", did_you_mean(name, available))
+    return root / name

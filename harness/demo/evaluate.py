@@ -1,0 +1,117 @@
+"""What an embedded model has learnt, in figures, on text and operands it never saw.
+
+Perplexity is over disjoint windows of 512 ids, every token scored but each window's first; the unigram model
+is given the held-out text's own frequencies, the best it could have. Items are scored twice: `choice` asks
+whether the answer is likelier than each distractor, `exact` whether greedy decoding writes the answer, which
+leaves no room for lucky guesses. MTP acceptance is the share of positions whose draft is the trunk's own
+next choice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional
+from transformers import Qwen3_5ForConditionalGeneration
+
+from harness.demo import corpus
+from harness.demo.network import MtpHead, draft, read_mtp
+
+WINDOW = 512
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Shares are of 1; perplexities are per token of the demo tokenizer."""
+
+    num_heldout_tokens: int
+    unigram_perplexity: float
+    perplexity: float
+    far_perplexity: float
+    perplexity_by_kind: dict[str, float]
+    mtp_acceptance_share: float
+    exact_share: dict[str, float]
+    choice_share: dict[str, float]
+
+
+def evaluate(directory: Path, num_items: int = 300) -> Figures:
+    """All figures of a checkpoint folder, in float32 arithmetic on its BF16 weights."""
+    encoder = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    net = Qwen3_5ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    mtp = read_mtp(directory, net.model.language_model.config)
+    heldout = encoder.encode(corpus.heldout_text()).ids
+    frequencies = torch.tensor(list(Counter(heldout).values())) / len(heldout)
+    by_kind: dict[str, list[int]] = {kind: [] for kind, _ in corpus.STANDARD}
+    for document in corpus.documents("heldout", num_documents=corpus.HELDOUT_DOCUMENTS):
+        by_kind[document.kind] += encoder.encode(document.text + corpus.END_OF_TEXT).ids
+    items = {
+        "recall": corpus.recall_items(0, num_items),
+        "arithmetic": corpus.arithmetic_items(0, num_items),
+        "agreement": corpus.agreement_items(0, num_items),
+    }
+    exact: dict[str, float] = {}
+    choice: dict[str, float] = {}
+    with torch.inference_mode():
+        for task, questions in items.items():
+            outcomes = [_answer(net, encoder, item) for item in questions]
+            if task != "agreement":  # any verb may come next, only its ending is determined
+                exact[task] = sum(outcome[0] for outcome in outcomes) / num_items
+            choice[task] = sum(outcome[1] for outcome in outcomes) / num_items
+        return Figures(
+            num_heldout_tokens=len(heldout),
+            unigram_perplexity=(-(frequencies * frequencies.log()).sum()).exp().item(),
+            perplexity=_perplexity(net, heldout),
+            far_perplexity=_perplexity(net, encoder.encode(corpus.heldout_text(corpus.FAR)).ids[: len(heldout)]),
+            perplexity_by_kind={kind: _perplexity(net, ids) for kind, ids in by_kind.items()},
+            mtp_acceptance_share=_acceptance(net, mtp, heldout),
+            exact_share=exact,
+            choice_share=choice,
+        )
+
+
+def _windows(ids: list[int]) -> Iterator[torch.Tensor]:
+    """Batches [batch, window] of whole windows."""
+    rows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
+    yield from torch.split(rows, _BATCH)
+
+
+def _perplexity(net: Qwen3_5ForConditionalGeneration, ids: list[int]) -> float:
+    nll_nats, num_scored = 0.0, 0
+    for rows in _windows(ids):
+        logits = net(input_ids=rows, use_cache=False).logits[:, :-1]
+        nll_nats += functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
+        num_scored += rows[:, 1:].numel()
+    return torch.tensor(nll_nats / num_scored).exp().item()
+
+
+def _acceptance(net: Qwen3_5ForConditionalGeneration, mtp: MtpHead, ids: list[int]) -> float:
+    num_accepted, num_drafted = 0, 0
+    for rows in _windows(ids):
+        hidden = net.model.language_model(input_ids=rows, use_cache=False).last_hidden_state
+        drafted = net.lm_head(draft(net, mtp, rows, hidden)).argmax(-1)
+        chosen = net.lm_head(hidden[:, 1:]).argmax(-1)
+        num_accepted += int((drafted == chosen).sum())
+        num_drafted += drafted.numel()
+    return num_accepted / num_drafted
+
+
+def _answer(net: Qwen3_5ForConditionalGeneration, encoder: Tokenizer, item: corpus.Item) -> tuple[bool, bool]:
+    """Whether greedy decoding would write the answer, and whether it beats every distractor."""
+    prompt = encoder.encode(item.prompt).ids
+    options = [encoder.encode(item.prompt + option).ids for option in (item.answer, *item.distractors)]
+    longest = max(map(len, options))
+    rows = torch.tensor([option + [0] * (longest - len(option)) for option in options])
+    logits = net(input_ids=rows, use_cache=False, logits_to_keep=longest - len(prompt) + 1).logits[:, :-1]
+    targets = rows[:, len(prompt) :]
+    log_probs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    lengths = [len(option) - len(prompt) for option in options]
+    scores = [row[:length].sum().item() for row, length in zip(log_probs, lengths, strict=True)]
+    exact = bool((logits[0, : lengths[0]].argmax(-1) == targets[0, : lengths[0]]).all())
+    return exact, scores[0] > max(islice(scores, 1, None))

@@ -1,0 +1,108 @@
+"""Random weights in a configuration's true shapes: a checkpoint for speed and size work without a download.
+
+Every tensor that the configuration calls for is there (text layers, vision tower, MTP head, embeddings), with
+magnitudes like a trained model's, so plan, build and verify do on it exactly what they will do on the real one.
+It has no tokenizer and predicts nothing.
+"""
+
+import copy
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.errors import UserError
+from harness.model.checkpoint import (
+    INDEX,
+    PIECE_BYTES,
+    NewTensor,
+    check_disk,
+    index_json,
+    new_shard,
+    sync_folder,
+    write_file,
+)
+from harness.model.qwen35 import expected_tensors, parse_config
+from harness.progress import Progress
+
+_SHARD_BYTES = 4 * 10**9
+
+
+def synthesize(
+    config: Mapping[str, Any],
+    out: Path,
+    *,
+    num_layers: int | None,
+    vocab_size: int | None,
+    seed: int,
+    progress: Progress,
+) -> int:
+    """Writes the checkpoint into the new folder `out` and returns its bytes.
+
+    `num_layers` and `vocab_size` cut the model down; None keeps the configuration's. Weights are BF16, normal
+    with standard deviation 1/sqrt(row length); norms and one-dimensional tensors are small around zero. The
+    same arguments give the same bytes.
+    """
+    config = copy.deepcopy(dict(config))
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        if num_layers is not None:
+            text["num_hidden_layers"] = num_layers
+            text.pop("layer_types", None)
+        if vocab_size is not None:
+            text["vocab_size"] = vocab_size
+    parsed = parse_config(config, "The configuration")
+    if out.exists():
+        raise UserError(f"{out} exists.", "Give the name of a new folder.")
+    tensors = [NewTensor(name, "BF16", shape) for name, shape in expected_tensors(parsed, with_mtp=True)]
+    total = sum(tensor.num_bytes for tensor in tensors)
+    shards = _split(tensors)
+    check_disk(out, total)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # Nothing here is worth continuing: an interrupted run leaves nothing.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
+        partial = Path(folder) / "checkpoint"
+        partial.mkdir()
+        _write(config, shards, partial, seed, progress)
+        partial.replace(out)
+    sync_folder(out.absolute().parent)
+    return total
+
+
+def _write(
+    config: Mapping[str, Any], shards: list[list[NewTensor]], folder: Path, seed: int, progress: Progress
+) -> None:
+    total = sum(tensor.num_bytes for shard in shards for tensor in shard)
+    generator = torch.Generator().manual_seed(seed)
+    weight_map, done = {}, 0
+    for number, members in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with new_shard(folder / name, members) as writer:
+            for tensor in members:
+                weight_map[tensor.name] = name
+                width = tensor.shape[-1]
+                rows, step = math.prod(tensor.shape) // width, max(1, PIECE_BYTES // (4 * width))
+                for first in range(0, rows, step):
+                    piece = torch.randn(min(step, rows - first), width, generator=generator)
+                    writer.write(tensor.name, (piece / math.sqrt(width)).bfloat16())
+                done += tensor.num_bytes
+                progress(done, total, "synthesize")
+            writer.close()
+    write_file(folder / INDEX, index_json(weight_map, total))
+    write_file(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _split(tensors: list[NewTensor]) -> list[list[NewTensor]]:
+    shards: list[list[NewTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.num_bytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    return shards

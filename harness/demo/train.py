@@ -1,0 +1,273 @@
+"""Train an embedded model: tokenizer, trunk, then the MTP head on the frozen trunk; write the checkpoint.
+
+    python -m harness.demo.train --out DIR
+    python -m harness.demo.train --evaluate DIR
+
+The stages, the seed and the number of workers fix the weights, up to the rounding of a machine's matrix
+kernels. Three stages make the trunk: drills, in which looking things up is all there is to learn; a mix of
+them with the corpus; and the corpus alone in longer windows, while the learning rate falls to zero. No text
+is seen twice. Hidden matrices are trained by Muon (orthogonalized momentum), everything else by AdamW, in
+bfloat16 autocast over float32 weights. `--workers` single-threaded processes each take a share of every batch
+and sum their gradients: on a busy machine that loses less to waiting than threads do.
+
+On two cores it takes about 35 minutes. A finished stage is kept in `--state`, and a second run goes on after
+it, so an interrupted training loses one stage at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn import functional
+from transformers import Qwen3_5ForConditionalGeneration
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+from harness.demo import corpus, network, tokenizer
+from harness.demo.evaluate import evaluate
+
+log = logging.getLogger("harness.demo.train")
+
+TOKENIZER_DOCUMENTS = 20_000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with one shape of batch, one mix of documents and an optimizer of its own."""
+
+    name: str
+    num_steps: int
+    batch: int
+    """Windows per step, a multiple of the number of workers."""
+    window: int
+    first_document: int
+    """Stages read different documents: no text is seen twice."""
+    mix: corpus.Mix = corpus.STANDARD
+    learning_rate: float = 3e-3
+    decay: bool = False
+    """Let the learning rate fall to zero over the stage; otherwise hold it."""
+
+
+TRUNK_STAGES = (
+    Stage("drills", 400, batch=8, window=128, first_document=0, mix=corpus.DRILLS),
+    Stage("mixed", 1000, batch=8, window=256, first_document=1_000_000, mix=corpus.WITH_DRILLS),
+    Stage("standard", 900, batch=6, window=512, first_document=2_000_000, decay=True),
+)
+MTP_STAGE = Stage("mtp", 400, batch=8, window=512, first_document=3_000_000, learning_rate=2e-3, decay=True)
+WARMUP_STEPS = 50
+
+
+def token_stream(encoder: Tokenizer, stage: Stage, chunk_documents: int = 4_000) -> Iterator[np.ndarray]:
+    """The stage's ids without end, in chunks of documents."""
+    for first in count(stage.first_document, chunk_documents):
+        chunk = corpus.documents("train", num_documents=chunk_documents, first=first, mix=stage.mix)
+        encodings = encoder.encode_batch([document.text + corpus.END_OF_TEXT for document in chunk])
+        yield np.concatenate([np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings])
+
+
+def batches(encoder: Tokenizer, stage: Stage) -> Iterator[torch.Tensor]:
+    """One batch [batch, window + 1] per step; each window starts with the token that ended the one before."""
+    stream, buffer = token_stream(encoder, stage), np.empty(0, dtype=np.int64)
+    size = stage.batch * stage.window
+    for _ in range(stage.num_steps):
+        while len(buffer) <= size:
+            buffer = np.concatenate([buffer, next(stream)])
+        rows = np.lib.stride_tricks.sliding_window_view(buffer[: size + 1], stage.window + 1)[:: stage.window]
+        yield torch.from_numpy(rows.copy())
+        buffer = buffer[size:]
+
+
+class Optimizer:
+    """Muon for hidden matrices, AdamW for the rest; warm up, then hold or decay to zero."""
+
+    def __init__(self, module: nn.Module, stage: Stage) -> None:
+        hidden: list[nn.Parameter] = []
+        other: list[nn.Parameter] = []
+        for name, parameter in module.named_parameters():
+            is_hidden = parameter.dim() == 2 and not name.endswith(
+                ("embed_tokens.weight", "lm_head.weight", "in_proj_a.weight", "in_proj_b.weight")
+            )
+            (hidden if is_hidden else other).append(parameter)
+        self._optimizers: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(hidden, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(other, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+        self._parameters = hidden + other
+        self._stage = stage
+
+    def step(self, step: int) -> None:
+        """Apply the gradients of step number `step`, summed over the workers."""
+        if dist.is_initialized():
+            gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        left_share = 1 - step / self._stage.num_steps if self._stage.decay else 1.0
+        factor = min((step + 1) / WARMUP_STEPS, left_share)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._stage.learning_rate * factor
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def _keep_delta_rule_in_float32() -> None:
+    """Autocast would round the delta rule's products to bfloat16: less accurate and, on a CPU, slower."""
+    reference = modeling_qwen3_5.torch_chunk_gated_delta_rule
+
+    def in_float32(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return reference(*args, **kwargs)
+
+    modeling_qwen3_5.torch_chunk_gated_delta_rule = in_float32
+
+
+def _share(rows: torch.Tensor) -> torch.Tensor:
+    """This worker's part of a batch."""
+    return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
+
+
+def train_trunk(net: Qwen3_5ForConditionalGeneration, encoder: Tokenizer, stage: Stage, save: Path) -> None:
+    """Next-token prediction on the text model and `lm_head`; the vision tower keeps its initial weights."""
+    trunk = nn.ModuleDict({"text": net.model.language_model, "lm_head": net.lm_head})
+    optimizer = Optimizer(trunk, stage)
+    meter = _Meter(stage)
+    for step, batch in enumerate(batches(encoder, stage)):
+        rows = _share(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = net.model.language_model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
+            logits = net.lm_head(hidden)
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+        torch.autograd.backward(loss)
+        optimizer.step(step)
+        meter.update(step, batch.numel(), loss)
+        if _is_first() and ((step + 1) % 50 == 0 or step + 1 == stage.num_steps):
+            torch.save(net.state_dict(), save / f"{stage.name}.pt")
+
+
+def train_mtp(net: Qwen3_5ForConditionalGeneration, mtp: network.MtpHead, encoder: Tokenizer, stage: Stage) -> None:
+    """The head learns the frozen trunk's own distribution: a draft is accepted when the two agree."""
+    net.requires_grad_(False)
+    optimizer = Optimizer(mtp, stage)
+    meter = _Meter(stage)
+    for step, batch in enumerate(batches(encoder, stage)):
+        rows = _share(batch)[:, :-1]
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                hidden = net.model.language_model(input_ids=rows, use_cache=False).last_hidden_state
+                target = net.lm_head(hidden[:, 1:]).float().softmax(-1)
+            logits = net.lm_head(network.draft(net, mtp, rows, hidden))
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(0, 1))
+        torch.autograd.backward(loss)
+        optimizer.step(step)
+        meter.update(step, rows.numel(), loss)
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+class _Meter:
+    """Logs the mean loss and the pace every few steps."""
+
+    def __init__(self, stage: Stage, every: int = 20) -> None:
+        self.name, self.num_steps, self.every = stage.name, stage.num_steps, every
+        self.losses: list[float] = []
+        self.num_tokens, self.start = 0, time.perf_counter()
+
+    def update(self, step: int, num_tokens: int, loss: torch.Tensor) -> None:
+        self.losses.append(loss.item())
+        self.num_tokens += num_tokens
+        if (step + 1) % self.every == 0 and _is_first():
+            seconds = time.perf_counter() - self.start
+            log.info(
+                "%s step %d/%d loss %.4f nats, %.2f s/step, %.0f tokens/s, %.0f s",
+                self.name,
+                step + 1,
+                self.num_steps,
+                sum(self.losses[-self.every :]) / self.every,
+                seconds / len(self.losses),
+                self.num_tokens / seconds,
+                seconds,
+            )
+
+
+def _worker(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    if options.workers > 1:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=options.workers)
+    _keep_delta_rule_in_float32()
+    encoder = tokenizer.build(d.text for d in corpus.documents("train", num_documents=TOKENIZER_DOCUMENTS))
+    torch.manual_seed(options.seed)
+    config = network.DENSE
+    net = network.build(config)
+    stages = [replace(stage, num_steps=n) for stage, n in zip(TRUNK_STAGES, options.steps, strict=True)]
+    for stage in stages:
+        if (finished := options.state / f"{stage.name}.finished.pt").exists():
+            net.load_state_dict(torch.load(finished, weights_only=True))
+            continue
+        train_trunk(net, encoder, stage, options.state)
+        if _is_first():
+            (options.state / f"{stage.name}.pt").replace(finished)
+    with torch.no_grad():
+        for parameter in net.parameters():  # the head learns to follow the trunk that will be written
+            parameter.copy_(parameter.to(torch.bfloat16))
+        text_weights = {n: w for n, w in net.state_dict().items() if ".language_model." in n}
+        network.spread_channels(text_weights, config, options.seed)
+    torch.manual_seed(options.seed + 1)
+    mtp = network.MtpHead(net.model.language_model.config)
+    train_mtp(net, mtp, encoder, replace(MTP_STAGE, num_steps=options.mtp_steps))
+    if _is_first():
+        network.write_checkpoint(options.out, net, mtp, config, encoder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m harness.demo.train", description=__doc__)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--out", type=Path, help="train, and write the checkpoint into this folder")
+    action.add_argument(
+        "--evaluate", type=Path, metavar="DIR", help="print what a written checkpoint has learnt, as JSON"
+    )
+    parser.add_argument(
+        "--steps", type=int, nargs=len(TRUNK_STAGES), default=[stage.num_steps for stage in TRUNK_STAGES]
+    )
+    parser.add_argument("--mtp-steps", type=int, default=MTP_STAGE.num_steps)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--state", type=Path, default=Path("state"), help="folder of finished stages, to continue after them"
+    )
+    options = parser.parse_args()
+    if options.evaluate:
+        json.dump(asdict(evaluate(options.evaluate)), sys.stdout, indent=2)
+        return
+    options.state.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (options, f"{folder}/rendezvous")
+        if options.workers > 1:
+            spawn(_worker, arguments, nprocs=options.workers)  # type: ignore[no-untyped-call]
+        else:
+            _worker(0, *arguments)
+
+
+if __name__ == "__main__":
+    main()
