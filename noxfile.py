@@ -35,7 +35,7 @@ def shared_python(session: nox.Session) -> str:
         (ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes() + sys.version.encode() + bytes(ROOT)
     ).hexdigest()
     if not stamp.exists() or stamp.read_text() != wanted:
-        session.run(sys.executable, "-m", "venv", "--clear", str(environment), external=True)
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(environment), external=True)
         session.run(
             *(str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
             *("--constraint", str(CONSTRAINTS), "--editable", str(ROOT)),

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     try:
         code: int = options.run(options, tuple(given))
+        sys.stdout.flush()
         return code
     except UserError as error:
         print(f"harness: {error.problem}\n  {error.remedy}", file=sys.stderr)
@@ -45,9 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("harness: interrupted. The same command starts again; a build continues where it was.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of the table has gone (`harness ppl | head`): nobody is left to tell.
-        sys.stderr.close()
+        # The reader of the table has gone (`harness ppl | head`); what is left in the buffer must go nowhere too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"harness: {place}{error.strerror or error}.\n  Check the path, its rights and the disk.", file=sys.stderr
+        )
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("source", metavar="SOURCE", help="a checkpoint folder, a config.json, a hub id or demo:dense")
     plan.add_argument("--revision", help="of a hub id")
     plan.add_argument("--recipe", help="without one, every tensor is kept")
-    plan.add_argument("--bandwidth-gbs", type=_positive, metavar="B", help="memory bandwidth in 10⁹ bytes per second")
+    plan.add_argument(
+        "--bandwidth-gbs", type=positive_number, metavar="B", help="memory bandwidth in 10⁹ bytes per second"
+    )
     _json_option(plan)
 
     build = command("build", _build, "Build variants as compressed-tensors checkpoints.")
@@ -87,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         measure = command(name, run, text)
         _suite_options(measure)
         measure.add_argument("--engine", metavar="NAME", help="instead of the suite's")
-        measure.add_argument("--limit", type=_count, metavar="N", help="only the first N windows or repetitions")
+        measure.add_argument("--limit", type=whole_number, metavar="N", help="only the first N windows or repetitions")
 
     report = command("report", _report, "Write the card, figures and marked tables from the records.")
     report.add_argument("pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (README.md)")
@@ -103,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     synthesize.set_defaults(run=_synthesize)
     synthesize.add_argument("config", type=Path, metavar="CONFIG", help="a config.json")
     synthesize.add_argument("out", type=Path, metavar="OUT", help="the new folder")
-    synthesize.add_argument("--layers", type=_count, metavar="N", help="instead of the configuration's")
-    synthesize.add_argument("--vocabulary", type=_count, metavar="N", help="instead of the configuration's")
+    synthesize.add_argument("--layers", type=whole_number, metavar="N", help="instead of the configuration's")
+    synthesize.add_argument("--vocabulary", type=whole_number, metavar="N", help="instead of the configuration's")
     synthesize.add_argument("--seed", type=int, default=0, metavar="S", help="(0)")
     return parser
 
@@ -121,14 +130,14 @@ def _suite_options(parser: argparse.ArgumentParser) -> None:
     _json_option(parser)
 
 
-def _positive(text: str) -> float:
+def positive_number(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
-def _count(text: str) -> int:
+def whole_number(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
@@ -171,12 +180,15 @@ def _job(options: argparse.Namespace, arguments: tuple[str, ...]) -> "Iterator[J
     from harness.stages import Job
 
     suite = _load_suite(options)
+    # Found out before a model is loaded, not after it was measured.
+    if options.results.exists() and not options.results.is_dir():
+        raise UserError(f"{options.results} is not a folder.", "Give another --results.")
     with _progress() as progress:
         yield Job(suite, options.artifacts, options.results, progress, ("harness", *arguments), new_id())
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -266,6 +278,8 @@ def _build(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
                 build_variant(job, name) for name in chosen_variants(job.suite, options.variant, with_source=False)
             ]
     else:
+        if options.suite or options.variant:
+            raise UserError("--suite and --variant do not go with a SOURCE.", "Leave them out, or leave SOURCE out.")
         if not (options.recipe and options.out):
             raise UserError("SOURCE needs --recipe and --out.", "For example: --recipe rtn-a16 --out my-model-nvfp4.")
         with _progress() as progress:
@@ -285,10 +299,14 @@ def _verify(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from harness.stages import chosen_variants, find_source, verify_variant
 
     if options.folder is None:
+        if options.source:
+            raise UserError("--source goes with a DIR.", "Name the folder; a suite knows its own source.")
         with _job(options, arguments) as job:
             names = chosen_variants(job.suite, options.variant, with_source=False)
             outcomes = {str(job.artifact(name)): verify_variant(job, name) for name in names}
     else:
+        if options.suite or options.variant:
+            raise UserError("--suite and --variant do not go with a DIR.", "Leave them out, or leave DIR out.")
         source = find_source(options.source) if options.source else None
         with _progress() as progress:
             outcomes = {str(options.folder): verify(options.folder, source, progress)}
@@ -343,12 +361,12 @@ def _measure(options: argparse.Namespace, arguments: tuple[str, ...], measure: s
     with _job(options, arguments) as job:
         if options.engine:
             job = replace(job, suite=replace(job.suite, engine=replace(job.suite.engine, name=options.engine)))
-        models = prepare(job, measure, options.variant)
+        work = prepare(job, measure, options.variant)
         if not options.json:
-            for model in models.values():
+            for model in work.models.values():
                 if model.reused is not None:
                     print(f"{model.folder}: {'reused' if model.reused else 'built'}, digest {model.digest[:12]}")
-        measured = stage(job, models, options.limit)
+        measured = stage(job, work, options.limit)
         frames = tables.of_measure(measure, with_stored_source(job, measured))
     if options.json:
         files = {variant: str(record.path) for variant, record in measured.items()}
@@ -365,6 +383,8 @@ def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     from harness.report import card
 
     suite = _load_suite(options)
+    if not options.results.is_dir() and (options.results.exists() or options.results != Path("results")):
+        raise UserError(f"{options.results} is not a folder.", "Give the folder of the records as --results.")
     records, skipped = results.read_all(options.results)
     for one in skipped:
         print(f"harness: {one.path} is not used: {one.reason}", file=sys.stderr)

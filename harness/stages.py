@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +18,12 @@ from harness.audit import verify as audit
 from harness.demo import checkpoint_path, corpus
 from harness.engines.protocol import ENGINES, Engine, open_engine
 from harness.errors import UserError, did_you_mean
+from harness.formats.config import num_bytes
 from harness.measure import decode, perplexity, texts
-from harness.model.census import SourceTensor, source_tensors
-from harness.model.checkpoint import INDEX, SINGLE, open_checkpoint, read_json
+from harness.model.census import SourceTensor, kv_bytes_per_token, source_tensors, state_bytes
+from harness.model.checkpoint import SINGLE, open_checkpoint, read_index, read_json
 from harness.model.qwen35 import ModelConfig, expected_tensors, parse_config
-from harness.model.sources import locate
+from harness.model.sources import fetched_revision, locate
 from harness.progress import Progress
 from harness.quantize import build as builder
 from harness.quantize.plan import Plan, plan
@@ -34,7 +36,6 @@ T = TypeVar("T")
 
 _DEMO = "demo:"
 _DEMO_TEXTS = {"heldout": corpus.heldout_text}
-BUILD_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def find_source(location: str, revision: str | None = None, *, config_only: bool
 def plan_source(location: str, recipe: Recipe | None, revision: str | None = None) -> tuple[ModelConfig, Plan]:
     """The plan of a recipe for a `config.json`, a folder or a hub id. Weights are not read: where shards lie
     beside the configuration their headers say what there is, else the configuration does, without an MTP head."""
-    path = Path(location).expanduser()
+    path = Path(location)
     if path.is_file():
         config_file, folder = path, None
     else:
@@ -70,27 +71,28 @@ def plan_source(location: str, recipe: Recipe | None, revision: str | None = Non
         config_file = folder / "config.json"
     config_json = read_json(config_file)
     config = parse_config(config_json, str(config_file))
-    return config, plan(config, _census(folder, config), recipe)
+    if "quantization_config" in config_json:
+        raise UserError(f"{location} is quantized already.", "Plan from its 16-bit source.")
+    tensors = _census(folder, config)
+    unknown = [tensor.name for tensor in tensors if tensor.role is None]
+    if unknown:
+        raise UserError(
+            f"{location} has {len(unknown)} tensors that its architecture has not, such as {unknown[0]}.",
+            "Plan from the published layout of the model.",
+        )
+    return config, plan(config, tensors, recipe)
 
 
 def _census(folder: Path | None, config: ModelConfig) -> tuple[SourceTensor, ...]:
     with_mtp = False
     if folder is not None:
-        index = read_json(folder / INDEX).get("weight_map", {}) if (folder / INDEX).exists() else {}
-        shards = {str(file) for file in index.values()} or {SINGLE}
-        if all((folder / shard).exists() for shard in shards):
+        index = read_index(folder) or {}
+        if all((folder / shard).exists() for shard in set(index.values()) or {SINGLE}):
             entries = open_checkpoint(folder).tensors.values()
             return source_tensors((entry.name, entry.shape, entry.num_bytes) for entry in entries)
         with_mtp = any(name.startswith("mtp.") for name in index)
     tensors = expected_tensors(config, with_mtp=with_mtp)
-    return source_tensors((name, shape, 2 * _num_elements(shape)) for name, shape in tensors)
-
-
-def _num_elements(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    return source_tensors((name, shape, num_bytes("BF16", shape)) for name, shape in tensors)
 
 
 def chosen_variants(suite: Suite, names: Sequence[str] | None, *, with_source: bool) -> list[str]:
@@ -108,7 +110,7 @@ def build_variant(job: Job, variant: str) -> builder.Artifact:
     source = _suite_source(job.suite)
     artifact = builder.build(source, recipe, job.artifact(variant), job.progress)
     if not artifact.reused:
-        run = _run(job, "build", BUILD_VERSION, variant, artifact.digest)
+        run = _run(job, "build", builder.VERSION, variant, artifact.digest)
         with RunWriter(job.results, run) as writer:
             for count in artifact.counts:
                 writer.sample({"kind": "role", **vars(count)})
@@ -145,46 +147,67 @@ class Model:
     reused: bool | None = None
 
 
-def prepare(job: Job, measure: str, names: Sequence[str] | None) -> dict[str, Model]:
-    """The source and the variants that a measure is about, built where missing. `UserError` for a suite that
-    cannot be measured, before anything is built for it."""
-    if measure == "ppl":
-        perplexity.get_protocol(_required(job.suite, "ppl", job.suite.ppl).protocol)
-    else:
-        _required(job.suite, "bench", job.suite.bench)
+@dataclass(frozen=True)
+class Work:
+    """What a measure needs: the checkpoints by variant, and one tokenization of the text for all of them."""
+
+    models: dict[str, Model]
+    ids: list[int]
+    dataset: dict[str, Any]
+
+
+def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
+    """The source and the variants that a measure is about, built where missing, and the text's token ids.
+
+    `UserError` for a suite that cannot be measured, before anything is built for it.
+    """
+    variants = chosen_variants(job.suite, names, with_source=True)
     engine = job.suite.engine.name
     if engine not in ENGINES:
         raise UserError(f"There is no engine '{engine}'.", did_you_mean(engine, ENGINES))
+    if measure == "ppl":
+        wanted = _required(job.suite, "ppl", job.suite.ppl)
+        protocol = perplexity.get_protocol(wanted.protocol)
+        ids, dataset = _tokens(job.suite, wanted.text)
+        windows = perplexity.windows(protocol, len(ids))
+        dataset |= {
+            "protocol": protocol.name,
+            "num_windows": len(windows),
+            "num_scored": sum(window.num_scored for window in windows),
+        }
+    else:
+        bench = _required(job.suite, "bench", job.suite.bench)
+        ids, dataset = _tokens(job.suite, bench.text)
+        decode.prompts(ids, 1, bench.prefill_tokens)
+        decode.prompts(ids, max(bench.batch_sizes), bench.prompt_tokens)
     models = {}
-    for name in chosen_variants(job.suite, names, with_source=True):
+    for name in variants:
         if name == SOURCE:
             folder = _suite_source(job.suite)
-            models[name] = Model(folder, open_checkpoint(folder).fingerprint())
+            models[name] = Model(folder, _fingerprint(folder))
         else:
             artifact = build_variant(job, name)
             models[name] = Model(artifact.folder, artifact.digest, artifact.reused)
-    return models
+    return Work(models, ids, dataset)
 
 
-def measure_perplexity(job: Job, models: Mapping[str, Model], limit: int | None) -> dict[str, Record]:
+@cache
+def _fingerprint(source: Path) -> str:
+    return open_checkpoint(source).fingerprint()
+
+
+def measure_perplexity(job: Job, work: Work, limit: int | None) -> dict[str, Record]:
     """One run a variant, all on the same token ids."""
     wanted = _required(job.suite, "ppl", job.suite.ppl)
     protocol = perplexity.get_protocol(wanted.protocol)
-    ids, dataset = _tokens(job.suite, wanted.text)
-    windows = perplexity.windows(protocol, len(ids))
-    dataset |= {
-        "protocol": protocol.name,
-        "num_windows": len(windows),
-        "num_scored": sum(window.num_scored for window in windows),
-    }
     records = {}
-    for variant, model in models.items():
-        with _engine(job, model) as engine:
-            run = _run(job, "ppl", perplexity.VERSION, variant, model.digest, engine, dataset)
-            with RunWriter(job.results, run, expected=len(windows)) as writer:
+    for variant, model in work.models.items():
+        with _engine(job, variant, model) as engine:
+            run = _run(job, "ppl", perplexity.VERSION, variant, model.digest, engine, work.dataset)
+            with RunWriter(job.results, run, expected=work.dataset["num_windows"]) as writer:
                 samples = perplexity.measure(
                     engine,
-                    ids,
+                    work.ids,
                     protocol,
                     batch_size=wanted.batch_size,
                     limit=limit,
@@ -196,26 +219,25 @@ def measure_perplexity(job: Job, models: Mapping[str, Model], limit: int | None)
     return records
 
 
-def measure_decode(job: Job, models: Mapping[str, Model], limit: int | None) -> dict[str, Record]:
+def measure_decode(job: Job, work: Work, limit: int | None) -> dict[str, Record]:
     """Decode and prefill times. The engine is started anew for every variant and round, and the order of the variants
     turns round after each (A B, B A, …), so that a machine that slows down slows all of them alike."""
     wanted = _required(job.suite, "bench", job.suite.bench)
-    ids, dataset = _tokens(job.suite, wanted.text)
     repetitions = wanted.repetitions if limit is None else min(limit, wanted.repetitions)
     expected = wanted.starts * ((wanted.warmups + wanted.repetitions) * (1 + len(wanted.batch_sizes)) + 1)
     records = {}
     with ExitStack() as stack:
         writers: dict[str, RunWriter] = {}
         for start in range(wanted.starts):
-            for variant in list(models)[:: 1 if start % 2 == 0 else -1]:
-                model = models[variant]
-                with _engine(job, model) as engine:
+            for variant in list(work.models)[:: 1 if start % 2 == 0 else -1]:
+                model = work.models[variant]
+                with _engine(job, variant, model) as engine:
                     if variant not in writers:
-                        run = _run(job, "bench", decode.VERSION, variant, model.digest, engine, dataset)
+                        run = _run(job, "bench", decode.VERSION, variant, model.digest, engine, work.dataset)
                         writers[variant] = stack.enter_context(RunWriter(job.results, run, expected=expected))
                     samples = decode.measure(
                         engine,
-                        ids,
+                        work.ids,
                         start=start,
                         prompt_tokens=wanted.prompt_tokens,
                         new_tokens=wanted.new_tokens,
@@ -280,9 +302,11 @@ def _text(suite: Suite, text: Text) -> tuple[str, str]:
 
 
 @contextmanager
-def _engine(job: Job, model: Model) -> Iterator[Engine]:
+def _engine(job: Job, variant: str, model: Model) -> Iterator[Engine]:
     options = job.suite.engine
+    job.progress(0, 1, f"{variant}: load")
     with closing(open_engine(options.name, model.folder, dtype=options.dtype, device=options.device)) as engine:
+        job.progress(1, 1, f"{variant}: load")
         yield engine
 
 
@@ -299,13 +323,20 @@ def _run(
     engine: Engine | None = None,
     dataset: dict[str, Any] | None = None,
 ) -> Run:
-    machine = provenance.machine()
+    source, machine = _suite_source(job.suite), provenance.machine()
     info = None
     if engine is not None:
         gpu = machine["gpu"]
         on_gpu = gpu is not None and engine.info.device != "cpu"
         bandwidth = provenance.bandwidth_bytes_per_second(gpu["name"]) if on_gpu else None
-        effective = {**engine.info.effective, "bandwidth_bytes_per_second": bandwidth}
+        # The variant's state and cache are the source's: only its weights differ.
+        config = parse_config(read_json(source / "config.json"), str(source))
+        effective = {
+            **engine.info.effective,
+            "state_bytes": state_bytes(config),
+            "kv_bytes_per_token": kv_bytes_per_token(config),
+            "bandwidth_bytes_per_second": bandwidth,
+        }
         info = replace(engine.info, effective=effective).as_dict()
     recipe = None if variant == SOURCE else job.suite.variants[variant].recipe
     return Run(
@@ -314,7 +345,13 @@ def _run(
         session_id=job.session_id,
         suite=job.suite.resolved(),
         suite_digest=job.suite.digest,
-        variant={"name": variant, "recipe": recipe, "artifact_digest": digest},
+        variant={
+            "name": variant,
+            "recipe": recipe,
+            "artifact_digest": digest,
+            "source_digest": _fingerprint(source),
+            "source_revision": fetched_revision(source),
+        },
         engine=info,
         dataset=dataset,
         machine=machine,

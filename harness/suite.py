@@ -143,10 +143,10 @@ class Bench:
 
     text: Text  # prompts are token ids of real text
     prompt_tokens: int = _checked(_at_least(1), default=128)
-    new_tokens: int = _checked(_at_least(2), default=64)  # the first one belongs to the prefill
+    new_tokens: int = _checked(_at_least(2), default=129)  # the first one belongs to the prefill
     batch_sizes: tuple[int, ...] = _checked(_at_least(1), default=(1, 2, 4))
     prefill_tokens: int = _checked(_at_least(1), default=512)
-    repetitions: int = _checked(_at_least(1), default=3)  # kept, per engine start
+    repetitions: int = _checked(_at_least(1), default=5)  # kept, per engine start
     warmups: int = _checked(_at_least(0), default=1)  # stored and marked, never averaged
     starts: int = _checked(_at_least(1), default=2)  # times the engine is loaded anew
 

@@ -25,7 +25,7 @@ from harness.errors import UserError
 from harness.formats import nvfp4
 from harness.formats.config import NVFP4A16
 from harness.model.checkpoint import INDEX, open_checkpoint
-from harness.quantize.build import MANIFEST, Artifact, artifact_digest, build
+from harness.quantize.build import MANIFEST, Artifact, build
 from harness.quantize.recipes import RECIPES
 from tests.conftest import BESIDE_THE_WEIGHTS, tiny_config
 
@@ -194,8 +194,7 @@ def test_building_twice_gives_identical_bytes_and_the_digest_says_so(
     again = run(source, tmp_path / "again")
     assert not again.reused
     assert files(again.folder) == files(artifact.folder)
-    assert again.digest == artifact.digest == artifact_digest(artifact.folder)
-    assert artifact_digest(source) is None
+    assert again.digest == artifact.digest
 
 
 def test_a_source_of_one_file_without_an_index_gives_the_same_weights(
@@ -318,7 +317,7 @@ def test_two_builds_of_one_folder_do_not_mix(dense_source: Path, tmp_path: Path)
             run(dense_source, tmp_path / "out")
 
     build(dense_source, RTN, tmp_path / "out", second)
-    assert artifact_digest(tmp_path / "out") is not None
+    assert (tmp_path / "out" / MANIFEST).is_file()
 
 
 # Bad input: one sentence, a remedy, and nothing written.
@@ -385,11 +384,25 @@ def test_a_bad_source_is_a_user_error_with_a_remedy_and_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir() if path != damaged] == []
 
 
-def test_nan_in_a_tensor_that_is_kept_is_copied_like_any_byte(damaged: Path, tmp_path: Path) -> None:
-    name = "lm_head.weight"
-    change_weight(name, fill(float("nan")))(damaged)
+def test_nan_in_a_tensor_that_is_kept_is_refused_too(damaged: Path, tmp_path: Path) -> None:
+    change_weight("lm_head.weight", fill(float("nan")))(damaged)
+    with pytest.raises(UserError, match=r"lm_head.weight in .* holds NaN"):
+        run(damaged, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_edited_tokenizer_of_the_source_is_another_source(damaged: Path, tmp_path: Path) -> None:
     run(damaged, tmp_path / "out")
-    assert tensors(tmp_path / "out")[name][-1, -1].isnan()
+    (damaged / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="another source"):
+        run(damaged, tmp_path / "out")
+
+
+def test_an_output_inside_the_source_is_refused(damaged: Path) -> None:
+    with pytest.raises(UserError, match="source's own folder"):
+        run(damaged, damaged / "out")
+    with pytest.raises(UserError, match="source's own folder"):
+        run(damaged, damaged)
 
 
 @pytest.mark.parametrize(
@@ -438,7 +451,7 @@ IN_THE_WAY: dict[str, tuple[Callable[[Path], None], str]] = {
     "other recipe": (other_recipe, r"out holds an artifact of recipe 'w4a4', not of 'rtn-a16'"),
     "other source": (another_sources_artifact, r"out holds an artifact of another source"),
     "foreign partial": (foreign_partial, r"out\.partial exists and is no unfinished build"),
-    "lost shard": (lost_shard, r"out lacks model-2\.safetensors, which its build wrote"),
+    "lost shard": (lost_shard, r"model-2\.safetensors is not as its build wrote it"),
 }
 
 

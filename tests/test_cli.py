@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.cli import main
-from harness.demo import checkpoint_path
 from harness.model.checkpoint import INDEX
 from tests.conftest import DATA
 
@@ -319,21 +318,3 @@ def test_an_interrupted_command_exits_130_without_a_traceback(place: Path) -> No
 def test_progress_is_silent_where_stderr_is_no_terminal(place: Path) -> None:
     command = [sys.executable, "-m", "harness", *BUILD]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
-
-
-def test_the_two_commands_of_the_readme_measure_and_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In an empty folder: the embedded suite is found, the variant is built, the report says what was measured."""
-    monkeypatch.chdir(tmp_path)
-    assert main(["ppl", "--limit", "2", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    source, variant = document["tables"][0]
-    assert (source["variant"], variant["variant"]) == ("source", "nvfp4a16")
-    assert variant["num_scored"] == source["num_scored"] == 2 * 511
-    assert set(document["records"]) == {"source", "nvfp4a16"}
-    assert (tmp_path / "artifacts/demo/nvfp4a16/config.json").exists()
-    assert main(["report"]) == 0
-    card = (tmp_path / "reports/demo/README.md").read_text()
-    assert "No record yet" in card, "a limited run is never reported"
-    assert checkpoint_path("dense").is_dir()

@@ -212,7 +212,7 @@ def test_a_format_stores_the_parameters_that_its_compressor_names(form: Format) 
 
 @pytest.mark.parametrize("config", [{}, {"quant_method": "modelopt"}, {"quant_method": "compressed-tensors"}], ids=str)
 def test_another_tools_quantization_config_is_a_user_error_that_names_its_place(config: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"the/place has no compressed-tensors quantization_config"):
+    with pytest.raises(UserError, match=r"the/place.* quantization_config"):
         parse(config, "the/place")
 
 

@@ -8,9 +8,16 @@ import pytest
 import torch
 from transformers import Qwen3_5Config, Qwen3_5ForCausalLM
 
-from harness.engines.protocol import Decoded, EngineInfo, Memory, open_engine
+from harness.engines.protocol import Decoded, Engine, EngineInfo, Memory, open_engine
 from harness.errors import UserError
-from harness.measure.decode import measure, prompts
+from harness.measure.decode import measure as measure_decode
+from harness.measure.decode import prompts
+
+
+def measure(engine: Engine, ids: Sequence[int], **options: Any) -> Iterator[dict[str, Any]]:
+    """The measure with options for whatever a test does not care about."""
+    usual = {"prompt_tokens": 128, "new_tokens": 129, "batch_sizes": (1,), "prefill_tokens": 512}
+    return measure_decode(engine, ids, **{"start": 0, "repetitions": 5, "warmups": 1, **usual, **options})
 
 
 class ClockEngine:
@@ -129,12 +136,12 @@ def test_nothing_to_measure_is_the_users_error(wrong: dict[str, Any], says: str)
     ],
 )
 def test_an_engine_that_stops_early_or_whose_clock_jumps_is_found(decoded: Decoded, says: str) -> None:
-    class Engine(ClockEngine):
+    class Broken(ClockEngine):
         def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
             return decoded
 
     with pytest.raises(UserError, match=says):
-        list(measure(Engine(), range(1000), start=0, prompt_tokens=10, new_tokens=4, prefill_tokens=0))
+        list(measure(Broken(), range(1000), start=0, prompt_tokens=10, new_tokens=4, prefill_tokens=0))
 
 
 def test_progress_ends_at_its_total() -> None:

@@ -136,6 +136,10 @@ def test_the_ceiling_is_bandwidth_over_bytes_per_token_at_batch_one() -> None:
     assert single["ceiling_tokens_per_second"] == pytest.approx(273 / 20)
     assert single["ceiling_share"] == pytest.approx(7.93 / 13.65)
     assert row(frame, variant="source", batch=2)["ceiling_tokens_per_second"] is None
+    effective = {**KNOWN["effective"], "state_bytes": 50_000_000, "kv_bytes_per_token": 30_000}
+    deeper = tables.decode(bench_pair(samples, samples, engine={**KNOWN, "effective": effective}))
+    step = 20e9 + 2 * 50e6 + row(deeper, variant="source", batch=1)["prompt_tokens"] * 30e3
+    assert row(deeper, variant="source", batch=1)["ceiling_tokens_per_second"] == pytest.approx(273e9 / step)
 
 
 def test_an_unknown_bandwidth_gives_a_dash_and_no_guess() -> None:

@@ -109,7 +109,7 @@ def verify(folder: Path, source: Path | None, progress: Progress) -> Verificatio
     """
     checkpoint, problems = inspect_checkpoint(folder)
     config = parse_config(checkpoint.config, str(folder / "config.json"))
-    quantization = parse(checkpoint.config.get("quantization_config") or {}, str(folder / "config.json"))
+    quantization = parse(checkpoint.config.get("quantization_config"), str(folder / "config.json"))
     original = None if source is None else _open_source(source)
     findings = [Finding("error", "(files)", problem, _REFUSED) for problem in problems]
     findings += _configuration_findings(quantization)

@@ -163,22 +163,45 @@ def quantization_config(targets: Mapping[Format, Sequence[str]], ignore: Sequenc
     }
 
 
-def parse(config: Mapping[str, Any], where: str) -> QuantizationConfig:
+def parse(config: Mapping[str, Any] | None, where: str) -> QuantizationConfig:
     """Reads a `quantization_config`; `UserError`, naming `where`, if it is not one of compressed-tensors."""
-    if config.get("quant_method") != "compressed-tensors" or not isinstance(config.get("config_groups"), dict):
+    if not isinstance(config, Mapping) or config.get("quant_method") != "compressed-tensors":
+        method = config.get("quant_method") if isinstance(config, Mapping) else None
         raise UserError(
-            f"{where} has no compressed-tensors quantization_config (quant_method is {config.get('quant_method')!r}).",
+            f"{where} has no compressed-tensors quantization_config (its quant_method is {method!r}).",
             "Give the folder of a compressed-tensors checkpoint.",
         )
-    groups = tuple(
-        Group(
-            name=name,
-            targets=tuple(group.get("targets") or ()),
-            format=_recognise(group, str(group.get("format") or config.get("format"))),
-        )
-        for name, group in config["config_groups"].items()
+
+    def typed(value: object, kind: type, what: str) -> Any:
+        if not isinstance(value, kind):
+            raise UserError(f"{where}: {what} of quantization_config is {value!r}.", "Write the checkpoint anew.")
+        return value
+
+    def patterns(value: object, what: str) -> tuple[str, ...]:
+        names = tuple(typed(name, str, what) for name in typed(value or [], list, what))
+        for name in names:
+            if name.startswith("re:"):
+                try:
+                    re.compile(name[3:])
+                except re.error as error:
+                    raise UserError(
+                        f"{where}: {what} of quantization_config has the pattern {name!r} ({error}).",
+                        "Write the checkpoint anew.",
+                    ) from None
+        return names
+
+    groups = []
+    for name, group in typed(config.get("config_groups"), dict, "config_groups").items():
+        typed(group, dict, name)
+        for key in ("weights", "input_activations"):
+            typed(group.get(key) or {}, dict, f"{name}.{key}")
+        form = _recognise(group, str(group.get("format") or config.get("format")))
+        groups.append(Group(name, patterns(group.get("targets"), f"{name}.targets"), form))
+    return QuantizationConfig(
+        groups=tuple(groups),
+        ignore=patterns(config.get("ignore"), "ignore"),
+        kv_cache_scheme=config.get("kv_cache_scheme") is not None,
     )
-    return QuantizationConfig(groups, tuple(config.get("ignore") or ()), config.get("kv_cache_scheme") is not None)
 
 
 _DEFINING_ARGS = ("num_bits", "type", "strategy", "group_size", "dynamic")

@@ -41,12 +41,12 @@ def measure(
     ids: Sequence[int],
     *,
     start: int,
-    prompt_tokens: int = 128,
-    new_tokens: int = 129,
-    batch_sizes: Sequence[int] = (1,),
-    prefill_tokens: int = 512,
-    repetitions: int = 5,
-    warmups: int = 1,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch_sizes: Sequence[int],
+    prefill_tokens: int,
+    repetitions: int,
+    warmups: int,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Samples of engine start number `start`, every one with its `kind`:

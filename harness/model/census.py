@@ -110,11 +110,17 @@ def token_traffic(config: ModelConfig, counts: Iterable[RoleCount]) -> TokenTraf
             weights += count.output_bytes * config.num_experts_per_token // config.num_experts
         else:
             weights += count.output_bytes
-    num_full = len(config.full_attention_layers)
+    return TokenTraffic(weights, state_bytes(config), kv_bytes_per_token(config))
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Recurrent states (`mamba_ssm_dtype`) and 16-bit convolution states of all DeltaNet layers, for one sequence."""
     recurrent = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
     convolution = (2 * config.linear_key_size + config.linear_value_size) * (config.conv_kernel - 1)
-    return TokenTraffic(
-        weight_bytes=weights,
-        state_bytes=(config.num_layers - num_full) * (recurrent * config.state_bytes_per_element + convolution * 2),
-        kv_bytes_per_token=num_full * 2 * config.num_kv_heads * config.head_dim * 2,
-    )
+    num_layers = config.num_layers - len(config.full_attention_layers)
+    return num_layers * (recurrent * config.state_bytes_per_element + convolution * 2)
+
+
+def kv_bytes_per_token(config: ModelConfig) -> int:
+    """Keys and values that one token adds to a 16-bit cache."""
+    return len(config.full_attention_layers) * 2 * config.num_kv_heads * config.head_dim * 2

@@ -99,14 +99,14 @@ class Checkpoint:
         """The whole tensor in its own shape."""
         return self.rows(name).view(self.tensors[name].shape)
 
-    def pieces(self, name: str) -> Iterator[bytes]:
+    def pieces(self, name: str) -> Iterator[bytearray]:
         """The tensor's bytes, at most `PIECE_BYTES` at a time."""
         entry = self.tensors[name]
         with (self.folder / entry.shard).open("rb") as file:
             for start in range(0, entry.num_bytes, PIECE_BYTES):
                 piece = bytearray(min(PIECE_BYTES, entry.num_bytes - start))
                 _read_into(file, memoryview(piece), entry.offset + start, self.folder / entry.shard)
-                yield bytes(piece)
+                yield piece
 
     @property
     def num_bytes(self) -> int:
@@ -158,11 +158,8 @@ def inspect_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     config = read_json(folder / "config.json")
     index_path = folder / INDEX
     problems: list[str] = []
-    weight_map: dict[str, str] | None = None
-    if index_path.exists():
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise UserError(f"{index_path} has no weight_map from tensor names to files.", "Download it again.")
+    weight_map = read_index(folder)
+    if weight_map is not None:
         shards = sorted(set(weight_map.values()))
     elif (folder / SINGLE).exists():
         shards = [SINGLE]
@@ -199,12 +196,25 @@ def inspect_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     return Checkpoint(folder, config, tuple(opened), tensors), problems
 
 
+def read_index(folder: Path) -> dict[str, str] | None:
+    """File by tensor name, from the folder's index; None where it has none."""
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{path} has no weight_map from tensor names to files.", "Download it again.")
+    return weight_map
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `UserError` where there is none."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.", "Give the folder of a checkpoint.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).", "Give a file that can be.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}).", "Download it again.") from None
     if not isinstance(value, dict):
@@ -318,9 +328,9 @@ class ShardWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         self._pending: list[Future[None]] = []
 
-    def write(self, name: str, data: Tensor | bytes) -> None:
+    def write(self, name: str, data: Tensor | bytearray) -> None:
         """Appends the next piece of tensor `name`: its elements in order, of its dtype."""
-        view = data if isinstance(data, bytes) else _bytes_of(data)
+        view = _bytes_of(data) if isinstance(data, Tensor) else data
         size = len(view)
         if size > self._left[name]:
             raise ValueError(f"{name}: {size} bytes to write, {self._left[name]} left")
@@ -330,7 +340,7 @@ class ShardWriter:
             self._pending.pop(0).result()
         self._pending.append(self._pool.submit(self._put, name, view, offset))
 
-    def _put(self, name: str, view: bytes | memoryview, offset: int) -> None:
+    def _put(self, name: str, view: bytearray | memoryview, offset: int) -> None:
         self._hashes[name].update(view)
         done = 0
         while done < len(view):

@@ -109,7 +109,7 @@ def linears_of(tensor: str, shape: tuple[int, ...]) -> tuple[Linear, ...]:
     """The linear layers in source tensor `tensor` of `shape`: one for a 2-D weight, 2E and E for the fused experts
     `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]`, none for anything else."""
     role = role_of(tensor)
-    if role is None or role.target is None or not 2 <= len(shape) <= 3:
+    if role is None or role.target is None or not 2 <= len(shape) <= 3 or 0 in shape:
         return ()
     if len(shape) == 2:
         module = tensor.removesuffix(".weight")
@@ -159,7 +159,6 @@ class ModelConfig:
     moe_intermediate_size: int
     shared_expert_intermediate_size: int
     num_mtp_layers: int
-    max_position_embeddings: int
     tied_embeddings: bool
     vision: Mapping[str, int] | None
 
@@ -204,11 +203,12 @@ def parse_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     if not isinstance(text, Mapping):
         raise UserError(f"{where} has no text_config.", "Give the config.json of the published multimodal model.")
 
-    def number(table: Mapping[str, Any], key: str, section: str) -> int:
+    def number(table: Mapping[str, Any], key: str, section: str, least: int = 1) -> int:
         value = table.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if type(value) is not int or not least <= value < 1 << 40:
             raise UserError(
-                f"{where}: {section}.{key} is {value!r}, not a whole number.", "Compare it with the model's source."
+                f"{where}: {section}.{key} is {value!r}, not a whole number from {least}.",
+                "Compare it with the model's source.",
             )
         return value
 
@@ -220,7 +220,11 @@ def parse_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         vocab_size=number(text, "vocab_size", "text_config"),
         hidden_size=number(text, "hidden_size", "text_config"),
         num_layers=num_layers,
-        full_attention_layers=_full_attention_layers(text, num_layers),
+        full_attention_layers=_full_attention_layers(
+            text,
+            num_layers,
+            number(text, "full_attention_interval", "text_config") if "full_attention_interval" in text else 4,
+        ),
         num_heads=number(text, "num_attention_heads", "text_config"),
         num_kv_heads=number(text, "num_key_value_heads", "text_config"),
         head_dim=number(text, "head_dim", "text_config"),
@@ -236,21 +240,21 @@ def parse_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         num_experts_per_token=number(text, "num_experts_per_tok", "text_config") if moe else 0,
         moe_intermediate_size=number(text, "moe_intermediate_size", "text_config") if moe else 0,
         shared_expert_intermediate_size=(number(text, "shared_expert_intermediate_size", "text_config") if moe else 0),
-        num_mtp_layers=int(text.get("mtp_num_hidden_layers") or 0),
-        max_position_embeddings=int(text.get("max_position_embeddings") or 0),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        num_mtp_layers=(
+            number(text, "mtp_num_hidden_layers", "text_config", 0) if "mtp_num_hidden_layers" in text else 0
+        ),
+        tied_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         vision=(
             {key: number(vision, key, "vision_config") for key in _VISION_KEYS} if isinstance(vision, Mapping) else None
         ),
     )
 
 
-def _full_attention_layers(text: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    """`layer_types` where the configuration lists them, else every `full_attention_interval`-th layer."""
+def _full_attention_layers(text: Mapping[str, Any], num_layers: int, interval: int) -> tuple[int, ...]:
+    """`layer_types` where the configuration lists them, else every `interval`-th layer."""
     types = text.get("layer_types")
     if isinstance(types, list) and len(types) == num_layers:
         return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
-    interval = int(text.get("full_attention_interval") or 4)
     return tuple(range(interval - 1, num_layers, interval))
 
 

@@ -1,5 +1,6 @@
 """Where a checkpoint is: a folder as it stands, or a hub id that is fetched into the hub's own cache."""
 
+import os
 import re
 from pathlib import Path
 
@@ -12,13 +13,18 @@ _CONFIG_FILES = ("config.json", INDEX)
 _ALL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 
 
+def fetched_revision(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 def locate(location: str, revision: str | None = None, *, config_only: bool = False) -> Path:
     """The folder of a checkpoint, fetched first if `location` is a hub id; `config_only` fetches no weights.
 
     `UserError` for what is neither a folder nor a hub id, and for a hub that cannot be reached while the model is
     not in its cache.
     """
-    path = Path(location).expanduser()
+    path = Path(os.path.expanduser(location))  # noqa: PTH111 - pathlib raises where the user is unknown
     if path.is_dir():
         return path
     if path.exists() or not _HUB_ID.fullmatch(location):

@@ -41,8 +41,10 @@ from harness.model.census import RoleCount, SourceTensor, output_bytes, source_t
 from harness.model.checkpoint import (
     INDEX,
     PIECE_BYTES,
+    TORCH_DTYPE,
     Checkpoint,
     NewTensor,
+    TensorEntry,
     check_disk,
     index_json,
     new_shard,
@@ -76,6 +78,10 @@ _NOT_COPIED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx",
 _NOT_COPIED_NAMES = ("config.json", INDEX, "README.md", MANIFEST)
 
 
+class _BadWeightError(UserError):
+    """A source that no build can finish."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished variant. `reused` tells whether this call found it or built it; the other fields after it are
@@ -106,8 +112,11 @@ def build(source: Path, recipe: Recipe, out: Path, progress: Progress) -> Artifa
 
     `UserError`, with nothing written, for a source that is damaged, of an unknown architecture, quantized
     already or not divisible into blocks; for an `out` that holds anything else; and for too little disk. A
-    weight that is NaN or infinite stops the build at that weight and leaves no artifact.
+    weight that is NaN or infinite, quantized or kept, stops the build and leaves nothing.
     """
+    source, out = source.resolve(), out.resolve()
+    if out == source or source in out.parents:
+        raise UserError(f"{out} lies in the source's own folder.", "Give an --out beside it.")
     if recipe.needs_calibration:
         raise UserError(
             f"Recipe '{recipe.name}' stores scales of activations, and this version has no calibration to choose them.",
@@ -124,8 +133,9 @@ def build(source: Path, recipe: Recipe, out: Path, progress: Progress) -> Artifa
     identity = _identity(checkpoint, recipe)
     if (found := _existing(out, identity, recipe)) is not None:
         return Artifact(out, found, reused=True, counts=what.counts)
-    check_disk(out, what.output_bytes)
     unfinished = out.with_name(out.name + ".partial")
+    # What an interrupted build has finished is on the disk already.
+    check_disk(out, what.output_bytes - sum(path.stat().st_size for path in unfinished.glob("*.safetensors")))
     with _claimed(unfinished, identity) as done, _workers() as pool:
         started = time.perf_counter()
         by_shard = {
@@ -170,6 +180,7 @@ def _identity(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.name,
         "formats": {role: form.name for role, form in recipe.formats.items()},
         "source_fingerprint": checkpoint.fingerprint(),
+        "copied": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _copied(checkpoint.folder)},
     }
 
 
@@ -180,8 +191,11 @@ def _existing(out: Path, identity: dict[str, Any], recipe: Recipe) -> str | None
     if not (out / MANIFEST).is_file():
         raise UserError(f"{out} exists and was not made by this harness.", "Give another --out, or move it away.")
     manifest = read_json(out / MANIFEST)
-    if manifest.get("identity") != identity:
-        other = (manifest.get("identity") or {}).get("recipe")
+    found, files = manifest.get("identity"), manifest.get("files")
+    if not isinstance(found, dict) or not isinstance(files, dict):
+        raise UserError(f"{out / MANIFEST} is no manifest of a build.", "Give another --out, or move the folder away.")
+    if found != identity:
+        other = found.get("recipe")
         what = f"recipe '{other}'" if other != recipe.name else "another source or builder version"
         raise UserError(
             f"{out} holds an artifact of {what}, not of '{recipe.name}' from this source.",
@@ -189,8 +203,10 @@ def _existing(out: Path, identity: dict[str, Any], recipe: Recipe) -> str | None
         )
     if (out / _NEW_CONFIG).exists():
         _commit(out)
-    if (missing := next((name for name in manifest["files"] if not (out / name).is_file()), None)) is not None:
-        raise UserError(f"{out} lacks {missing}, which its build wrote.", "Remove the folder to build it again.")
+    for name, written in files.items():
+        path = out / name
+        if not path.is_file() or path.stat().st_size != written["bytes"]:
+            raise UserError(f"{path} is not as its build wrote it.", "Remove the folder to build it again.")
     return str(manifest["digest"])
 
 
@@ -225,9 +241,8 @@ def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[dict[str, str]]
             write_file(folder / _PROGRESS, _json(saved))
         try:
             yield {name: digest for name, digest in saved["shards"].items() if (folder / name).is_file()}
-        except UserError:
-            # Bad weights or a full disk: continuing would meet them again, so nothing is left behind.
-            shutil.rmtree(folder)
+        except _BadWeightError:
+            shutil.rmtree(folder)  # continuing would meet it again
             raise
 
 
@@ -256,7 +271,10 @@ def _write_shard(
     with new_shard(path, new) as writer:
         for tensor in tensors:
             if tensor.name not in formats:
+                entry = checkpoint.tensors[tensor.name]
                 for piece in checkpoint.pieces(tensor.name):
+                    if entry.dtype in _WEIGHT_DTYPES:
+                        _finite_amax(entry, torch.frombuffer(piece, dtype=TORCH_DTYPE[entry.dtype]))
                     writer.write(tensor.name, piece)
                     meter.advance(len(piece), path.name)
                 continue
@@ -285,8 +303,9 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[
 
 
 def num_threads() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Processors to encode on: those that this process may use, up to where reading becomes the limit and memory,
+    which grows with the pieces under way, would not pay."""
+    return min(len(os.sched_getaffinity(0)), 8)
 
 
 @contextmanager
@@ -341,11 +360,16 @@ def _global_scale(checkpoint: Checkpoint, members: Sequence[tuple[str, Linear]],
 
 
 def _amax(checkpoint: Checkpoint, name: str, rows: _Rows) -> Tensor:
-    low, high = torch.aminmax(checkpoint.rows(name, rows.first, rows.count))
+    return _finite_amax(checkpoint.tensors[name], checkpoint.rows(name, rows.first, rows.count))
+
+
+def _finite_amax(entry: TensorEntry, values: Tensor) -> Tensor:
+    """The largest magnitude `[]` of some of a tensor's values; an error for NaN and infinity among them."""
+    low, high = torch.aminmax(values)
     amax = torch.maximum(-low, high).float()
     if not torch.isfinite(amax):
-        raise UserError(
-            f"{name} in {checkpoint.tensors[name].shard} holds NaN or infinite weights.",
+        raise _BadWeightError(
+            f"{entry.name} in {entry.shard} holds NaN or infinite weights.",
             "Download the source again; if they are in it, it cannot be quantized.",
         )
     return amax
@@ -376,36 +400,39 @@ def _finish(
 ) -> str:
     """Writes everything beside the shards, `config.json` under its temporary name; returns the artifact's digest."""
     digests = dict(sorted(shard_digests.items()))
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.is_file() and _is_copied(path.name):
-            data = path.read_bytes()
-            write_file(folder / path.name, data)
-            digests[path.name] = hashlib.sha256(data).hexdigest()
+
+    def put(name: str, data: bytes, written_as: str | None = None) -> None:
+        write_file(folder / (written_as or name), data)
+        digests[name] = hashlib.sha256(data).hexdigest()
+
+    for path in _copied(checkpoint.folder):
+        put(path.name, path.read_bytes())
     if (checkpoint.folder / INDEX).exists():
         weight_map = {
             new.name: checkpoint.tensors[tensor.name].shard
             for tensor in tensors
             for new in _new_tensors(checkpoint, tensor, formats.get(tensor.name))
         }
-        total = sum(output_bytes(tensor, formats.get(tensor.name)) for tensor in tensors)
-        index = index_json(weight_map, total)
-        write_file(folder / INDEX, index)
-        digests[INDEX] = hashlib.sha256(index).hexdigest()
+        put(INDEX, index_json(weight_map, sum(output_bytes(tensor, formats.get(tensor.name)) for tensor in tensors)))
     quantization = quantization_config(recipe.targets(), recipe.ignored())
-    config = _json({**checkpoint.config, "quantization_config": quantization})
-    digests["config.json"] = hashlib.sha256(config).hexdigest()
+    put("config.json", _json({**checkpoint.config, "quantization_config": quantization}), _NEW_CONFIG)
     digest = hashlib.sha256(_json(digests)).hexdigest()
+    sizes = {name: (folder / (_NEW_CONFIG if name == "config.json" else name)).stat().st_size for name in digests}
     manifest = {
         "schema": 1,
         "harness": __version__,
         "identity": identity,
         "digest": digest,
-        "files": digests,
+        "files": {name: {"bytes": sizes[name], "sha256": one} for name, one in digests.items()},
     }
     write_file(folder / MANIFEST, _json(manifest))
-    write_file(folder / _NEW_CONFIG, config)
     sync_folder(folder)
     return digest
+
+
+def _copied(folder: Path) -> list[Path]:
+    """The files of a source that go into the artifact unread: tokenizer, template, processor, licence, ..."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and _is_copied(path.name))
 
 
 def _is_copied(name: str) -> bool:
@@ -414,9 +441,3 @@ def _is_copied(name: str) -> bool:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def artifact_digest(folder: Path) -> str | None:
-    """The digest that a build wrote into `folder`; None for a checkpoint that this harness did not build."""
-    path = folder / MANIFEST
-    return str(read_json(path)["digest"]) if path.is_file() else None

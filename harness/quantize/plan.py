@@ -60,11 +60,13 @@ def check_widths(tensor: SourceTensor, form: Format | None) -> None:
     """`UserError` for a weight whose rows do not divide into blocks of 16."""
     if form is None or form.compressor != "nvfp4-pack-quantized":
         return
-    if not tensor.linears:
+    if not tensor.linears and 0 not in tensor.shape:
         raise UserError(
             f"{tensor.name} has shape {list(tensor.shape)}, which is no linear layer's.",
             "Compare the checkpoint with its config.json.",
         )
+    if 0 in tensor.shape:
+        raise UserError(f"{tensor.name} is empty: its shape is {list(tensor.shape)}.", "Download the source again.")
     width = tensor.linears[0].in_features
     if width % nvfp4.BLOCK:
         raise UserError(

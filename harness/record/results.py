@@ -129,15 +129,21 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
 COMPARABLE: dict[str, tuple[str, ...]] = {
     "ppl": (
         "measure_version",
+        "variant.source_digest",
         "dataset.protocol",
         "dataset.token_ids_sha256",
+        "suite.ppl.batch_size",
         "engine.name",
         "engine.version",
         "engine.dtype",
         "engine.device",
+        "engine.effective.cpu_capability",
+        "engine.effective.attention_implementation",
+        "engine.effective.deltanet_implementation",
     ),
     "bench": (
         "measure_version",
+        "variant.source_digest",
         "session_id",
         "machine.name",
         "dataset.token_ids_sha256",
@@ -166,11 +172,12 @@ def utc_now() -> str:
 class Run:
     """The header: everything that must be known to repeat a run or to refuse a comparison.
 
-    The open tables hold JSON values only: `variant` {name, recipe, artifact_digest}, `engine` {name, version,
-    device, dtype, requested, effective, kernels: layer kind -> what computed it}, `dataset` {name, protocol,
-    text_sha256, token_ids_sha256, num_tokens}, `machine` as `provenance.machine` gives it. `engine` and `dataset`
-    are None where a measure has none. `engine.effective` may carry `weight_bytes_per_token` and
-    `bandwidth_bytes_per_second`, None when unknown.
+    The open tables hold JSON values only: `variant` {name, recipe, artifact_digest, source_digest, source_revision},
+    `engine` {name, version, device, dtype, requested, effective, kernels: layer kind -> what computed it}, `dataset`
+    {name, protocol, text_sha256, token_ids_sha256, num_tokens}, `machine` as `provenance.machine` gives it. `engine`
+    and `dataset` are None where a measure has none. `engine.effective` carries what a decode ceiling is computed
+    from: `weight_bytes_per_token`, `state_bytes`, `kv_bytes_per_token`, and `bandwidth_bytes_per_second`, None when
+    unknown.
     """
 
     measure: str

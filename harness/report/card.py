@@ -225,8 +225,8 @@ def _decode(evidence: _Evidence, link: Link) -> str:
         None if single.empty else f"**One user**\n\n{_table(evidence, link, single)}",
         f"**By batch size**, in total and for each user\n\n{_table(evidence, link, curve)}",
         "Speeds are medians over repetitions with exact order-statistic intervals; the ratio's interval is a bootstrap "
-        "of both medians, and only runs of one session are compared. The ceiling is memory bandwidth over the bytes of "
-        "weights that a token reads, and a dash where the bandwidth is unknown.",
+        "of both medians, and only runs of one session are compared. The ceiling is memory bandwidth over the bytes "
+        "that a step moves (weights, states, the prompt's keys and values), and a dash where the bandwidth is unknown.",
         _kernels(evidence),
         _no_record(evidence, "bench"),
     )

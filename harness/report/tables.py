@@ -81,11 +81,12 @@ def perplexity(records: Records) -> pd.DataFrame:
 
 
 def decode(records: Records) -> pd.DataFrame:
-    """Decode speed per variant and batch size, beside the speed at which the weights alone could be read.
+    """Decode speed per variant and batch size, beside the speed that memory allows.
 
     One value per repetition: the tokens of all its steps over their time. The first new token belongs to the
-    prefill and is in neither. At batch 1 the ceiling is memory bandwidth / bytes of weights read per token: no
-    kernel can exceed it, whatever it computes.
+    prefill and is in neither. At batch 1 the ceiling is memory bandwidth over the bytes of a step: the weights once,
+    the DeltaNet states read and written, and the keys and values of the prompt. A model that does not fit
+    into the processor's caches cannot exceed it.
     """
     rows = _speeds(records, "decode", lambda sample: sample["batch"] * _mean_rate(sample["step_seconds"]))
     for row in rows:
@@ -93,8 +94,11 @@ def decode(records: Records) -> pd.DataFrame:
         speed, batch = row["tokens_per_second"], row["batch"]
         steps = by_shape(row["run"], "decode")[batch, row["prompt_tokens"]][0]["step_seconds"]
         bandwidth = effective.get("bandwidth_bytes_per_second")
-        bytes_per_token = effective.get("weight_bytes_per_token")
-        ceiling = bandwidth / bytes_per_token if batch == 1 and bandwidth and bytes_per_token else None
+        weights, state, kv = (
+            effective.get(key) or 0 for key in ("weight_bytes_per_token", "state_bytes", "kv_bytes_per_token")
+        )
+        step = weights + 2 * state + row["prompt_tokens"] * kv
+        ceiling = bandwidth / step if batch == 1 and bandwidth and weights else None
         row["new_tokens"] = len(steps) + 1
         row["user_tokens_per_second"] = _scaled(speed, 1 / batch)
         row["ceiling_tokens_per_second"] = ceiling
