@@ -114,7 +114,7 @@ def build(source: Path, recipe: Recipe, out: Path, progress: Progress) -> Artifa
     already or not divisible into blocks; for an `out` that holds anything else; and for too little disk. A
     weight that is NaN or infinite, quantized or kept, stops the build and leaves nothing.
     """
-    source, out = source.resolve(), out.resolve()
+    named, source, out = out, source.resolve(), out.resolve()
     if out == source or source in out.parents:
         raise UserError(f"{out} lies in the source's own folder.", "Give an --out beside it.")
     if recipe.needs_calibration:
@@ -132,7 +132,7 @@ def build(source: Path, recipe: Recipe, out: Path, progress: Progress) -> Artifa
     _check_sources(checkpoint, formats)
     identity = _identity(checkpoint, recipe)
     if (found := _existing(out, identity, recipe)) is not None:
-        return Artifact(out, found, reused=True, counts=what.counts)
+        return Artifact(named, found, reused=True, counts=what.counts)
     unfinished = out.with_name(out.name + ".partial")
     # What an interrupted build has finished is on the disk already.
     check_disk(out, what.output_bytes - sum(path.stat().st_size for path in unfinished.glob("*.safetensors")))
@@ -157,7 +157,7 @@ def build(source: Path, recipe: Recipe, out: Path, progress: Progress) -> Artifa
         digest = _finish(checkpoint, unfinished, recipe, identity, done, tensors, formats)
     unfinished.replace(out)
     _commit(out)
-    return Artifact(out, digest, reused=False, counts=what.counts, stage_seconds=(("quantize", seconds),))
+    return Artifact(named, digest, reused=False, counts=what.counts, stage_seconds=(("quantize", seconds),))
 
 
 def _check_sources(checkpoint: Checkpoint, formats: dict[str, Format]) -> None:
