@@ -29,9 +29,6 @@ _MOST_FINDINGS = 20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code."""
-    # OpenMP's waiting threads spin by default, which beside any other program costs far more than waking them; it
-    # reads this once, when torch is loaded. The engine records the policy in force.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser()
     options = parser.parse_args(given)

@@ -254,7 +254,7 @@ def _describe(
         effective={
             "model_class": type(model).__name__,
             "threads": torch.get_num_threads(),
-            # Waiting threads spin by default, which on a machine with other work costs several times the speed.
+            # Waiting threads spin by default: the fastest way on a quiet machine, several times slower on a busy one.
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "attention_implementation": config._attn_implementation,
