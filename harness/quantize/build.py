@@ -102,9 +102,9 @@ class _Meter:
     total: int
     done: int = 0
 
-    def advance(self, num_bytes: int, shard: str) -> None:
+    def advance(self, num_bytes: int) -> None:
         self.done += num_bytes
-        self.progress(self.done, self.total, f"build {shard}")
+        self.progress(self.done, self.total, "build")
 
 
 def build(source: Path, recipe: Recipe, out: Path, progress: Progress) -> Artifact:
@@ -152,7 +152,7 @@ def build(source: Path, recipe: Recipe, out: Path, progress: Progress) -> Artifa
                 )
                 write_file(unfinished / _PROGRESS, _json({"identity": identity, "shards": done}))
             else:
-                meter.advance(sum(tensor.num_bytes for tensor in by_shard[shard]), shard)
+                meter.advance(sum(tensor.num_bytes for tensor in by_shard[shard]))
         seconds = time.perf_counter() - started
         digest = _finish(checkpoint, unfinished, recipe, identity, done, tensors, formats)
     unfinished.replace(out)
@@ -276,7 +276,7 @@ def _write_shard(
                     if entry.dtype in _WEIGHT_DTYPES:
                         _finite_amax(entry, torch.frombuffer(piece, dtype=TORCH_DTYPE[entry.dtype]))
                     writer.write(tensor.name, piece)
-                    meter.advance(len(piece), path.name)
+                    meter.advance(len(piece))
                 continue
             for linear in tensor.linears:
                 if linear.fused_into not in scales:
@@ -285,7 +285,7 @@ def _write_shard(
                 for packed, block_scales in _in_order(pool, encode, _row_pieces(checkpoint, tensor.name, linear)):
                     writer.write(f"{linear.module}.weight_packed", packed)
                     writer.write(f"{linear.module}.weight_scale", block_scales)
-                    meter.advance(tensor.num_bytes * packed.numel() * 2 // tensor.num_params, path.name)
+                    meter.advance(tensor.num_bytes * packed.numel() * 2 // tensor.num_params)
                 writer.write(f"{linear.module}.weight_global_scale", scales[linear.fused_into])
         digests = writer.close()
     return hashlib.sha256(_json(digests)).hexdigest()
