@@ -283,8 +283,8 @@ def test_a_build_killed_at_any_step_leaves_no_checkpoint_and_the_next_one_finish
 
 
 def test_a_continued_build_keeps_the_shards_that_are_done(dense_source: Path, tmp_path: Path) -> None:
-    def interrupt(done: int, total: int, what: str) -> None:
-        if "model-3" in what:
+    def interrupt(*_: Any) -> None:
+        if (tmp_path / "out.partial" / "model-2.safetensors").exists():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
