@@ -65,7 +65,7 @@ def test_tokenizers_and_transformers_give_the_same_ids_on_all_of_the_heldout_tex
 
 
 @given(st.text(max_size=200))
-def test_tokenizers_and_transformers_give_the_same_ids_on_any_text_and_lose_nothing(text: str) -> None:
+def test_tokenizers_and_transformers_give_the_same_ids_on_any_text(text: str) -> None:
     by_library = Tokenizer.from_file(str(DENSE / "tokenizer.json"))
     ids = by_library.encode(text, add_special_tokens=False).ids
     assert ids == _TRANSFORMERS(text)["input_ids"]
