@@ -1,6 +1,6 @@
 """Decode speed and prefill time of one engine start, and the memory it took.
 
-Decoding one token at batch 1 reads every weight once and computes little, so its speed is bound by memory bandwidth, and
+Decoding one token at batch 1 reads every weight once and computes little, so its speed is bound by memory bandwidth;
 what the bytes alone allow stands beside each measured speed. On the torch engine those bytes are the *decompressed*
 weights: there a 4-bit checkpoint decodes no faster than its source, and any difference between the two is overhead or
 noise. A smaller file pays off only in an engine with 4-bit kernels.
