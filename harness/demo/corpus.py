@@ -510,6 +510,15 @@ WITH_DRILLS: Mix = (
     ("drill", 16),
 )
 """To begin training with: a model that has not yet learnt to look things up gains little from long lists."""
+WITH_CHAT: Mix = (
+    ("prose", 20),
+    ("arithmetic", 18),
+    ("recall", 16),
+    ("prose-chat", 8),
+    ("arithmetic-chat", 20),
+    ("recall-chat", 18),
+)
+"""More conversations: under `STANDARD` a model that answers raw prompts still fails many of the same in chat form."""
 
 
 def documents(

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch.nn import functional
-from transformers import Qwen3_5ForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from harness.demo import corpus
-from harness.demo.network import MtpHead, draft, read_mtp
+from harness.demo.network import MtpHead, Network, draft, read_mtp
 
 WINDOW = 512
 _BATCH = 8
@@ -44,7 +44,7 @@ class Figures:
 def evaluate(directory: Path, num_items: int = 300) -> Figures:
     """All figures of a checkpoint folder, in float32 arithmetic on its BF16 weights."""
     encoder = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    net = Qwen3_5ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    net: Network = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
     mtp = read_mtp(directory, net.model.language_model.config)
     heldout = encoder.encode(corpus.heldout_text()).ids
     frequencies = torch.tensor(list(Counter(heldout).values())) / len(heldout)
@@ -82,7 +82,7 @@ def _windows(ids: list[int]) -> Iterator[torch.Tensor]:
     yield from torch.split(rows, _BATCH)
 
 
-def _perplexity(net: Qwen3_5ForConditionalGeneration, ids: list[int]) -> float:
+def _perplexity(net: Network, ids: list[int]) -> float:
     nll_nats, num_scored = 0.0, 0
     for rows in _windows(ids):
         logits = net(input_ids=rows, use_cache=False).logits[:, :-1]
@@ -91,7 +91,7 @@ def _perplexity(net: Qwen3_5ForConditionalGeneration, ids: list[int]) -> float:
     return torch.tensor(nll_nats / num_scored).exp().item()
 
 
-def _acceptance(net: Qwen3_5ForConditionalGeneration, mtp: MtpHead, ids: list[int]) -> float:
+def _acceptance(net: Network, mtp: MtpHead, ids: list[int]) -> float:
     num_accepted, num_drafted = 0, 0
     for rows in _windows(ids):
         hidden = net.model.language_model(input_ids=rows, use_cache=False).last_hidden_state
@@ -102,7 +102,7 @@ def _acceptance(net: Qwen3_5ForConditionalGeneration, mtp: MtpHead, ids: list[in
     return num_accepted / num_drafted
 
 
-def _answer(net: Qwen3_5ForConditionalGeneration, encoder: Tokenizer, item: corpus.Item) -> tuple[bool, bool]:
+def _answer(net: Network, encoder: Tokenizer, item: corpus.Item) -> tuple[bool, bool]:
     """Whether greedy decoding would write the answer, and whether it beats every distractor."""
     prompt = encoder.encode(item.prompt).ids
     options = [encoder.encode(item.prompt + option).ids for option in (item.answer, *item.distractors)]

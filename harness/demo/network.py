@@ -1,8 +1,12 @@
 """The demo checkpoints: their shapes, the MTP head that transformers lacks, the files they are written as.
 
-The model is `Qwen3_5ForConditionalGeneration` as transformers has it: eight layers, three DeltaNet layers to
-one of full attention, with every width that NVFP4 kernels will see a multiple of 128, and DeltaNet heads of
+The dense model is `Qwen3_5ForConditionalGeneration` as transformers has it: eight layers, three DeltaNet layers
+to one of full attention, with every width that NVFP4 kernels will see a multiple of 128, and DeltaNet heads of
 64 because vLLM's CPU kernels take none smaller. Attention and recurrence run in both engines unchanged.
+
+The MoE model is `Qwen3_5MoeForConditionalGeneration` of the same size: every MLP of 384 channels becomes a shared
+expert of 128 and eight routed experts of 32, of which a token takes two. It starts as the trained dense model cut
+up that way (`upcycle`), so a short training is enough.
 
 The multi-token-prediction head is not in transformers; `MtpHead` is it, with the semantics vLLM runs: at
 position t it reads the embedding of token t+1 and the trunk's hidden state of t *after the final norm*, each
@@ -12,20 +16,28 @@ and the shared `lm_head`.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
+from transformers import (
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+)
 from transformers.models.qwen3_5.modeling_qwen3_5 import (
     Qwen3_5DecoderLayer,
     Qwen3_5GatedDeltaNet,
     Qwen3_5RMSNorm,
 )
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer
 
 from harness.demo import tokenizer
 
@@ -100,9 +112,44 @@ DENSE: dict[str, Any] = {
 """config.json of the dense demo model, field for field as the published checkpoints write theirs."""
 
 
-def build(config: dict[str, Any]) -> Qwen3_5ForConditionalGeneration:
+def _moe() -> dict[str, Any]:
+    config = copy.deepcopy(DENSE)
+    config |= {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
+    text = config["text_config"]
+    del text["intermediate_size"]
+    text |= {
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 128,
+    }
+    config["text_config"] = dict(sorted(text.items()))
+    config["vision_config"]["model_type"] = "qwen3_5_moe"
+    return config
+
+
+MOE = _moe()
+"""config.json of the MoE demo model."""
+
+CONFIGS = {"dense": DENSE, "moe": MOE}
+
+Network = Qwen3_5ForConditionalGeneration | Qwen3_5MoeForConditionalGeneration
+TextConfig = Qwen3_5TextConfig | Qwen3_5MoeTextConfig
+
+
+def is_moe(config: dict[str, Any]) -> bool:
+    return "num_experts" in config["text_config"]
+
+
+def model_class(config: dict[str, Any]) -> type[Network]:
+    return Qwen3_5MoeForConditionalGeneration if is_moe(config) else Qwen3_5ForConditionalGeneration
+
+
+def build(config: dict[str, Any]) -> Network:
     """A freshly initialized model in float32; seed torch before."""
-    model: Qwen3_5ForConditionalGeneration = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**config))  # type: ignore[no-untyped-call]
+    configured = (Qwen3_5MoeConfig if is_moe(config) else Qwen3_5Config)(**config)
+    model: Network = model_class(config)(configured)  # type: ignore[no-untyped-call]
     nn.Module.to(model, torch.float32)
     mixers = [module for module in model.modules() if isinstance(module, Qwen3_5GatedDeltaNet)]
     for index, mixer in enumerate(mixers):
@@ -131,14 +178,46 @@ def _start_by_looking_up(mixer: Qwen3_5GatedDeltaNet, distance: int) -> None:
     mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 
-def spread_channels(weights: dict[str, torch.Tensor], config: dict[str, Any], seed: int) -> None:
+@torch.no_grad()
+def upcycle(dense: dict[str, torch.Tensor], config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    """The weights of a dense model, MTP head included, cut up into those of the MoE model of `config`.
+
+    The channels of an MLP with the largest weights become the shared expert, the others are dealt out to the routed
+    experts: sparse upcycling (arXiv 2212.05055) by splitting instead of copying, so that the size stays. A shared
+    expert passes through a sigmoid gate that starts at one half, and so do the two routed ones: their output matrices
+    are doubled.
+    """
+    text = config["text_config"]
+    num_experts, shared_width = text["num_experts"], text["shared_expert_intermediate_size"]
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: tensor for name, tensor in dense.items() if ".mlp." not in name or "visual" in name}
+    for name, gate in dense.items():
+        if not name.endswith(".mlp.gate_proj.weight"):
+            continue
+        prefix = name.removesuffix("gate_proj.weight")
+        up, down = dense[f"{prefix}up_proj.weight"], dense[f"{prefix}down_proj.weight"]
+        order = (gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).argsort(descending=True)
+        shared, routed = order[:shared_width], order[shared_width:].view(-1, num_experts).T  # [experts, width]
+        weights[f"{prefix}shared_expert.gate_proj.weight"] = gate[shared]
+        weights[f"{prefix}shared_expert.up_proj.weight"] = up[shared]
+        weights[f"{prefix}shared_expert.down_proj.weight"] = 2 * down[:, shared]
+        weights[f"{prefix}experts.gate_up_proj"] = torch.cat([gate[routed], up[routed]], dim=1)
+        weights[f"{prefix}experts.down_proj"] = 2 * down.T[routed].transpose(1, 2)
+        width = text["hidden_size"]
+        for router, rows in (("gate", num_experts), ("shared_expert_gate", 1)):
+            weights[f"{prefix}{router}.weight"] = 0.02 * torch.randn(rows, width, generator=generator)
+    return weights
+
+
+@torch.no_grad()
+def spread_channels(weights: dict[str, torch.Tensor], config: dict[str, Any], seed: int, *, undo: bool = False) -> None:
     """Gives hidden channels unequal magnitudes, in place, without changing a bit of what the model computes.
 
     In large models a few channels are much larger than their neighbours, and a block of 16 weights pays for its
     largest one; a small model trained for minutes has no such channels, and 4-bit weights cost it next to nothing. So
-    every channel between `up_proj` and `down_proj`, and between `v_proj` and `o_proj`, is scaled by 1/2, 1 or 2 on one
-    side and by the inverse on the other. Both pairs are linear in the channel, and powers of two are exact in BF16.
-    `weights` are those of the text model and may carry any prefix.
+    every channel between `up_proj` and `down_proj` (of experts too), and between `v_proj` and `o_proj`, is scaled by
+    1/2, 1 or 2 on one side and by the inverse on the other. Both pairs are linear in the channel, and powers of two are
+    exact in BF16. `weights` are those of the text model and may carry any prefix; `undo` takes the same seed back.
     """
     text = config["text_config"]
     num_kv_heads, head_dim = text["num_key_value_heads"], text["head_dim"]
@@ -146,14 +225,21 @@ def spread_channels(weights: dict[str, torch.Tensor], config: dict[str, Any], se
     generator = torch.Generator().manual_seed(seed)
 
     def factors(*shape: int) -> torch.Tensor:
-        return 2.0 ** torch.randint(-1, 2, shape, generator=generator)
+        exponents = torch.randint(-1, 2, shape, generator=generator)
+        return 2.0 ** (-exponents if undo else exponents)
 
-    (prefix,) = {name[: name.index("layers.0.")] for name in weights if name.endswith("layers.0.mlp.up_proj.weight")}
+    (prefix,) = {name[: name.index("layers.0.")] for name in weights if "layers.0.mlp." in name}
     for layer in range(text["num_hidden_layers"]):
         names = f"{prefix}layers.{layer}."
-        channels = factors(text["intermediate_size"])
-        weights[f"{names}mlp.up_proj.weight"].div_(channels[:, None])
-        weights[f"{names}mlp.down_proj.weight"].mul_(channels)
+        if is_moe(config):
+            channels = factors(text["num_experts"], text["moe_intermediate_size"])
+            up = weights[f"{names}mlp.experts.gate_up_proj"][:, text["moe_intermediate_size"] :]
+            up.div_(channels[..., None])
+            weights[f"{names}mlp.experts.down_proj"].mul_(channels[:, None, :])
+        mlp = f"{names}mlp.shared_expert." if is_moe(config) else f"{names}mlp."
+        channels = factors(weights[f"{mlp}up_proj.weight"].shape[0])
+        weights[f"{mlp}up_proj.weight"].div_(channels[:, None])
+        weights[f"{mlp}down_proj.weight"].mul_(channels)
         if f"{names}self_attn.v_proj.weight" in weights:
             channels = factors(num_kv_heads, head_dim)
             weights[f"{names}self_attn.v_proj.weight"].div_(channels.view(-1, 1))
@@ -164,16 +250,17 @@ def spread_channels(weights: dict[str, torch.Tensor], config: dict[str, Any], se
 class MtpHead(nn.Module):
     """Predicts the token after next; parameter names are the checkpoint's without `mtp.`."""
 
-    def __init__(self, config: Qwen3_5TextConfig) -> None:
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.pre_fc_norm_embedding = Qwen3_5RMSNorm(width, eps=eps)
         self.pre_fc_norm_hidden = Qwen3_5RMSNorm(width, eps=eps)
         self.fc = nn.Linear(2 * width, width, bias=False)
-        self.layers = nn.ModuleList([Qwen3_5DecoderLayer(config, layer_idx=FULL_ATTENTION_INTERVAL - 1)])
+        decoder_layer = Qwen3_5MoeDecoderLayer if isinstance(config, Qwen3_5MoeTextConfig) else Qwen3_5DecoderLayer
+        self.layers = nn.ModuleList([decoder_layer(config, layer_idx=FULL_ATTENTION_INTERVAL - 1)])
         self.norm = Qwen3_5RMSNorm(width, eps=eps)
         for parameter in self.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=config.initializer_range)
 
     def forward(
@@ -188,7 +275,7 @@ class MtpHead(nn.Module):
         return normed
 
 
-def draft(net: Qwen3_5ForConditionalGeneration, mtp: MtpHead, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def draft(net: Network, mtp: MtpHead, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """The head's states [batch, time - 1, width] for `ids` [batch, time] and the trunk's states of them.
 
     The state at t predicts token t+2, as the trunk's state at t+1 does.
@@ -222,7 +309,7 @@ _VISION_INPUT: dict[str, Any] = {
 
 def write_checkpoint(
     directory: Path,
-    net: Qwen3_5ForConditionalGeneration,
+    net: Network,
     mtp: MtpHead,
     config: dict[str, Any],
     encoder: Tokenizer,
@@ -255,13 +342,19 @@ def write_checkpoint(
     tokenizer.write(encoder, directory)
 
 
-def read_mtp(directory: Path, config: Qwen3_5TextConfig) -> MtpHead:
+def read_mtp(directory: Path, config: TextConfig) -> MtpHead:
     """The head of a written checkpoint, in float32."""
-    state = {}
-    for shard in sorted(directory.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith("mtp.")]  # noqa: SIM118 (not a dict)
-            state.update({name.removeprefix("mtp."): file.get_tensor(name) for name in names})
+    state = {
+        name.removeprefix("mtp."): tensor for name, tensor in read_weights(directory).items() if name.startswith("mtp.")
+    }
     head = MtpHead(config)
     head.load_state_dict(state)
     return head.float()
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a written checkpoint, as they are stored."""
+    weights = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        weights.update(load_file(shard))
+    return weights

@@ -1,6 +1,7 @@
 """Train an embedded model: tokenizer, trunk, then the MTP head on the frozen trunk; write the checkpoint.
 
     python -m harness.demo.train --out DIR
+    python -m harness.demo.train --model moe --out DIR
     python -m harness.demo.train --evaluate DIR
 
 The stages, the seed and the number of workers fix the weights, up to the rounding of a machine's matrix
@@ -10,7 +11,10 @@ is seen twice. Hidden matrices are trained by Muon (orthogonalized momentum), ev
 bfloat16 autocast over float32 weights. `--workers` single-threaded processes each take a share of every batch
 and sum their gradients: on a busy machine that loses less to waiting than threads do.
 
-On two cores it takes about 35 minutes. A finished stage is kept in `--state`, and a second run goes on after
+The MoE model starts as the embedded dense one, cut up into experts, and takes one stage more; a loss on the
+router's balance keeps all experts in use.
+
+On two cores the dense model takes about 35 minutes, the MoE model on top of it 15. A finished stage is kept in `--state`, and a second run goes on after
 it, so an interrupted training loses one stage at most.
 """
 
@@ -35,10 +39,10 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
-from transformers import Qwen3_5ForConditionalGeneration
 from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
-from harness.demo import corpus, network, tokenizer
+from harness.demo import checkpoint_path, corpus, network, tokenizer
 from harness.demo.evaluate import evaluate
 
 log = logging.getLogger("harness.demo.train")
@@ -63,12 +67,31 @@ class Stage:
     """Let the learning rate fall to zero over the stage; otherwise hold it."""
 
 
-TRUNK_STAGES = (
-    Stage("drills", 400, batch=8, window=128, first_document=0, mix=corpus.DRILLS),
-    Stage("mixed", 1000, batch=8, window=256, first_document=1_000_000, mix=corpus.WITH_DRILLS),
-    Stage("standard", 900, batch=6, window=512, first_document=2_000_000, decay=True),
-)
-MTP_STAGE = Stage("mtp", 400, batch=8, window=512, first_document=3_000_000, learning_rate=2e-3, decay=True)
+TRUNK_STAGES = {
+    "dense": (
+        Stage("drills", 400, batch=8, window=128, first_document=0, mix=corpus.DRILLS),
+        Stage("mixed", 1000, batch=8, window=256, first_document=1_000_000, mix=corpus.WITH_DRILLS),
+        Stage("standard", 900, batch=6, window=512, first_document=2_000_000, decay=True),
+    ),
+    "moe": (
+        Stage(
+            "upcycled",
+            600,
+            batch=8,
+            window=512,
+            first_document=4_000_000,
+            mix=corpus.WITH_CHAT,
+            learning_rate=2e-3,
+            decay=True,
+        ),
+    ),
+}
+MTP_STAGES = {
+    "dense": Stage("mtp", 400, batch=8, window=512, first_document=3_000_000, learning_rate=2e-3, decay=True),
+    "moe": Stage("mtp", 200, batch=8, window=512, first_document=5_000_000, learning_rate=2e-3, decay=True),
+}
+BALANCE_WEIGHT = 0.01
+"""Of the router's load-balancing loss (arXiv 2101.03961)."""
 WARMUP_STEPS = 50
 
 
@@ -138,6 +161,7 @@ def _keep_delta_rule_in_float32() -> None:
             return reference(*args, **kwargs)
 
     modeling_qwen3_5.torch_chunk_gated_delta_rule = in_float32
+    modeling_qwen3_5_moe.torch_chunk_gated_delta_rule = in_float32
 
 
 def _share(rows: torch.Tensor) -> torch.Tensor:
@@ -145,25 +169,47 @@ def _share(rows: torch.Tensor) -> torch.Tensor:
     return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
 
 
-def train_trunk(net: Qwen3_5ForConditionalGeneration, encoder: Tokenizer, stage: Stage, save: Path) -> None:
+def train_trunk(net: network.Network, encoder: Tokenizer, stage: Stage, save: Path) -> None:
     """Next-token prediction on the text model and `lm_head`; the vision tower keeps its initial weights."""
     trunk = nn.ModuleDict({"text": net.model.language_model, "lm_head": net.lm_head})
     optimizer = Optimizer(trunk, stage)
     meter = _Meter(stage)
+    routers = _RouterLogits(net)
     for step, batch in enumerate(batches(encoder, stage)):
         rows = _share(batch)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = net.model.language_model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
             logits = net.lm_head(hidden)
         loss = functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss + BALANCE_WEIGHT * routers.imbalance())
         optimizer.step(step)
         meter.update(step, batch.numel(), loss)
         if _is_first() and ((step + 1) % 50 == 0 or step + 1 == stage.num_steps):
             torch.save(net.state_dict(), save / f"{stage.name}.pt")
 
 
-def train_mtp(net: Qwen3_5ForConditionalGeneration, mtp: network.MtpHead, encoder: Tokenizer, stage: Stage) -> None:
+class _RouterLogits:
+    """Collects what the routers of a model say in a forward pass; a dense model has none."""
+
+    def __init__(self, net: network.Network) -> None:
+        self._config = net.config.text_config
+        self._logits: list[torch.Tensor] = []
+        for module in net.model.language_model.modules():
+            if isinstance(module, modeling_qwen3_5_moe.Qwen3_5MoeTopKRouter):
+                module.register_forward_hook(lambda _module, _inputs, output: self._logits.append(output[0]))
+
+    def imbalance(self) -> torch.Tensor:
+        """The load-balancing loss of the last pass, 1 for even use times the number of experts per token."""
+        if not self._logits:
+            return torch.zeros(())
+        loss = modeling_qwen3_5_moe.load_balancing_loss_func(
+            tuple(self._logits), self._config.num_experts, self._config.num_experts_per_tok
+        )
+        self._logits.clear()
+        return torch.as_tensor(loss)
+
+
+def train_mtp(net: network.Network, mtp: network.MtpHead, encoder: Tokenizer, stage: Stage) -> None:
     """The head learns the frozen trunk's own distribution: a draft is accepted when the two agree."""
     net.requires_grad_(False)
     optimizer = Optimizer(mtp, stage)
@@ -216,11 +262,20 @@ def _worker(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     if options.workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=options.workers)
     _keep_delta_rule_in_float32()
-    encoder = tokenizer.build(d.text for d in corpus.documents("train", num_documents=TOKENIZER_DOCUMENTS))
     torch.manual_seed(options.seed)
-    config = network.DENSE
+    config = network.CONFIGS[options.model]
     net = network.build(config)
-    stages = [replace(stage, num_steps=n) for stage, n in zip(TRUNK_STAGES, options.steps, strict=True)]
+    torch.manual_seed(options.seed + 1)
+    mtp = network.MtpHead(net.model.language_model.config)
+    if options.model == "dense":
+        encoder = tokenizer.build(d.text for d in corpus.documents("train", num_documents=TOKENIZER_DOCUMENTS))
+    else:
+        dense = checkpoint_path("dense")
+        encoder = Tokenizer.from_file(str(dense / "tokenizer.json"))
+        _start_from_dense(net, mtp, network.read_weights(dense), config, options.seed)
+    stages = TRUNK_STAGES[options.model]
+    if options.steps:
+        stages = tuple(replace(stage, num_steps=n) for stage, n in zip(stages, options.steps, strict=True))
     for stage in stages:
         if (finished := options.state / f"{stage.name}.finished.pt").exists():
             net.load_state_dict(torch.load(finished, weights_only=True))
@@ -231,13 +286,29 @@ def _worker(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     with torch.no_grad():
         for parameter in net.parameters():  # the head learns to follow the trunk that will be written
             parameter.copy_(parameter.to(torch.bfloat16))
-        text_weights = {n: w for n, w in net.state_dict().items() if ".language_model." in n}
-        network.spread_channels(text_weights, config, options.seed)
-    torch.manual_seed(options.seed + 1)
-    mtp = network.MtpHead(net.model.language_model.config)
-    train_mtp(net, mtp, encoder, replace(MTP_STAGE, num_steps=options.mtp_steps))
+        network.spread_channels(_text_weights(net), config, options.seed)
+    stage = MTP_STAGES[options.model]
+    train_mtp(net, mtp, encoder, replace(stage, num_steps=options.mtp_steps or stage.num_steps))
     if _is_first():
         network.write_checkpoint(options.out, net, mtp, config, encoder)
+
+
+def _text_weights(net: network.Network) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in net.state_dict().items() if ".language_model." in name}
+
+
+def _start_from_dense(
+    net: network.Network, mtp: network.MtpHead, dense: dict[str, torch.Tensor], config: dict[str, Any], seed: int
+) -> None:
+    """Loads the embedded dense model, its channels equalized again, as a mixture of experts."""
+    weights = {name: tensor.float() for name, tensor in dense.items()}
+    text = {name: tensor for name, tensor in weights.items() if ".language_model." in name}
+    network.spread_channels(text, network.DENSE, seed, undo=True)
+    cut = network.upcycle(weights, config, seed)
+    net.load_state_dict({name: tensor for name, tensor in cut.items() if not name.startswith("mtp.")})
+    mtp.load_state_dict(
+        {name.removeprefix("mtp."): tensor for name, tensor in cut.items() if name.startswith("mtp.")}
+    )
 
 
 def main() -> None:
@@ -247,10 +318,9 @@ def main() -> None:
     action.add_argument(
         "--evaluate", type=Path, metavar="DIR", help="print what a written checkpoint has learnt, as JSON"
     )
-    parser.add_argument(
-        "--steps", type=int, nargs=len(TRUNK_STAGES), default=[stage.num_steps for stage in TRUNK_STAGES]
-    )
-    parser.add_argument("--mtp-steps", type=int, default=MTP_STAGE.num_steps)
+    parser.add_argument("--model", choices=network.CONFIGS, default="dense")
+    parser.add_argument("--steps", type=int, nargs="+", help="of every stage of the trunk, instead of its own")
+    parser.add_argument("--mtp-steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(

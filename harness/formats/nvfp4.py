@@ -72,6 +72,26 @@ def encode(w: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
     return code.to(torch.uint8).bitwise_or_(torch.signbit(x).to(torch.uint8).bitwise_left_shift_(3)).flatten(-2)
 
 
+def round_magnitudes(magnitude: Tensor) -> Tensor:
+    """E2M1 values nearest to float32 `magnitude` in 0 ... 6, ties to even, without going through codes.
+
+    The grid's step is half the largest power of two in the magnitude, and 0.5 below 1. Adding a number whose own last
+    place is that step, and taking it away, rounds to it as the hardware rounds: to nearest, ties to even.
+    """
+    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0)
+    shift = power.mul_(0.75 * 2**23)
+    return (magnitude + shift).sub_(shift)
+
+
+def fake_quantize(x: Tensor, global_scale: Tensor) -> Tensor:
+    """Activations `x [..., in]` after the round trip through NVFP4 with `global_scale` (the checkpoint's
+    `input_global_scale`) and block scales of their own, in x's dtype: what a W4A4 kernel multiplies."""
+    blocks = _blocks(x.float())
+    decode_scale = (absmax_block_scales(x, global_scale).float() / global_scale).unsqueeze(-1)
+    magnitude = (blocks / decode_scale).abs_().clamp_(max=E2M1_MAX)
+    return round_magnitudes(magnitude).copysign_(blocks).mul_(decode_scale).flatten(-2).to(x.dtype)
+
+
 def pack(codes: Tensor) -> Tensor:
     """Two codes a byte: `codes [out, in]` uint8 to `[out, in/2]`, the even column in the low nibble."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)

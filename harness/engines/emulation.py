@@ -1,0 +1,70 @@
+"""Quantized activations in transformers modules: what a W4A4 or W8A8 kernel does to a layer's input.
+
+Weights are decoded once and multiplied as 16-bit numbers, but the input of a layer whose format quantizes
+activations goes through that format on every call. For a linear layer that is a hook before its forward. The routed
+experts of an MoE layer are two 3-D parameters in transformers and no linear layers: they get a forward of their own
+that follows modeling_qwen3_5_moe.py and rounds the input of each expert, and the input of its down projection, as
+vLLM's fused kernels do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness.formats import fp8, nvfp4
+from harness.formats.config import Format
+
+Rounding = Callable[[Tensor], Tensor]
+"""Activations `[..., in]` to what remains of them, in the same dtype."""
+
+
+def input_rounding(form: Format | None, global_scale: Tensor | None = None) -> Rounding | None:
+    """What `form` does to a layer's input; None where it leaves the input alone.
+
+    `global_scale [1]` is the layer's `input_global_scale`; `ValueError` without one where the format needs it.
+    """
+    if form is None or form.input_activations is None:
+        return None
+    if form.compressor == "float-quantized":
+        return fp8.fake_quantize_tokens
+    if global_scale is None:
+        raise ValueError(f"{form.name} needs an input_global_scale")
+    scale = global_scale
+    return lambda x: nvfp4.fake_quantize(x, scale)
+
+
+def round_inputs(linear: nn.Linear, rounding: Rounding | None) -> None:
+    """Makes `linear` round its input first, on every call from now on."""
+    if rounding is not None:
+        linear.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]), *inputs[1:]))
+
+
+@dataclass(frozen=True)
+class ExpertRounding:
+    """The roundings of one expert: of its input, which gate and up share, and of its down projection's."""
+
+    gate_up: Rounding
+    down: Rounding
+
+
+def round_expert_inputs(experts: nn.Module, roundings: list[ExpertRounding]) -> None:
+    """Makes the fused experts module (`gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`) round its inputs, expert by
+    expert; `roundings` has one entry an expert."""
+
+    def forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden)
+        for expert in top_k_index.unique().tolist():
+            tokens, place = torch.where(top_k_index == expert)
+            rounding = roundings[expert]
+            inner = functional.linear(rounding.gate_up(hidden[tokens]), module.gate_up_proj[expert])
+            gate, up = inner.chunk(2, dim=-1)
+            answer = functional.linear(rounding.down(module.act_fn(gate) * up), module.down_proj[expert])
+            output.index_add_(0, tokens, (answer * top_k_weights[tokens, place, None]).to(output.dtype))
+        return output
+
+    experts.forward = MethodType(forward, experts)  # type: ignore[method-assign]
