@@ -14,8 +14,8 @@ and sum their gradients: on a busy machine that loses less to waiting than threa
 The MoE model starts as the embedded dense one, cut up into experts, and takes one stage more; a loss on the
 router's balance keeps all experts in use.
 
-On two cores the dense model takes about 35 minutes, the MoE model on top of it 15. A finished stage is kept in `--state`, and a second run goes on after
-it, so an interrupted training loses one stage at most.
+On two cores the dense model takes about 35 minutes, the MoE model on top of it 15. A finished stage is kept in
+`--state`, and a second run goes on after it, so an interrupted training loses one stage at most.
 """
 
 from __future__ import annotations
@@ -306,9 +306,7 @@ def _start_from_dense(
     network.spread_channels(text, network.DENSE, seed, undo=True)
     cut = network.upcycle(weights, config, seed)
     net.load_state_dict({name: tensor for name, tensor in cut.items() if not name.startswith("mtp.")})
-    mtp.load_state_dict(
-        {name.removeprefix("mtp."): tensor for name, tensor in cut.items() if name.startswith("mtp.")}
-    )
+    mtp.load_state_dict({name.removeprefix("mtp."): tensor for name, tensor in cut.items() if name.startswith("mtp.")})
 
 
 def main() -> None:
