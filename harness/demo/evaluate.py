@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -44,7 +45,8 @@ class Figures:
 def evaluate(directory: Path, num_items: int = 300) -> Figures:
     """All figures of a checkpoint folder, in float32 arithmetic on its BF16 weights."""
     encoder = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    net: Network = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    net: Network = loaded
     mtp = read_mtp(directory, net.model.language_model.config)
     heldout = encoder.encode(corpus.heldout_text()).ids
     frequencies = torch.tensor(list(Counter(heldout).values())) / len(heldout)

@@ -142,14 +142,14 @@ def is_moe(config: dict[str, Any]) -> bool:
     return "num_experts" in config["text_config"]
 
 
-def model_class(config: dict[str, Any]) -> type[Network]:
+def model_class(config: dict[str, Any]) -> Any:
     return Qwen3_5MoeForConditionalGeneration if is_moe(config) else Qwen3_5ForConditionalGeneration
 
 
 def build(config: dict[str, Any]) -> Network:
     """A freshly initialized model in float32; seed torch before."""
     configured = (Qwen3_5MoeConfig if is_moe(config) else Qwen3_5Config)(**config)
-    model: Network = model_class(config)(configured)  # type: ignore[no-untyped-call]
+    model: Network = model_class(config)(configured)
     nn.Module.to(model, torch.float32)
     mixers = [module for module in model.modules() if isinstance(module, Qwen3_5GatedDeltaNet)]
     for index, mixer in enumerate(mixers):
@@ -256,7 +256,7 @@ class MtpHead(nn.Module):
         self.pre_fc_norm_embedding = Qwen3_5RMSNorm(width, eps=eps)
         self.pre_fc_norm_hidden = Qwen3_5RMSNorm(width, eps=eps)
         self.fc = nn.Linear(2 * width, width, bias=False)
-        decoder_layer = Qwen3_5MoeDecoderLayer if isinstance(config, Qwen3_5MoeTextConfig) else Qwen3_5DecoderLayer
+        decoder_layer: Any = Qwen3_5MoeDecoderLayer if isinstance(config, Qwen3_5MoeTextConfig) else Qwen3_5DecoderLayer
         self.layers = nn.ModuleList([decoder_layer(config, layer_idx=FULL_ATTENTION_INTERVAL - 1)])
         self.norm = Qwen3_5RMSNorm(width, eps=eps)
         for parameter in self.parameters():

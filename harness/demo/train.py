@@ -7,9 +7,10 @@
 The stages, the seed and the number of workers fix the weights, up to the rounding of a machine's matrix
 kernels. Three stages make the trunk: drills, in which looking things up is all there is to learn; a mix of
 them with the corpus; and the corpus alone in longer windows, while the learning rate falls to zero. No text
-is seen twice. Hidden matrices are trained by Muon (orthogonalized momentum), everything else by AdamW, in
-bfloat16 autocast over float32 weights. `--workers` single-threaded processes each take a share of every batch
-and sum their gradients: on a busy machine that loses less to waiting than threads do.
+is seen twice. Hidden matrices are trained by Muon (orthogonalized momentum), everything else by AdamW, over
+float32 weights, and in bfloat16 autocast where the processor multiplies bfloat16. `--workers` single-threaded
+processes each take a share of every batch and sum their gradients: on a busy machine that loses less to waiting
+than threads do.
 
 The MoE model starts as the embedded dense one, cut up into experts, and takes one stage more; a loss on the
 router's balance keeps all experts in use.
@@ -164,6 +165,11 @@ def _keep_delta_rule_in_float32() -> None:
     modeling_qwen3_5_moe.torch_chunk_gated_delta_rule = in_float32
 
 
+def _autocast() -> torch.autocast:
+    """bfloat16 where the processor has instructions for it; elsewhere torch emulates them, ten times slower."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.cpu._is_avx512_bf16_supported()))
+
+
 def _share(rows: torch.Tensor) -> torch.Tensor:
     """This worker's part of a batch."""
     return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
@@ -177,7 +183,7 @@ def train_trunk(net: network.Network, encoder: Tokenizer, stage: Stage, save: Pa
     routers = _RouterLogits(net)
     for step, batch in enumerate(batches(encoder, stage)):
         rows = _share(batch)
-        with torch.autocast("cpu", torch.bfloat16):
+        with _autocast():
             hidden = net.model.language_model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
             logits = net.lm_head(hidden)
         loss = functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
@@ -192,7 +198,11 @@ class _RouterLogits:
     """Collects what the routers of a model say in a forward pass; a dense model has none."""
 
     def __init__(self, net: network.Network) -> None:
-        self._config = net.config.text_config
+        config: Any = net.config.text_config
+        self._num_experts, self._num_chosen = (
+            getattr(config, "num_experts", 0),
+            getattr(config, "num_experts_per_tok", 0),
+        )
         self._logits: list[torch.Tensor] = []
         for module in net.model.language_model.modules():
             if isinstance(module, modeling_qwen3_5_moe.Qwen3_5MoeTopKRouter):
@@ -202,9 +212,8 @@ class _RouterLogits:
         """The load-balancing loss of the last pass, 1 for even use times the number of experts per token."""
         if not self._logits:
             return torch.zeros(())
-        loss = modeling_qwen3_5_moe.load_balancing_loss_func(
-            tuple(self._logits), self._config.num_experts, self._config.num_experts_per_tok
-        )
+        logits: Any = tuple(self._logits)
+        loss = modeling_qwen3_5_moe.load_balancing_loss_func(logits, self._num_experts, self._num_chosen)
         self._logits.clear()
         return torch.as_tensor(loss)
 
@@ -216,7 +225,7 @@ def train_mtp(net: network.Network, mtp: network.MtpHead, encoder: Tokenizer, st
     meter = _Meter(stage)
     for step, batch in enumerate(batches(encoder, stage)):
         rows = _share(batch)[:, :-1]
-        with torch.autocast("cpu", torch.bfloat16):
+        with _autocast():
             with torch.no_grad():
                 hidden = net.model.language_model(input_ids=rows, use_cache=False).last_hidden_state
                 target = net.lm_head(hidden[:, 1:]).float().softmax(-1)

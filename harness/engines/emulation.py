@@ -58,7 +58,7 @@ def round_expert_inputs(experts: nn.Module, roundings: list[ExpertRounding]) -> 
 
     def forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         output = torch.zeros_like(hidden)
-        for expert in top_k_index.unique().tolist():
+        for expert in torch.unique(top_k_index).tolist():
             tokens, place = torch.where(top_k_index == expert)
             rounding = roundings[expert]
             inner = functional.linear(rounding.gate_up(hidden[tokens]), module.gate_up_proj[expert])
@@ -67,4 +67,4 @@ def round_expert_inputs(experts: nn.Module, roundings: list[ExpertRounding]) -> 
             output.index_add_(0, tokens, (answer * top_k_weights[tokens, place, None]).to(output.dtype))
         return output
 
-    experts.forward = MethodType(forward, experts)  # type: ignore[method-assign]
+    experts.forward = MethodType(forward, experts)
