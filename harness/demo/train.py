@@ -77,8 +77,8 @@ TRUNK_STAGES = {
     "moe": (
         Stage(
             "upcycled",
-            600,
-            batch=8,
+            300,
+            batch=4,
             window=512,
             first_document=4_000_000,
             mix=corpus.WITH_CHAT,
@@ -89,7 +89,7 @@ TRUNK_STAGES = {
 }
 MTP_STAGES = {
     "dense": Stage("mtp", 400, batch=8, window=512, first_document=3_000_000, learning_rate=2e-3, decay=True),
-    "moe": Stage("mtp", 200, batch=8, window=512, first_document=5_000_000, learning_rate=2e-3, decay=True),
+    "moe": Stage("mtp", 150, batch=4, window=512, first_document=5_000_000, learning_rate=2e-3, decay=True),
 }
 BALANCE_WEIGHT = 0.01
 """Of the router's load-balancing loss (arXiv 2101.03961)."""
