@@ -7,7 +7,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from harness.record import stats
-from harness.record.stats import Estimate, median, median_ratio, paired_mean_difference
+from harness.record.stats import Estimate, median, median_ratio, paired_mean_difference, paired_sum_ratio
 
 
 def test_a_paired_difference_is_the_ratio_of_sums() -> None:
@@ -74,6 +74,62 @@ def test_the_same_data_give_the_same_interval_in_any_run() -> None:
     assert paired_mean_difference([0.0] * 6, data, [1.0] * 6) == paired_mean_difference([0.0] * 6, data, [1.0] * 6)
 
 
+def test_a_ratio_of_sums_is_no_mean_of_ratios() -> None:
+    estimate = paired_sum_ratio([1.0, 9.0, 10.0], [2.0, 12.0, 11.0])
+    assert estimate.value == pytest.approx(20 / 25)
+    assert estimate.num == 3
+
+
+def test_the_interval_of_a_ratio_of_sums_is_scipys() -> None:
+    rng = np.random.default_rng(8)
+    base = np.exp(rng.normal(0, 0.7, 60))
+    above = base * rng.normal(0.7, 0.1, 60)
+    estimate = paired_sum_ratio(above.tolist(), base.tolist())
+    reference = scipy_stats.bootstrap(
+        (above, base),
+        lambda a, b, axis: a.sum(axis=axis) / b.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=9999,
+        method="percentile",
+        rng=np.random.default_rng(3),  # another seed: equal up to the bootstrap's own noise
+    )
+    assert estimate.standard_error == pytest.approx(reference.standard_error, rel=0.05)
+    width = reference.confidence_interval.high - reference.confidence_interval.low
+    assert estimate.low == pytest.approx(reference.confidence_interval.low, abs=0.05 * width)
+    assert estimate.high == pytest.approx(reference.confidence_interval.high, abs=0.05 * width)
+
+
+def test_the_standard_error_of_a_ratio_of_sums_is_cochrans() -> None:
+    rng = np.random.default_rng(9)
+    base = rng.uniform(1, 3, 400)
+    above = 0.8 * base + rng.normal(0, 0.1, 400)
+    estimate = paired_sum_ratio(above.tolist(), base.tolist())
+    # Cochran, Sampling Techniques, equation 6.5: the spread of the residuals over the mean of the divisor.
+    residuals = above - estimate.value * base
+    assert estimate.standard_error == pytest.approx(residuals.std(ddof=1) / base.mean() / math.sqrt(400), rel=0.05)
+
+
+def test_a_variant_with_half_of_everything_has_exactly_half() -> None:
+    base = np.exp(np.random.default_rng(10).normal(0, 1, 30))
+    estimate = paired_sum_ratio((base / 2).tolist(), base.tolist())
+    assert estimate.low == pytest.approx(0.5) and estimate.high == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "baseline"), [([1.0], [1.0, 2.0]), ([1.0, -1.0], [1.0, 1.0]), ([1.0, 1.0], [0.0, 0.0])]
+)
+def test_totals_of_a_ratio_must_match_and_not_be_negative(variant: list[float], baseline: list[float]) -> None:
+    with pytest.raises(ValueError, match="not negative"):
+        paired_sum_ratio(variant, baseline)
+
+
+@pytest.mark.parametrize(("variant", "baseline"), [([1.0], [2.0]), ([1.0, 0.0], [2.0, 0.0])])
+def test_one_cluster_has_no_interval_of_a_ratio(variant: list[float], baseline: list[float]) -> None:
+    estimate = paired_sum_ratio(variant, baseline)
+    assert (estimate.value, estimate.low, estimate.high) == (0.5, None, None)
+
+
 @pytest.mark.parametrize(
     ("num", "low", "high"),
     # The ranks of the 95 % interval for a median: Conover (1999), table of the binomial with p = 1/2.
@@ -130,6 +186,16 @@ def test_the_paired_interval_covers_the_truth(fewer_resamples: None, num: int, l
         estimate = paired_mean_difference(base.tolist(), (base + difference).tolist(), weights.tolist())
         hits.append(covers(estimate, 0.02))
     assert least <= coverage(hits) <= 0.99
+
+
+def test_the_ratio_of_sums_interval_covers_the_truth(fewer_resamples: None) -> None:
+    rng = np.random.default_rng(4)
+    hits = []
+    for _ in range(300):
+        base = np.exp(rng.normal(0, 0.5, 60))  # windows differ in how hard they are, for both sides alike
+        above = base * np.exp(rng.normal(math.log(0.7) - 0.02, 0.2, 60))
+        hits.append(covers(paired_sum_ratio(above.tolist(), base.tolist()), 0.7))
+    assert 0.90 <= coverage(hits) <= 0.99
 
 
 @pytest.mark.parametrize("num", [6, 10, 25])
