@@ -9,6 +9,14 @@
     [variants.nvfp4a16]
     recipe = "rtn-a16"
 
+    [variants.w4a4-gptq]
+    recipe = "w4a4"
+    codes = "gptq"                      # scales and codes are the recipe's own unless they are named
+
+    [calibration]
+    sources = [{ dataset = "openai/gsm8k", config = "main", split = "train",
+                 user = ["question"], assistant = "answer", samples = 256, max_tokens = 2048 }]
+
     [ppl]
     protocol = "wikitext2-512"
     text = { demo = "heldout" }         # or { path = "wiki.txt" }, or { dataset = "Salesforce/wikitext", ... }
@@ -29,6 +37,7 @@ Meaning never depends on what lies on the disk: a location is a folder if it is 
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import tomllib
 import types
@@ -48,9 +57,16 @@ _Check = Callable[[Any], str | None]
 
 
 def _at_least(minimum: int) -> _Check:
-    def check(value: int | tuple[int, ...]) -> str | None:
-        smallest = value if isinstance(value, int) else min(value)
+    def check(value: float | tuple[float, ...]) -> str | None:
+        smallest = min(value) if isinstance(value, tuple) else value
         return f"must be at least {minimum}, not {smallest}" if smallest < minimum else None
+
+    return check
+
+
+def _one_of(*known: str) -> _Check:
+    def check(value: str) -> str | None:
+        return None if value in known else f"must be one of {', '.join(known)}, not '{value}'"
 
     return check
 
@@ -67,6 +83,22 @@ def _are_variant_names(value: Mapping[str, "Variant"]) -> str | None:
     if SOURCE in value:
         return f"must not use '{SOURCE}', which always means the unquantized model"
     return next((f"has a variant that {wrong}" for name in value if (wrong := _is_name(name))), None)
+
+
+def _say_what_a_sample_is(value: tuple["Samples", ...]) -> str | None:
+    for position, source in enumerate(value):
+        if isinstance(source, DemoSamples):
+            continue
+        named = [key for key in ("column", "messages", "user", "assistant") if getattr(source, key) is not None]
+        found = " and ".join(named) or "none of them"
+        suffix = Path(source.path).suffix.lower() if isinstance(source, FileSamples) else None
+        if suffix == TEXT_FILE and named:
+            return f"has at [{position}] a {TEXT_FILE} file, which has no columns, and names {found}"
+        if suffix is not None and suffix not in (TEXT_FILE, *ROW_FILES):
+            return f"has at [{position}] a file whose name ends in none of {', '.join((TEXT_FILE, *ROW_FILES))}"
+        if suffix != TEXT_FILE and named not in (["column"], ["messages"], ["user", "assistant"]):
+            return f"needs at [{position}] exactly one of column, messages, or user with assistant, and has {found}"
+    return None
 
 
 def _checked(check: _Check, **kwargs: Any) -> Any:
@@ -102,6 +134,68 @@ class DatasetText:
 Text = DemoText | FileText | DatasetText
 
 
+TEXT_FILE = ".txt"
+ROW_FILES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSamples:
+    """Windows of `max_tokens` tokens, cut from the embedded corpus."""
+
+    demo: str
+    samples: int = _checked(_at_least(1))
+    max_tokens: int = _checked(_at_least(2))
+    seed: int = _checked(_at_least(0), default=0)  # which windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSamples:
+    """Rows of a local file (JSON, JSON lines, Parquet, CSV), or windows of a text file.
+
+    What the sample of a row is, exactly one of three says: `column`, plain text as it stands; `messages`, a column
+    that holds a chat, a list of {role, content}; or `user` and `assistant`, columns to make a chat of two messages
+    from, those of `user` that are not empty joined by an empty line. Chats go through the model's own chat template.
+    """
+
+    path: str
+    samples: int = _checked(_at_least(1))
+    max_tokens: int = _checked(_at_least(2))  # what is longer is cut
+    seed: int = _checked(_at_least(0), default=0)  # which rows
+    column: str | None = None
+    messages: str | None = None
+    user: tuple[str, ...] | None = None
+    assistant: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSamples:
+    """Rows of a hub dataset; `column`, `messages`, `user` and `assistant` as for a file."""
+
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    samples: int = _checked(_at_least(1))
+    max_tokens: int = _checked(_at_least(2))
+    seed: int = _checked(_at_least(0), default=0)
+    column: str | None = None
+    messages: str | None = None
+    user: tuple[str, ...] | None = None
+    assistant: str | None = None
+
+
+Samples = DemoSamples | FileSamples | DatasetSamples
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibrated build runs through the model, and how much of it at once. All samples of all sources count."""
+
+    sources: tuple[Samples, ...] = _checked(_say_what_a_sample_is)
+    batch_tokens: int = _checked(_at_least(1), default=8192)  # tokens per forward pass
+    hidden_memory_gb: float = _checked(_at_least(0), default=4.0)  # 10⁹ bytes of hidden states in memory; more on disk
+
+
 @dataclass(frozen=True)
 class Source:
     """The unquantized checkpoint that every variant is built from and compared with."""
@@ -117,6 +211,8 @@ class Variant:
     """One quantization of the source. Whether the recipe exists is the builder's to say."""
 
     recipe: str
+    scales: str | None = _checked(_one_of("absmax", "search", "weighted-search"), default=None)  # None: the recipe's
+    codes: str | None = _checked(_one_of("rtn", "gptq"), default=None)  # None: the recipe's own
 
 
 @dataclass(frozen=True)
@@ -160,6 +256,7 @@ class Suite:
     source: Source
     variants: Mapping[str, Variant] = _checked(_are_variant_names)
     description: str | None = None
+    calibration: Calibration | None = None
     engine: Engine = Engine()
     ppl: Perplexity | None = None
     bench: Bench | None = None
@@ -193,23 +290,35 @@ class Suite:
 
 def load(path: Path) -> Suite:
     """Read and check one suite file."""
+    suite: Suite = _Reader(path, "suite").table(Suite, _document(path, "suite", "--suite"), "")
+    return dataclasses.replace(suite, folder=path.parent)
+
+
+def load_calibration(path: Path) -> tuple[Calibration, Path]:
+    """The calibration set in a file that holds what a suite's [calibration] table does, and the folder that its
+    relative paths start at."""
+    document = _document(path, "calibration set", "--calibration")
+    calibration: Calibration = _Reader(path, "calibration set").table(Calibration, document, "")
+    return calibration, path.parent
+
+
+def _document(path: Path, what: str, option: str) -> dict[str, Any]:
+    """The TOML file `path`, as its own types; `what` and `option` are for messages."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"{path}: the suite cannot be read ({error.strerror}).",
-            "Give the path of a TOML file with --suite.",
+            f"{path}: the {what} cannot be read ({error.strerror}).",
+            f"Give the path of a TOML file with {option}.",
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the suite is not UTF-8 text.", "Save it as UTF-8.") from error
+        raise UserError(f"{path}: the {what} is not UTF-8 text.", "Save it as UTF-8.") from error
     try:
-        document = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         last_line = f"at line {text.count(chr(10)) + 1}, the end of the file"
         where = str(error).replace("at end of document", last_line)
         raise UserError(f"{path}: not valid TOML: {where}.", "Mend that line.") from error
-    suite: Suite = _Reader(path).table(Suite, document, "")
-    return dataclasses.replace(suite, folder=path.parent)
 
 
 _TYPE_WORDS = {
@@ -228,9 +337,10 @@ def _describe(value: object) -> str:
 
 @dataclass(frozen=True)
 class _Reader:
-    """TOML values to dataclasses, driven by the annotations; `file` is only for messages."""
+    """TOML values to dataclasses, driven by the annotations; `file` and `what` it holds are only for messages."""
 
     file: Path
+    what: str
 
     def value(self, kind: Any, value: object, dotted: str) -> Any:
         """`value` as an annotation wants it: dataclass, union, tuple, mapping of names, or a plain type."""
@@ -247,9 +357,13 @@ class _Reader:
         if origin is Mapping:
             entries = self.expect(dict, value, dotted)
             return {name: self.value(arguments[1], entry, f"{dotted}.{name}") for name, entry in entries.items()}
+        if kind is float and type(value) is int:
+            value = float(value)
         plain = self.expect(kind, value, dotted)
         if plain == "":
             raise self.wrong(dotted, "must not be empty")
+        if kind is float and not math.isfinite(plain):
+            raise self.wrong(dotted, f"must be a finite number, not {plain}")
         return plain
 
     def union(self, kinds: list[Any], value: object, dotted: str) -> Any:
@@ -292,4 +406,4 @@ class _Reader:
         return value
 
     def wrong(self, dotted: str, problem: str) -> UserError:
-        return UserError(f"{self.file}: '{dotted}' {problem}.", "Correct it in the suite.")
+        return UserError(f"{self.file}: '{dotted}' {problem}.", f"Correct it in the {self.what}.")

@@ -11,7 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import UserError
-from harness.suite import Bench, DatasetText, DemoText, Engine, FileText, Source, load
+from harness.suite import (
+    ROW_FILES,
+    Bench,
+    Calibration,
+    DatasetSamples,
+    DatasetText,
+    DemoSamples,
+    DemoText,
+    Engine,
+    FileSamples,
+    FileText,
+    Source,
+    Variant,
+    load,
+    load_calibration,
+)
 
 MINIMAL = """
 name = "demo"
@@ -21,6 +36,36 @@ location = "demo:dense"
 [variants.nvfp4a16]
 recipe = "rtn-a16"
 """
+
+
+CALIBRATION = """
+[calibration]
+batch_tokens = 4096
+hidden_memory_gb = 2
+[[calibration.sources]]
+demo = "train"
+samples = 8
+max_tokens = 64
+[[calibration.sources]]
+path = "rows.jsonl"
+samples = 9
+max_tokens = 65
+seed = 7
+messages = "chat"
+[[calibration.sources]]
+dataset = "openai/gsm8k"
+config = "main"
+revision = "abc"
+samples = 10
+max_tokens = 66
+user = ["question"]
+assistant = "answer"
+"""
+
+
+def source(entry: str) -> str:
+    """A suite with one calibration source."""
+    return f"{MINIMAL}[calibration]\nsources = [{{ samples = 1, max_tokens = 9, {entry} }}]\n"
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -40,7 +85,8 @@ def refusal(tmp_path: Path, text: str) -> UserError:
 def test_the_minimal_suite_gets_every_default(tmp_path: Path) -> None:
     suite = load(written(tmp_path, MINIMAL))
     assert (suite.name, suite.source, suite.engine) == ("demo", Source("demo:dense"), Engine())
-    assert (suite.ppl, suite.bench, suite.folder) == (None, None, tmp_path)
+    assert (suite.ppl, suite.bench, suite.calibration, suite.folder) == (None, None, None, tmp_path)
+    assert suite.variants["nvfp4a16"] == Variant("rtn-a16", scales=None, codes=None)
 
 
 def test_every_key_is_read(tmp_path: Path) -> None:
@@ -56,6 +102,69 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert suite.ppl is not None and suite.ppl.text == FileText("wiki.txt")
     dataset = DatasetText("Salesforce/wikitext", "c", "s", "x", "r")
     assert suite.bench == Bench(dataset, 7, 8, (1, 9), 10, 11, 0, 12)
+
+
+def test_a_variant_may_name_its_scales_and_codes(tmp_path: Path) -> None:
+    suite = load(written(tmp_path, MINIMAL + 'scales = "weighted-search"\ncodes = "gptq"\n'))
+    assert suite.variants["nvfp4a16"] == Variant("rtn-a16", "weighted-search", "gptq")
+    assert suite.digest != load(written(tmp_path, MINIMAL)).digest
+
+
+def test_the_sources_of_a_calibration_set_are_told_by_their_keys(tmp_path: Path) -> None:
+    suite = load(written(tmp_path, MINIMAL + CALIBRATION))
+    assert suite.calibration == Calibration(
+        (
+            DemoSamples(demo="train", samples=8, max_tokens=64),
+            FileSamples(path="rows.jsonl", samples=9, max_tokens=65, seed=7, messages="chat"),
+            DatasetSamples(
+                dataset="openai/gsm8k",
+                config="main",
+                split="train",
+                revision="abc",
+                samples=10,
+                max_tokens=66,
+                user=("question",),
+                assistant="answer",
+            ),
+        ),
+        batch_tokens=4096,
+        hidden_memory_gb=2.0,
+    )
+
+
+def test_a_calibration_set_alone_in_a_file_is_the_same_as_in_a_suite(tmp_path: Path) -> None:
+    alone = CALIBRATION.replace("[calibration]\n", "").replace("calibration.sources", "sources")
+    calibration, folder = load_calibration(written(tmp_path, alone))
+    assert folder == tmp_path
+    assert calibration == load(written(tmp_path, MINIMAL + CALIBRATION)).calibration
+
+
+def test_a_broken_calibration_file_is_refused_with_its_own_option(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_calibration(tmp_path / "absent.toml")
+    assert "the calibration set cannot be read" in caught.value.problem and "--calibration" in caught.value.remedy
+    with pytest.raises(UserError) as caught:
+        load_calibration(written(tmp_path, "batch_tokens = 0\nsources = []\n"))
+    assert caught.value.remedy == "Correct it in the calibration set."
+    with pytest.raises(UserError, match="'sources' is missing"):
+        load_calibration(written(tmp_path, "batch_tokens = 1\n"))
+    with pytest.raises(UserError, match=r"not valid TOML: .*line 1"):
+        load_calibration(written(tmp_path, "sources = \n"))
+
+
+@pytest.mark.parametrize("written_out", ["seed = 0", 'split = "train"'])
+def test_writing_a_default_of_a_source_out_does_not_change_the_digest(tmp_path: Path, written_out: str) -> None:
+    plain = source('dataset = "a/b", column = "text"')
+    assert (
+        load(written(tmp_path, plain)).digest
+        == load(written(tmp_path, plain.replace("column", f"{written_out}, column"))).digest
+    )
+
+
+def test_a_whole_number_and_a_fraction_of_the_same_value_are_the_same(tmp_path: Path) -> None:
+    whole = load(written(tmp_path, MINIMAL + CALIBRATION))
+    fraction = load(written(tmp_path, MINIMAL + CALIBRATION.replace("gb = 2", "gb = 2.0")))
+    assert whole == fraction and whole.digest == fraction.digest
 
 
 def test_the_resolved_suite_is_json_with_every_default_and_no_place_of_this_machine(tmp_path: Path) -> None:
@@ -101,6 +210,12 @@ def test_a_location_that_is_not_written_as_a_folder_stays_as_it_is(tmp_path: Pat
         ('[bench]\ntext = { demo = "x" }\nwarmup = 1\n', "bench.warmup", "warmups"),
         ('[ppl]\nprotocol = "x"\ntext = { dataset = "x", splitt = "y" }\n', "ppl.text.splitt", "split"),
         ('[variants.b]\nrecipe = "x"\nrecipee = "y"\n', "variants.b.recipee", "recipe"),
+        ("[calibration]\nbatch_token = 1\n", "calibration.batch_token", "batch_tokens"),
+        (
+            '[calibration]\nsources = [{ demo = "x", sample = 1 }]\n',
+            "calibration.sources[0].sample",
+            "samples",
+        ),
     ],
 )
 def test_an_unknown_key_is_named_with_its_table_and_the_nearest_known_one(
@@ -139,6 +254,31 @@ def test_the_suites_own_folder_is_not_a_key(tmp_path: Path) -> None:
         (MINIMAL + '[bench]\ntext = { demo = "x" }\nbatch_sizes = [4, 0]\n', "must be at least 1, not 0"),
         (MINIMAL + '[bench]\ntext = { demo = "x", path = "y" }\n', "exactly one of the keys demo, path, dataset"),
         (MINIMAL + "[bench]\ntext = {}\n", "and has none of them"),
+        (MINIMAL + 'scales = "best"\n', "must be one of absmax, search, weighted-search, not 'best'"),
+        (MINIMAL + 'codes = "awq"\n', "'variants.nvfp4a16.codes' must be one of rtn, gptq, not 'awq'"),
+        (MINIMAL + "[calibration]\nsources = []\n", "at least one value"),
+        (MINIMAL + "[calibration]\n", "'calibration.sources' is missing"),
+        (source('path = "x.jsonl"'), "needs at [0] exactly one of column, messages, or user with assistant, and has"),
+        (source('dataset = "x"'), "and has none of them"),
+        (source('dataset = "x", column = "a", messages = "b"'), "and has column and messages"),
+        (source('dataset = "x", column = "a", user = ["b"], assistant = "c"'), "has column and user and assistant"),
+        (source('path = "x.csv", user = ["b"]'), "and has user"),
+        (source('path = "x.csv", assistant = "b"'), "and has assistant"),
+        (source('path = "x.csv", user = "b", assistant = "c"'), "'calibration.sources[0].user' must be a list"),
+        (source('path = "x.txt", column = "a"'), "has at [0] a .txt file, which has no columns, and names column"),
+        (source('path = "x.xml", column = "a"'), "ends in none of .txt, .jsonl, .json, .parquet, .csv"),
+        (source('demo = "x", column = "a"'), "unknown key 'calibration.sources[0].column'"),
+        (source('demo = "x", path = "y"'), "exactly one of the keys demo, path, dataset, and has demo and path"),
+        (source('demo = "x", seed = -1'), "'calibration.sources[0].seed' must be at least 0, not -1"),
+        (source('demo = "x"').replace("samples = 1", "samples = 0"), "samples' must be at least 1, not 0"),
+        (source('demo = "x"').replace("max_tokens = 9", "max_tokens = 1"), "max_tokens' must be at least 2, not 1"),
+        (source('demo = "x"').replace("samples = 1, ", ""), "'calibration.sources[0].samples' is missing"),
+        (source('demo = "x"') + "batch_tokens = 0\n", "'calibration.batch_tokens' must be at least 1, not 0"),
+        (source('demo = "x"') + "batch_tokens = 1.0\n", "must be a whole number, not a number"),
+        (source('demo = "x"') + "hidden_memory_gb = -0.5\n", "must be at least 0, not -0.5"),
+        (source('demo = "x"') + "hidden_memory_gb = nan\n", "must be a finite number, not nan"),
+        (source('demo = "x"') + "hidden_memory_gb = inf\n", "must be a finite number, not inf"),
+        (source('demo = "x"') + "hidden_memory_gb = true\n", "must be a number, not true or false"),
         (MINIMAL + '[bench]\ntext = "x"\n', "'bench.text' must be a table"),
         (MINIMAL.replace('"demo"', '"De mo"'), "'name' must be a name of lower-case letters"),
         (MINIMAL.replace("variants.nvfp4a16", "variants.NVFP4"), "not 'NVFP4'"),
@@ -181,15 +321,41 @@ TEXTS = st.one_of(
     st.fixed_dictionaries({"dataset": WORDS}, optional={"config": WORDS, "split": WORDS, "revision": WORDS}),
 )
 COUNTS = st.integers(2, 10**6)
+AMOUNT = {"samples": COUNTS, "max_tokens": COUNTS}
+CONTENTS = st.one_of(
+    st.fixed_dictionaries({"column": WORDS}),
+    st.fixed_dictionaries({"messages": WORDS}),
+    st.fixed_dictionaries({"user": st.lists(WORDS, min_size=1, max_size=2, unique=True), "assistant": WORDS}),
+)
+SOURCES = st.one_of(
+    st.fixed_dictionaries({"demo": WORDS, **AMOUNT}, optional={"seed": COUNTS}),
+    st.fixed_dictionaries({"path": NAMES.map(lambda name: name + ".txt"), **AMOUNT}),
+    st.tuples(
+        st.one_of(
+            st.fixed_dictionaries({"path": st.tuples(NAMES, st.sampled_from(ROW_FILES)).map("".join), **AMOUNT}),
+            st.fixed_dictionaries({"dataset": WORDS, **AMOUNT}, optional={"split": WORDS, "config": WORDS}),
+        ),
+        CONTENTS,
+    ).map(lambda parts: parts[0] | parts[1]),
+)
 SUITES = st.fixed_dictionaries(
     {
         "name": NAMES,
         "title": WORDS,
         "source": st.fixed_dictionaries({"location": WORDS}, optional={"revision": WORDS, "license": WORDS}),
-        "variants": st.dictionaries(NAMES, st.fixed_dictionaries({"recipe": WORDS}), min_size=1, max_size=3),
+        "variants": st.dictionaries(
+            NAMES,
+            st.fixed_dictionaries({"recipe": WORDS}, optional={"codes": st.sampled_from(["rtn", "gptq"])}),
+            min_size=1,
+            max_size=3,
+        ),
     },
     optional={
         "description": WORDS,
+        "calibration": st.fixed_dictionaries(
+            {"sources": st.lists(SOURCES, min_size=1, max_size=3, unique_by=repr)},
+            optional={"hidden_memory_gb": st.floats(0, 1e6)},
+        ),
         "engine": st.fixed_dictionaries({}, optional={"name": WORDS, "dtype": WORDS, "device": WORDS}),
         "ppl": st.fixed_dictionaries({"protocol": WORDS, "text": TEXTS}, optional={"batch_size": COUNTS}),
         "bench": st.fixed_dictionaries(
@@ -204,6 +370,8 @@ def toml(value: Any) -> str:
     """A value as inline TOML. JSON's strings, numbers and lists are TOML's too, but for the character DEL."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -211,6 +379,8 @@ def contains(whole: Any, part: Any) -> bool:
     """Every value of `part` stands in `whole` at the same place."""
     if isinstance(part, dict):
         return all(key in whole and contains(whole[key], value) for key, value in part.items())
+    if isinstance(part, list) and len(whole) == len(part):
+        return all(map(contains, whole, part))
     return bool(whole == part)
 
 
@@ -231,7 +401,8 @@ def test_a_key_that_is_misspelt_anywhere_is_always_found(
 ) -> None:
     document = data.draw(SUITES)
     tables = [document, document["source"], *document["variants"].values()]
-    tables += [document[key] for key in ("engine", "ppl", "bench") if key in document]
+    tables += [document[key] for key in ("calibration", "engine", "ppl", "bench") if key in document]
+    tables += document.get("calibration", {}).get("sources", [])
     data.draw(st.sampled_from(tables))["zzz"] = 1
     text = "".join(f"{key} = {toml(value)}\n" for key, value in document.items())
     with pytest.raises(UserError, match=r"unknown key '(.*\.)?zzz'"):
