@@ -68,6 +68,10 @@ def _is_time(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
+def _is_time_or_null(value: object) -> bool:
+    return value is None or _is_time(value)
+
+
 def _are_times(value: object) -> bool:
     return isinstance(value, list) and value != [] and all(map(_is_time, value))
 
@@ -122,6 +126,27 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
         },
         "finding": {"severity": _is_text, "tensor": _is_text, "problem": _is_text, "consequence": _is_text},
     },
+    # One run per quantizer. `call_seconds` leaves the imports out, where the tool tells; a `failure` has no times.
+    "peers": {
+        "repetition": {
+            "repetition": _is_count,
+            "wall_seconds": _is_time,
+            "call_seconds": _is_time_or_null,
+            "peak_rss_bytes": _is_count_or_null,
+            "output_bytes": _is_positive_count,
+        },
+        "verdict": {"passed": _is_flag, "num_errors": _is_count, "num_warnings": _is_count},
+        "warning": {"text": _is_text},
+        "failure": {"reason": _is_text},
+        "window": {
+            "text": _is_text,
+            "index": _is_count,
+            "num_tokens": _is_positive_count,
+            "num_scored": _is_positive_count,
+            "kl_nats": _is_number,
+            "num_agreed": _is_count,
+        },
+    },
 }
 
 # What must be equal in the headers of two runs of a measure before their numbers may be compared. Speed belongs to
@@ -153,6 +178,7 @@ COMPARABLE: dict[str, tuple[str, ...]] = {
         "engine.device",
         "engine.effective.threads",
     ),
+    "peers": ("measure_version", "session_id", "suite_digest", "machine.name", "variant.source_digest"),
     "build": ("measure_version",),
     "verify": ("measure_version",),
 }
