@@ -336,7 +336,9 @@ def test_settings_left_in_a_tokenizer_neither_cut_nor_fill_up(tmp_path: Path) ->
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1, is not UTF-8 (byte 10)"),
         ("a.jsonl", b'{"text": 7}\n', "a.jsonl, line 1: column 'text' holds int 7, not text"),
         ("a.jsonl", b"", "a.jsonl has no rows"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1, is nested too deeply"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1, cannot be read as JSON: "),
+        ("a.jsonl", b'{"text": ' + b"1" * 9999 + b"}", "a.jsonl, line 1, cannot be read as JSON: "),
+        ("a.jsonl", b'{"text": "x \\ud800 y"}', "a.jsonl, line 1: the text holds half of a UTF-16 pair"),
         ("a.json", b'{"text": "x y"}\n{"text": "z"}\n', "a.json is not JSON: Extra data at line 2, column 1"),
         ("a.json", b'{"text": "x y"}', "a.json is no list of objects"),
         ("a.json", b'[{"text": "x"}, 3]', "a.json, row 1, is no JSON object"),
@@ -345,8 +347,8 @@ def test_settings_left_in_a_tokenizer_neither_cut_nor_fill_up(tmp_path: Path) ->
         ("a.csv", b'text\n"never closed\n', "a.csv, line 2, is not CSV"),
         ("a.csv", b"text\n\xff\n", "a.csv is not UTF-8 (byte 5)"),
         ("a.csv", b"", "a.csv has no rows"),
-        ("a.parquet", b"PAR1 and then nothing", "a.parquet is no Parquet file"),
-        ("a.parquet", b"PAR1" + bytes(100) + b"\x20\0\0\0PAR1", "a.parquet is no Parquet file"),
+        ("a.parquet", b"PAR1 and then nothing", "a.parquet is no sound Parquet file"),
+        ("a.parquet", b"PAR1" + bytes(100) + b"\x20\0\0\0PAR1", "a.parquet is no sound Parquet file"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused_with_the_place(
@@ -477,3 +479,27 @@ def test_whatever_text_a_row_holds_comes_through_every_format_alike(
         for kind in ("jsonl", "json", "parquet")
     }
     assert len(digests) == 1
+
+
+@given(
+    kind=st.sampled_from(["jsonl", "json", "csv", "parquet", "txt"]),
+    data=st.one_of(
+        st.binary(max_size=60),
+        st.text(st.sampled_from('[]{}",:\\ \r\n\0mtex1du'), max_size=60).map(str.encode),
+        st.lists(st.sampled_from(['{"m":', '"text":', "[", "]", "{", "}", '"x y"', ",", "\n", "null", "text"])).map(
+            lambda parts: "".join(parts).encode()
+        ),
+    ),
+    messages=st.booleans(),
+)
+def test_whatever_a_file_holds_it_is_read_or_refused_in_words(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, data: bytes, messages: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    (folder / f"a.{kind}").write_bytes(data)
+    how = {} if kind == "txt" else {"messages": "m"} if messages else {"column": "text"}
+    try:
+        found = taken(FileSamples(path=f"a.{kind}", samples=1, max_tokens=8, **how), folder=folder)
+    except UserError:
+        return
+    assert len(found.samples) == 1 and 2 <= found.num_tokens <= 8

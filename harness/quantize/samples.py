@@ -37,6 +37,7 @@ from harness.progress import Progress
 from harness.suite import TEXT_FILE, Calibration, DatasetSamples, DemoSamples, FileSamples, Samples
 
 _MIN_TOKENS = 2  # of a sample: a single token has no context, and its attention nothing to attend to
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST_CSV_FIELD = 2**31 - 1  # the module's own limit is 128 KiB, less than a long chat
 
@@ -179,6 +180,11 @@ def _choose(source: Samples, content: _Content, encoder: "_Encoder", progress: P
             sample = ids[index * length : (index + 1) * length]
         else:
             text = _text_of(source, content, index, encoder)
+            if _HALF_PAIR.search(text):
+                raise UserError(
+                    f"{content.where(index)}: the text holds half of a UTF-16 pair, which is no character.",
+                    "Mend the row: its writer cut a text in the middle of a character.",
+                )
             sample = encoder.encode(text)[:length] if text else []
         if len(sample) < _MIN_TOKENS:
             continue
@@ -404,8 +410,8 @@ def _parsed(data: bytes, where: str) -> Any:
         raise UserError(
             f"{where} is not UTF-8 (byte {error.start:,}).", "Convert it, for example with iconv."
         ) from None
-    except RecursionError:
-        raise UserError(f"{where} is nested too deeply.", "Write a row as one flat {...}.") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise UserError(f"{where} cannot be read as JSON: {_first_line(error)}.", "Mend it.") from None
 
 
 def _csv_rows(text: str, name: str) -> list[Row]:
@@ -444,14 +450,16 @@ class _ArrowRows(Sequence[Row]):
 
 
 def _parquet_rows(file: BinaryIO, name: str, wanted: Sequence[str]) -> Sequence[Row]:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
+    from pyarrow import parquet  # type: ignore[import-untyped]
 
     try:
-        _check_columns(name, wanted, parquet.read_schema(file).names)
-        return _ArrowRows(parquet.read_table(file, columns=list(dict.fromkeys(wanted))))
-    except (pyarrow.ArrowException, OSError) as error:  # it has an OSError for a damaged header
-        raise UserError(f"{name} is no Parquet file: {_first_line(error)}.", "Write or fetch it again.") from None
+        names = parquet.read_schema(file).names
+        table = parquet.read_table(file, columns=[column for column in names if column in wanted])
+        table.validate(full=True)
+    except Exception as error:  # a damaged file gives Arrow's, the operating system's and Unicode's errors
+        raise UserError(f"{name} is no sound Parquet file: {_first_line(error)}.", "Write or fetch it again.") from None
+    _check_columns(name, wanted, names)
+    return _ArrowRows(table)
 
 
 def _open_dataset(source: DatasetSamples) -> _Content:
