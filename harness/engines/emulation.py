@@ -3,11 +3,14 @@
 Weights are decoded once and multiplied as 16-bit numbers, but the input of a layer whose format quantizes
 activations goes through that format on every call. For a linear layer that is a hook before its forward. The routed
 experts of an MoE layer are two 3-D parameters in transformers and no linear layers: they get a forward of their own
-that follows modeling_qwen3_5_moe.py and rounds the input of each expert, and the input of its down projection, as
-vLLM's fused kernels do.
+that rounds the input of each expert, and the input of its down projection, as vLLM's fused kernels do.
+
+transformers computes unrounded experts in one of several ways (`config._experts_implementation`: one after another,
+or one grouped matrix product over all of them), chosen when the module is called. A forward set on the module itself
+comes before that choice, so rounded experts are computed here whatever the configuration says.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -34,8 +37,15 @@ def input_rounding(form: Format | None, global_scale: Tensor | None = None) -> R
         return fp8.fake_quantize_tokens
     if global_scale is None:
         raise ValueError(f"{form.name} needs an input_global_scale")
-    scale = global_scale
-    return lambda x: nvfp4.fake_quantize(x, scale)
+    scale, moved = global_scale, global_scale
+
+    def rounding(x: Tensor) -> Tensor:
+        nonlocal moved
+        if moved.device != x.device:  # once: the layer has moved since
+            moved = scale.to(x.device)
+        return nvfp4.fake_quantize(x, moved)
+
+    return rounding
 
 
 def round_inputs(linear: nn.Linear, rounding: Rounding | None) -> None:
@@ -46,25 +56,38 @@ def round_inputs(linear: nn.Linear, rounding: Rounding | None) -> None:
 
 @dataclass(frozen=True)
 class ExpertRounding:
-    """The roundings of one expert: of its input, which gate and up share, and of its down projection's."""
+    """The roundings of one expert: of its input, which gate and up share, and of its down projection's. None leaves
+    the input alone."""
 
-    gate_up: Rounding
-    down: Rounding
+    gate_up: Rounding | None
+    down: Rounding | None
 
 
-def round_expert_inputs(experts: nn.Module, roundings: list[ExpertRounding]) -> None:
+def round_expert_inputs(experts: nn.Module, roundings: Sequence[ExpertRounding]) -> None:
     """Makes the fused experts module (`gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`) round its inputs, expert by
-    expert; `roundings` has one entry an expert."""
+    expert; `roundings` has one entry an expert.
+
+    Order of experts and of tokens is that of transformers' own loop, so that without a rounding the results are its
+    results to the last bit. Weights stored in another dtype than the hidden states' are converted one expert at a
+    time and never as a whole.
+    """
 
     def forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         output = torch.zeros_like(hidden)
         for expert in torch.unique(top_k_index).tolist():
-            tokens, place = torch.where(top_k_index == expert)
+            if expert >= len(roundings):  # how transformers marks a place that another device computes
+                continue
+            place, tokens = torch.where(torch.eq(top_k_index.T, expert))
             rounding = roundings[expert]
-            inner = functional.linear(rounding.gate_up(hidden[tokens]), module.gate_up_proj[expert])
-            gate, up = inner.chunk(2, dim=-1)
-            answer = functional.linear(rounding.down(module.act_fn(gate) * up), module.down_proj[expert])
-            output.index_add_(0, tokens, (answer * top_k_weights[tokens, place, None]).to(output.dtype))
+            x = _rounded(hidden[tokens], rounding.gate_up)
+            gate, up = functional.linear(x, module.gate_up_proj[expert].to(x.dtype)).chunk(2, dim=-1)
+            x = _rounded(module.act_fn(gate) * up, rounding.down)
+            answer = functional.linear(x, module.down_proj[expert].to(x.dtype)) * top_k_weights[tokens, place, None]
+            output.index_add_(0, tokens, answer.to(output.dtype))
         return output
 
     experts.forward = MethodType(forward, experts)
+
+
+def _rounded(x: Tensor, rounding: Rounding | None) -> Tensor:
+    return x if rounding is None else rounding(x)

@@ -1,10 +1,11 @@
 """What a measure may ask of an engine, and what an engine must say about itself.
 
-An engine holds one checkpoint in memory and answers two questions about token ids: how probable was each
-token (`score`), and what comes next and how long did it take (`decode`). Everything goes in and out as token ids:
-a tokenizer's version changes perplexity more than a quantization does, so text is tokenized once, elsewhere.
+An engine holds one checkpoint in memory and answers three questions about token ids: how probable was each
+token (`score`), how probable was every token that could have stood there (`log_probs`), and what comes next and how
+long did it take (`decode`). Everything goes in and out as token ids: a tokenizer's version changes perplexity more
+than a quantization does, so text is tokenized once, elsewhere.
 
-Both calls are batch-first, and `decode` returns the engine's own clock readings, because a batching engine such as
+All calls are batch-first, and `decode` returns the engine's own clock readings, because a batching engine such as
 vLLM schedules the work itself and knows its token times better than a caller with a stopwatch. `EngineInfo` separates
 what was *requested* from what is in *effect*, and names the kernel that computed each kind of layer: a 4-bit
 checkpoint served by a weight-only kernel is a different measurement, and nothing in the numbers shows it.
@@ -89,6 +90,11 @@ class Engine(Protocol):
         """For each window of n token ids, in order, the natural-log probabilities [n - 1] of its tokens 1 … n - 1,
         each given all tokens before it in the window. Windows are batched only with windows of their own length:
         padding a recurrent model would change its state."""
+
+    def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
+        """For each window of n token ids, in order, the natural-log distributions [n - 1, vocabulary] after each of
+        its first n - 1 tokens; `score` picks from them. One window's are in memory at a time: 1 MB a token for a
+        vocabulary of 248,320."""
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
         """Greedy continuation of a batch of equally long prompts by `num_tokens` each, with a real KV and state

@@ -1,7 +1,8 @@
 """The torch engine: transformers' own model class on a CPU or one accelerator.
 
-It is the reference: slow, readable, and the only engine that needs nothing but torch. Checkpoints are loaded by
+It is the reference: slow, readable, and the only engine that needs nothing but torch. Dense checkpoints are loaded by
 transformers' compressed-tensors integration, so what is measured here is what any user of `from_pretrained` gets.
+That integration drops scales of experts, so quantized mixture-of-experts checkpoints are decoded by `decoding`.
 
 **What happens to quantized weights.** compressed-tensors has no 4-bit matrix product. With its default the packed
 weights are decompressed to BF16 by a hook on the first forward pass, once; with `dequantize=True` the same code
@@ -13,11 +14,13 @@ checkpoint are still quantized and decoded on every call. So NVFP4 here shows wh
 what it gains in speed: a decode step reads the decompressed weights.
 
 **Logits are computed in float32.** BF16 logits step by 1/8 between 16 and 32, which is noise of the size of the
-effects measured here; an unquantized `lm_head` is widened for scoring. `decode` uses the model's own head.
+effects measured here; an unquantized `lm_head` is widened for `score` and `log_probs`. `decode` uses the
+model's own head.
 """
 
 import contextlib
 import gc
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -38,8 +41,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.cache_utils import DynamicCache
 
+from harness.engines import decoding
+from harness.engines.decoding import formats_of
 from harness.engines.protocol import Decoded, Engine, EngineInfo, Memory
 from harness.errors import UserError, did_you_mean
+from harness.formats.config import Format, parse
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -58,13 +64,7 @@ class TorchEngine(Engine):
         _reset_peak_memory(self._device)
         # transformers warns on stderr that it uses its reference DeltaNet; `info.kernels` says that instead.
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        model = _load(folder, DTYPES[dtype])
-        with _out_of_memory(f"Loading {folder}", "Use a machine with more memory."):
-            model = model.to(self._device)
-            if dtype == "float32":
-                # Widens what the decompressor wrote as BF16. Never the other way: the rotary frequencies and the
-                # global scales are float32 in a BF16 model too, and must stay so.
-                model = model.to(torch.float32)
+        model = load_model(folder, dtype, self._device)
         self._model: Any = model
         self._trunk: Any = model.get_decoder()
         self._head: Any = model.get_output_embeddings()
@@ -77,37 +77,64 @@ class TorchEngine(Engine):
 
     def score(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float64]]:
         """Log-probabilities, in nats, of tokens 1 … n - 1 of each window of n tokens, in order."""
-        # A quantized head keeps its own forward, which also quantizes its activations.
-        quantized_head = getattr(self._head, "quantization_scheme", None) is not None
-        weight = None if quantized_head else self._head.weight.float()
-        for _, run in groupby(windows, key=len):
-            equal = list(run)
-            for start in range(0, len(equal), batch_size):
-                yield from self._score_batch(equal[start : start + batch_size], weight)
+        weight = self._wide_head()
+        for batch in _batches(windows, batch_size):
+            with self._scoring(batch):
+                targets = torch.tensor(batch, device=self._device)[:, 1:].flatten()
+                found = torch.empty(len(targets), dtype=torch.float32, device=self._device)
+                start = 0
+                for logits in self._logits(batch, weight):
+                    part = slice(start, start + len(logits))
+                    target = logits.gather(1, targets[part, None]).squeeze(1)
+                    found[part] = target - logits.logsumexp(dim=1)
+                    start += len(logits)
+                rows: NDArray[np.float64] = found.double().reshape(len(batch), -1).cpu().numpy()
+            yield from rows
 
-    def _score_batch(self, windows: list[Sequence[int]], weight: torch.Tensor | None) -> NDArray[np.float64]:
+    def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
+        """Log-distributions [n - 1, vocabulary], in nats, after the first n - 1 tokens of each window, in order."""
+        weight = self._wide_head()
+        for batch in _batches(windows, batch_size):
+            shape = (len(batch[0]) - 1, self._head.weight.shape[0])
+            chunks = self._logits(batch, weight)
+            left = np.empty((0, shape[1]), np.float32)  # of the last chunk, rows of the next window
+            for _ in batch:
+                with self._scoring(batch):
+                    table, filled = np.empty(shape, np.float32), 0
+                    while filled < len(table):
+                        if not len(left):
+                            logits = next(chunks)
+                            left = (logits - logits.logsumexp(dim=1, keepdim=True)).cpu().numpy()
+                        taken = left[: len(table) - filled]
+                        table[filled : filled + len(taken)] = taken
+                        filled, left = filled + len(taken), left[len(taken) :]
+                yield table
+
+    def _wide_head(self) -> torch.Tensor | None:
+        """The head's weight in float32; None for a quantized head, which keeps its own forward: that also quantizes
+        its activations."""
+        if getattr(self._head, "quantization_scheme", None) is not None or formats_of(self._head):
+            return None
+        wide: torch.Tensor = self._head.weight.float()
+        return wide
+
+    def _logits(self, batch: list[Sequence[int]], weight: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        """Float32 logits [rows, vocabulary] after each token but the last of each window of equal length, windows one
+        after another, some rows at a time."""
+        ids = torch.tensor(batch, device=self._device)  # [batch, n]
+        hidden = self._trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [batch, n - 1, width]
+        hidden = hidden.flatten(0, 1)
+        rows = max(1, LOGITS_BYTES // (4 * self._head.weight.shape[0]))
+        for part in hidden.split(rows) if len(hidden) else ():
+            yield self._head(part).float() if weight is None else nn.functional.linear(part.float(), weight)
+
+    @contextlib.contextmanager
+    def _scoring(self, batch: list[Sequence[int]]) -> Iterator[None]:
         with (
             torch.inference_mode(),
-            _out_of_memory(f"Scoring {len(windows)} windows of {len(windows[0])} tokens", "Lower the batch size."),
+            _out_of_memory(f"Scoring {len(batch)} windows of {len(batch[0])} tokens", "Lower the batch size."),
         ):
-            ids = torch.tensor(windows, device=self._device)  # [batch, n]
-            hidden = self._trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [batch, n - 1, width]
-            targets = ids[:, 1:].reshape(-1)
-            hidden = hidden.flatten(0, 1)
-            vocabulary = self._head.weight.shape[0]
-            rows = max(1, LOGITS_BYTES // (4 * vocabulary))
-            log_probs = torch.empty(len(targets), dtype=torch.float32, device=self._device)
-            for start in range(0, len(targets), rows):
-                part = slice(start, start + rows)
-                logits = (
-                    self._head(hidden[part]).float()
-                    if weight is None
-                    else nn.functional.linear(hidden[part].float(), weight)
-                )
-                target = logits.gather(1, targets[part, None]).squeeze(1)
-                log_probs[part] = target - logits.logsumexp(dim=1)
-            array: NDArray[np.float64] = log_probs.double().reshape(len(windows), -1).cpu().numpy()
-        return array
+            yield
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
         """Greedy continuation; the prefill gives the first new token, each step one more."""
@@ -150,6 +177,14 @@ class TorchEngine(Engine):
             torch.cuda.empty_cache()
 
 
+def _batches(windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[Sequence[int]]]:
+    """Neighbouring windows of one length, at most `batch_size` of them."""
+    for _, run in groupby(windows, key=len):
+        equal = list(run)
+        for start in range(0, len(equal), batch_size):
+            yield equal[start : start + batch_size]
+
+
 def _resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,8 +202,20 @@ def _set_threads() -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
 
 
+def load_model(folder: Path, dtype: str = "bfloat16", device: torch.device | str = "cpu") -> Any:
+    """The transformers model of `folder` on `device`, every one of its weights read from the file and decoded where it
+    is quantized, computing in `dtype` (a key of `DTYPES`). `UserError` for a folder that is not a whole checkpoint."""
+    model = _load(folder, DTYPES[dtype])
+    with _out_of_memory(f"Loading {folder}", "Use a machine with more memory."):
+        model = model.to(device)
+        if dtype == "float32":
+            # Widens what the decompressor wrote as BF16. Never the other way: the rotary frequencies and the
+            # global scales are float32 in a BF16 model too, and must stay so.
+            model = model.to(torch.float32)
+    return model
+
+
 def _load(folder: Path, dtype: torch.dtype) -> Any:
-    """The model of `folder` in memory, every one of its weights read from the file."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no config.json.", "Name a folder that has one.")
@@ -191,36 +238,60 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
             raise UserError(
                 f"{config_file} says quant_method '{method}'.", "The harness reads compressed-tensors checkpoints only."
             )
-        if importlib.util.find_spec("compressed_tensors") is None:
-            raise UserError(f"{folder} needs compressed-tensors.", "Run `pip install compressed-tensors`.")
-        config.quantization_config = {**quantization, "dequantize": True}
     # The class whose tensor names are the checkpoint's: the names and patterns in a quantization_config are
     # written for those, and a text-only class built from a multimodal checkpoint renames them.
     multimodal = getattr(config, "vision_config", None) is not None
     auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    load = _load_decoded if quantization is not None and _is_moe(config) else _load_by_transformers
     try:
-        # compressed-tensors draws a progress bar on stderr and takes no argument against it.
-        with (
-            _out_of_memory(f"Loading {folder}", "Use a machine with more memory."),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            model, report = auto.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they come back in the report, by name
-            )
+        with _out_of_memory(f"Loading {folder}", "Use a machine with more memory."):
+            model, report = load(auto, config, quantization, folder, dtype)
     except UserError:
         raise
     except Exception as error:
-        # from_pretrained raises many types for a damaged checkpoint; each is about this folder.
-        raise UserError(f"transformers cannot load {folder}: {_line(error)}.", "Run `harness verify` on it.") from error
+        # Loading raises many types for a damaged checkpoint; each is about this folder.
+        raise UserError(
+            f"The torch engine cannot load {folder}: {_line(error)}.", "Run `harness verify` on it."
+        ) from error
     _refuse_partial(folder, report)
     return model.eval()
+
+
+def _is_moe(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "num_experts", 0))
+
+
+def _load_decoded(
+    auto: Any, config: Any, quantization: Any, folder: Path, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """By the harness: compressed-tensors' arguments are read, its code is not run."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the model that is built has none
+    model, report = decoding.load(auto, config, parse(quantization, str(folder / "config.json")), folder, dtype)
+    return model, vars(report)
+
+
+def _load_by_transformers(
+    auto: Any, config: Any, quantization: Any, folder: Path, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """By `from_pretrained`, compressed-tensors included."""
+    if quantization is not None:
+        if importlib.util.find_spec("compressed_tensors") is None:
+            raise UserError(f"{folder} needs compressed-tensors.", "Run `pip install compressed-tensors`.")
+        config.quantization_config = {**quantization, "dequantize": True}
+    # compressed-tensors draws a progress bar on stderr and takes no argument against it.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model, report = auto.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they come back in the report, by name
+        )
+    return model, report
 
 
 def _refuse_partial(folder: Path, report: dict[str, Any]) -> None:
@@ -259,6 +330,8 @@ def _describe(
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "attention_implementation": config._attn_implementation,
             "deltanet_implementation": _deltanet_kernels(config, device),
+            "experts_implementation": _experts_implementation(trunk),
+            "weight_decoder": _weight_decoder(model),
             "use_cache": {"score": False, "decode": True},
             "cache": "DynamicCache",
             "score_logits_dtype": "float32",
@@ -286,8 +359,8 @@ def _kernels(trunk: Any, head: Any, device: torch.device) -> dict[str, str]:
         kind = ".".join(name.split(".")[-2:])
         if isinstance(module, nn.Linear):
             found.setdefault(kind, set()).add(_linear_kernel(module))
-        elif isinstance(getattr(module, "down_proj", None), nn.Parameter):
-            found.setdefault(kind, set()).add(f"{_dtype_name(module.down_proj)} experts, one after another")
+        elif _is_experts(module):
+            found.setdefault(kind, set()).add(_experts_kernel(module))
     kernels = {kind: " | ".join(sorted(ways)) for kind, ways in sorted(found.items())}
     kernels["full_attention"] = trunk.config._attn_implementation
     deltanet = _deltanet_kernels(trunk.config, device)
@@ -298,6 +371,8 @@ def _kernels(trunk: Any, head: Any, device: torch.device) -> dict[str, str]:
 
 def _linear_kernel(module: nn.Linear) -> str:
     product = f"{_dtype_name(module.weight)} F.linear"
+    if formats := formats_of(module):
+        return _decoded_kernel(formats, product)
     scheme = getattr(module, "quantization_scheme", None)
     if scheme is None:
         return product
@@ -305,6 +380,54 @@ def _linear_kernel(module: nn.Linear) -> str:
     inputs = "" if activations is None else f", {activations.num_bits}-bit {activations.type} activations emulated"
     weights = scheme.weights
     return f"{weights.num_bits}-bit {weights.type} weights, compressed-tensors decompress → {product}{inputs}"
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether `module` is transformers' fused experts: all of a layer's in two 3-D parameters."""
+    return isinstance(getattr(module, "down_proj", None), nn.Parameter)
+
+
+def _experts_kernel(module: Any) -> str:
+    how = f"{_dtype_name(module.down_proj)} {_experts_way(module)}"
+    formats = formats_of(module)
+    return _decoded_kernel(formats, how) if formats else how
+
+
+def _experts_way(module: Any) -> str:
+    """The forward that runs: emulation sets one on the module, else transformers dispatches by the configuration."""
+    if "forward" in vars(module):
+        return "F.linear, one expert after another"
+    implementation = module.config._experts_implementation
+    return "eager experts, one after another" if implementation == "eager" else f"{implementation} experts"
+
+
+def _experts_implementation(trunk: Any) -> str | None:
+    """How routed experts are computed; None in a dense model."""
+    return " | ".join(sorted({_experts_way(module) for module in trunk.modules() if _is_experts(module)})) or None
+
+
+def _decoded_kernel(formats: tuple[Format | None, ...], product: str) -> str:
+    """What runs for weights that the harness decoded, format by format."""
+
+    def kind(arguments: Any) -> str:
+        of = dict(arguments)
+        return f"{of['num_bits']}-bit {of['type']}"
+
+    ways = []
+    for form in formats:
+        weights = "weights as stored" if form is None else f"{kind(form.weights)} weights, decoded by the harness"
+        activations = form and form.input_activations
+        ways.append(f"{weights} → {product}" + (f", {kind(activations)} activations emulated" if activations else ""))
+    return " | ".join(ways)
+
+
+def _weight_decoder(model: nn.Module) -> str | None:
+    """Who decoded the quantized weights; None where there are none."""
+    if any(formats_of(module) for module in model.modules()):
+        return "harness"
+    if any(getattr(module, "quantization_scheme", None) is not None for module in model.modules()):
+        return f"compressed-tensors {importlib.metadata.version('compressed-tensors')}"
+    return None
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
