@@ -2,6 +2,7 @@
 
     nox -s ppl bench                 build what is missing, measure, print
     nox -s ppl -- --limit 20         arguments after -- go to the subcommand
+    nox -s peers -- speed            beside llm-compressor, which has an environment of its own
     nox                              tests, lint, typing
 
 The measuring sessions share one environment, `.nox/measure`, which is made once and reused until
@@ -21,29 +22,36 @@ nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
+PEERS_CONSTRAINTS = ROOT / "constraints-peers.txt"
+PEERS = ("torch==2.13.0", "llmcompressor==0.14.0.1")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 COMPUTING = ("torch==", "compressed-tensors==", "numpy==", "safetensors==")
 TRANSFORMERS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0")
 MEASURING = ("build", "verify", "ppl", "bench", "report")
 
 
-def shared_python(session: nox.Session) -> str:
-    """The interpreter of the environment that all measuring sessions share, made or renewed if need be."""
-    environment = ROOT / ".nox" / "measure"
+def made_environment(session: nox.Session, name: str, constraints: Path, *wanted: str) -> str:
+    """The interpreter of the environment `.nox/NAME` with the packages `wanted`, made or renewed if need be."""
+    environment = ROOT / ".nox" / name
     python = environment / "bin" / "python"
     stamp = environment / "installed"
-    wanted = hashlib.sha256(
-        (ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes() + sys.version.encode() + bytes(ROOT)
+    identity = hashlib.sha256(
+        (ROOT / "pyproject.toml").read_bytes() + constraints.read_bytes() + sys.version.encode() + bytes(ROOT)
     ).hexdigest()
-    if not stamp.exists() or stamp.read_text() != wanted:
+    if not stamp.exists() or stamp.read_text() != identity:
         session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(environment), external=True)
         session.run(
             *(str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-            *("--constraint", str(CONSTRAINTS), "--editable", str(ROOT)),
+            *("--constraint", str(constraints), *wanted),
             external=True,
         )
-        stamp.write_text(wanted)
+        stamp.write_text(identity)
     return str(python)
+
+
+def shared_python(session: nox.Session) -> str:
+    """The interpreter of the environment that all measuring sessions share."""
+    return made_environment(session, "measure", CONSTRAINTS, "--editable", str(ROOT))
 
 
 def measuring_session(subcommand: str) -> None:
@@ -99,6 +107,15 @@ def compatibility(session: nox.Session, transformers: str) -> None:
     constraints.write_text("\n".join([*pins, f"transformers=={transformers}", ""]))
     session.install("--constraint", str(constraints), "--editable", str(ROOT), "--group", "tests")
     session.run("python", "-m", "pytest", "tests/test_demo.py", "tests/test_torch_engine.py", env=OFFLINE)
+
+
+@nox.session(venv_backend="none", default=False)
+def peers(session: nox.Session) -> None:
+    """llm-compressor and the harness on the same inputs: time, memory, divergence (`python -m harness.peers -h`)."""
+    ours = shared_python(session)
+    theirs = made_environment(session, "peers-llmcompressor", PEERS_CONSTRAINTS, *PEERS)
+    arguments = ("--peers-python", theirs, *session.posargs)
+    session.run(ours, "-m", "harness.peers", *arguments, env=OFFLINE, external=True)
 
 
 @nox.session(default=False)

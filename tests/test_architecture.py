@@ -15,15 +15,24 @@ FLOORS = {
     1: ("formats",),
     2: ("engines", "model", "record", "suite"),
     3: ("measure", "quantize", "audit", "report", "demo"),
-    4: ("cli", "stages", "__main__"),
+    4: ("cli", "stages", "peers", "__main__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ON_ONE_FLOOR = {("cli", "stages"), ("__main__", "cli")}
 """On the top floor `stages` lies under `cli`, which lies under `__main__`."""
 
-ONLY_IN = {"lm_eval": ("harness/measure/tasks.py",), "vllm": ("harness/engines/vllm_*.py",)}
+ONLY_IN = {
+    "lm_eval": ("harness/measure/tasks.py",),
+    "vllm": ("harness/engines/vllm_*.py",),
+    "llmcompressor": ("harness/peers/compressor.py",),
+}
 REPORT_SEES = {"suite", "record", "errors", "harness"}
-MAY_PRINT = {"harness/cli.py": None, "harness/__main__.py": None, "harness/demo/train.py": "main"}
+MAY_PRINT = {
+    "harness/cli.py": None,
+    "harness/__main__.py": None,
+    "harness/peers/__main__.py": None,
+    "harness/demo/train.py": "main",
+}
 """By file, the function that may print and exit; None for the whole file."""
 
 
@@ -149,6 +158,11 @@ def test_heavy_packages_are_imported_in_their_one_place(package: str, places: tu
         path_of(found.by).relative_to(ROOT.parent) for found in IMPORTS if found.module.split(".")[0] == package
     }
     assert [path for path in importers if not any(path.match(place) for place in places)] == []
+
+
+def test_the_side_that_runs_elsewhere_imports_nothing_of_the_harness() -> None:
+    assert [found for found in OURS if found.by == "harness.peers.compressor"] == []
+    assert [found for found in OURS if found.by == "harness.peers.stopwatch"] == []
 
 
 def output_and_exits(tree: ast.AST, allowed: str | None) -> Iterator[str]:

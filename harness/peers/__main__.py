@@ -1,0 +1,163 @@
+"""`python -m harness.peers [speed] [quality]`: tables on stdout, progress on stderr, records under results/."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from harness.errors import UserError, did_you_mean
+
+PARTS = ("speed", "quality")
+PYTHON = Path(".nox/peers-llmcompressor/bin/python")
+CONFIG = Path("tests/data/qwen3.5-9b.json")
+REPETITIONS = 6
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the parts that are asked for and returns the exit code: 1 if one of our own builds failed."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return _run(_parser().parse_args(given), tuple(given))
+    except UserError as error:
+        print(f"harness.peers: {error.problem}\n  {error.remedy}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("harness.peers: interrupted. The same command reuses every finished artifact.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.peers", description="llm-compressor and the harness, side by side on the same inputs."
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="speed, quality (both)")
+    parser.add_argument(
+        *("--repetitions", "-n"),
+        type=_positive,
+        default=REPETITIONS,
+        metavar="N",
+        help=f"of every time ({REPETITIONS}: fewer have no 95 %% interval)",
+    )
+    parser.add_argument("--model", action="append", metavar="M", help="for quality: an embedded model (dense, moe)")
+    parser.add_argument("--only", action="append", metavar="GROUP", help="for quality: groups whose name begins so")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="for quality: only N windows of each text")
+    parser.add_argument("--config", type=Path, default=CONFIG, metavar="F", help=f"for speed: true widths ({CONFIG})")
+    parser.add_argument("--peers-python", type=Path, default=PYTHON, metavar="P", help=f"({PYTHON})")
+    parser.add_argument(
+        "--artifacts", type=Path, default=Path("artifacts/peers"), metavar="DIR", help="(artifacts/peers)"
+    )
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
+    from harness.demo import checkpoint_path
+    from harness.peers import bench, contest, tables
+    from harness.record.results import Record, new_id
+
+    for part in options.parts:
+        if part not in PARTS:
+            raise UserError(f"There is no part '{part}'.", did_you_mean(part, PARTS))
+    groups = [
+        g for g in contest.QUALITY if not options.only or g.name.lower().startswith(tuple(map(str.lower, options.only)))
+    ]
+    if not groups:
+        raise UserError(
+            f"No group is called '{options.only[0]}'.", did_you_mean(options.only[0], [g.name for g in contest.QUALITY])
+        )
+    # Found out before an hour of work, not after it.
+    if options.results.exists() and not options.results.is_dir():
+        raise UserError(f"{options.results} is not a folder.", "Give another --results.")
+    python = Path(os.path.abspath(options.peers_python))  # noqa: PTH100 - resolve() would leave the environment
+    session = bench.Bench(
+        their_python=python,
+        their_packages=bench.their_packages(python),
+        artifacts=options.artifacts.resolve(),
+        results=options.results,
+        repetitions=options.repetitions,
+        limit=options.limit,
+        progress=_Lines(),
+        command=("python", "-m", "harness.peers", *given),
+        session_id=new_id(),
+    )
+    wanted = options.parts or PARTS
+    models = [checkpoint_path(name) for name in options.model or ("dense", "moe")] if "quality" in wanted else []
+    records: list[Record] = []
+    shown: list[tables.Table] = []
+
+    def show(*new: tables.Table) -> None:
+        shown.extend(new)
+        if not options.json:
+            for table in new:
+                print(f"\n{table.title}\n\n{_text(table)}", flush=True)
+
+    if "speed" in wanted:
+        for title, races, measured in (
+            (
+                f"RTN A16, {bench.LAYERS} layers of 9B width",
+                contest.RACES_A16,
+                bench.speed_a16(session, options.config),
+            ),
+            (
+                "W4A4, demo:dense, 32 × 512 tokens",
+                contest.RACES_W4A4,
+                bench.speed_w4a4(session, checkpoint_path("dense")),
+            ),
+        ):
+            records += measured
+            show(*tables.speed(title, measured, races))
+    for model in models:
+        measured = bench.quality(session, model, groups)
+        records += measured
+        show(*(tables.quality(f"demo:{model.name}", measured, group) for group in groups))
+    remarks = tables.remarks(records)
+    if options.json:
+        document = {
+            "records": [str(record.path) for record in records],
+            "tables": [asdict(table) for table in shown],
+            "remarks": remarks,
+        }
+        print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        print("\nRemarks:", *(f"  {line}" for line in remarks or ["none"]), sep="\n")
+        print("\nRecords:", *(f"  {record.path}" for record in records), sep="\n")
+    failed = [r for r in records if r.kind("failure") and not str(r.run.variant["name"]).startswith("llmcompressor")]
+    return 1 if failed else 0
+
+
+def _text(table: "tables.Table") -> str:  # type: ignore[name-defined]  # noqa: F821
+    from tabulate import tabulate
+
+    align = ("left", *("right" for _ in table.headers[1:]))
+    return tabulate(table.rows, headers=table.headers, tablefmt="simple", colalign=align, disable_numparse=True)
+
+
+class _Lines:
+    """One line on stderr when something begins and one when it is done; no bars, since a session takes long and
+    is read in a log."""
+
+    def __init__(self) -> None:
+        self._running = ""
+
+    def __call__(self, done: int, total: int, description: str) -> None:
+        if done >= total:
+            print(f"{description}: done", file=sys.stderr, flush=True)
+            self._running = ""
+        elif description != self._running:
+            print(f"{description} …", file=sys.stderr, flush=True)
+            self._running = description
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,151 @@
+"""What is compared: our recipes and options beside llm-compressor's methods, in groups of equal bits.
+
+A group has one baseline, our round-to-nearest on absmax scales, and every divergence in the group is also given
+as a share of the baseline's. Both sides quantize the same modules: their ignore list is the recipe's own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from harness.quantize.recipes import recipe_named
+
+CALIBRATION_SAMPLES = 32
+CALIBRATION_TOKENS = 512
+"""Per sample."""
+
+
+@dataclass(frozen=True)
+class Ours:
+    """`harness build --recipe … --scales … --codes …`; None leaves an option to the recipe."""
+
+    recipe: str
+    scales: str | None = None
+    codes: str | None = None
+
+    @property
+    def name(self) -> str:
+        return "-".join(part for part in (self.recipe, self.scales, self.codes) if part)
+
+    @property
+    def needs_data(self) -> bool:
+        return recipe_named(self.recipe).needs_calibration or self.scales == "weighted-search" or self.codes == "gptq"
+
+    def arguments(self) -> list[str]:
+        """Those of `harness build` that say what is built."""
+        options = (("--recipe", self.recipe), ("--scales", self.scales), ("--codes", self.codes))
+        return [word for option, value in options if value for word in (option, value)]
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """One of llm-compressor's methods on the modules of our `recipe`; see `compressor` for the words."""
+
+    method: str
+    scheme: str
+    recipe: str
+    observer: str | None = None
+
+    @property
+    def name(self) -> str:
+        short = {"model_free_ptq": "model-free", "QuantizationModifier": "rtn", "GPTQModifier": "gptq"}[self.method]
+        parts = ("llmcompressor", self.recipe, short, self.observer)
+        return "-".join(part.replace("_", "-") for part in parts if part)
+
+    @property
+    def needs_data(self) -> bool:
+        return self.scheme == "NVFP4" or self.method == "GPTQModifier"
+
+    def job(self) -> dict[str, Any]:
+        """The part of a `compressor` job that says what is built."""
+        kept = recipe_named(self.recipe).ignored()
+        # `model_free_ptq` takes every weight for a linear layer's that is not ignored; `oneshot` knows better.
+        kept += ["re:.*embed_tokens$", "re:.*conv1d$"]
+        return {"method": self.method, "scheme": self.scheme, "observer": self.observer, "ignore": kept}
+
+
+Contestant = Ours | Theirs
+
+
+@dataclass(frozen=True)
+class Group:
+    """Variants of equal bits. `targets` are the largest shares of the baseline's divergence that our best may keep,
+    on text like the calibration's and on text unlike it; None where none is set."""
+
+    name: str
+    baseline: Ours
+    others: tuple[Contestant, ...]
+    targets: tuple[float, float] | None = None
+
+    @property
+    def contestants(self) -> tuple[Contestant, ...]:
+        return (self.baseline, *self.others)
+
+
+_STEPS = (
+    ("search", "rtn"),
+    ("weighted-search", "rtn"),
+    ("absmax", "gptq"),
+    ("search", "gptq"),
+    ("weighted-search", "gptq"),
+)
+_EXPANDED = "nvfp4_expanded_mse"
+
+
+def _w4a4(name: str, recipe: str, targets: tuple[float, float] | None) -> Group:
+    theirs = (
+        Theirs("QuantizationModifier", "NVFP4", recipe),
+        Theirs("QuantizationModifier", "NVFP4", recipe, _EXPANDED),
+        Theirs("GPTQModifier", "NVFP4", recipe),
+        Theirs("GPTQModifier", "NVFP4", recipe, _EXPANDED),
+    )
+    ours = tuple(Ours(recipe, scales, codes) for scales, codes in _STEPS)
+    return Group(name, Ours(recipe, "absmax", "rtn"), (*ours, *theirs), targets)
+
+
+QUALITY = (
+    Group(
+        "A16",
+        Ours("rtn-a16"),
+        (
+            *(Ours("a16", scales, codes) for scales, codes in _STEPS),
+            Theirs("model_free_ptq", "NVFP4A16", "rtn-a16"),
+            Theirs("QuantizationModifier", "NVFP4A16", "rtn-a16"),
+            Theirs("QuantizationModifier", "NVFP4A16", "rtn-a16", _EXPANDED),
+            Theirs("GPTQModifier", "NVFP4A16", "rtn-a16"),
+            Theirs("GPTQModifier", "NVFP4A16", "rtn-a16", _EXPANDED),
+        ),
+        targets=(0.5, 0.75),
+    ),
+    _w4a4("W4A4", "w4a4", (0.7, 0.82)),
+    _w4a4("W4A4, DeltaNet included", "w4a4-deltanet", None),
+)
+
+
+@dataclass(frozen=True)
+class Race:
+    """How the times of two contestants are to stand: `loser` / `winner` is at least `times`. A `memory_share` is what
+    the winner's peak may be of the loser's."""
+
+    winner: str
+    loser: str
+    times: float
+    memory_share: float | None = None
+
+
+COPY = "copy"
+"""A plain copy of the first contestant's output, as a floor for whatever writes those bytes."""
+
+_RTN_A16, _SEARCH_A16 = Ours("rtn-a16"), Ours("a16", "search", "rtn")
+_MODEL_FREE = Theirs("model_free_ptq", "NVFP4A16", "rtn-a16")
+_RTN, _GPTQ = Ours("w4a4", "absmax", "rtn"), Ours("w4a4", "absmax", "gptq")
+_THEIR_RTN = Theirs("QuantizationModifier", "NVFP4", "w4a4")
+_THEIR_GPTQ = Theirs("GPTQModifier", "NVFP4", "w4a4")
+
+SPEED_A16: tuple[Contestant, ...] = (_RTN_A16, _MODEL_FREE, _SEARCH_A16)
+RACES_A16 = (
+    Race(_RTN_A16.name, _MODEL_FREE.name, 10, memory_share=1 / 4),
+    Race(_RTN_A16.name, COPY, 1 / 4),
+    Race(_SEARCH_A16.name, _RTN_A16.name, 1 / 3),
+)
+SPEED_W4A4: tuple[Contestant, ...] = (_RTN, _THEIR_RTN, _GPTQ, _THEIR_GPTQ)
+RACES_W4A4 = (Race(_RTN.name, _THEIR_RTN.name, 5), Race(_GPTQ.name, _THEIR_GPTQ.name, 5))

@@ -1,0 +1,189 @@
+"""Tables of a session's records: times and their ratios, divergences and what is left of the baseline's."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.peers.contest import COPY, Group, Ours, Race, Theirs
+from harness.record import stats
+from harness.record.results import Record
+from harness.record.stats import Estimate
+from harness.report.tables import format_bytes, format_estimate
+
+TEXTS = ("near", "far")
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headers."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def by_name(records: Iterable[Record]) -> dict[str, Record]:
+    """Records by the name of their variant."""
+    return {str(record.run.variant["name"]): record for record in records}
+
+
+def remarks(records: Sequence[Record]) -> list[str]:
+    """What failed, what the auditor found, and what llm-compressor warned of: each warning once, with how many
+    variants had it."""
+    lines, warned = [], Counter[str]()
+    for record in records:
+        name = record.run.variant["name"]
+        lines += [f"{name} failed: {sample['reason']}" for sample in record.kind("failure")]
+        for sample in record.kind("verdict"):
+            if not sample["passed"]:
+                lines.append(f"{name}: verify finds {sample['num_errors']:,} errors, first: {sample['first_error']}")
+        warned.update({sample["text"].partition("\n")[0] for sample in record.kind("warning")})
+    return lines + [f"llm-compressor warned in {num} of {len(records)} runs: {text}" for text, num in warned.items()]
+
+
+def speed(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple[Table, Table]:
+    """Medians with intervals, and how they stand to each other."""
+    named = by_name(records)
+    rows = []
+    for name, record in named.items():
+        takes = record.kind("repetition")
+        rows.append(
+            (
+                name,
+                str(len(takes)),
+                _seconds(_column(record, "wall_seconds")) if name != COPY else NONE,
+                _seconds(_column(record, "call_seconds")),
+                _most_bytes(record, "peak_rss_bytes"),
+                _most_bytes(record, "output_bytes"),
+                _verdict(record),
+            )
+        )
+    heads = ("quantizer", "times", "whole process, s", "call alone, s", "peak RSS", "size", "verify")
+    times = Table(title, heads, tuple(rows))
+    standings = []
+    for race in races:
+        if race.winner not in named or race.loser not in named:
+            continue
+        winner, loser = named[race.winner], named[race.loser]
+        for key, what in (("wall_seconds", "whole process"), ("call_seconds", "call alone")):
+            above, below = _column(loser, key), _column(winner, key)
+            # A copy is a call; the start of a process is no part of it.
+            if above and below and not (race.loser == COPY and key == "wall_seconds"):
+                ratio = stats.median_ratio(above, below)
+                standings.append(
+                    (
+                        f"{race.loser} / {race.winner}",
+                        what,
+                        format_estimate(ratio, ".2f"),
+                        f"≥ {race.times:.3g}",
+                        _met(ratio, least=race.times),
+                    )
+                )
+        above, below = _column(winner, "peak_rss_bytes"), _column(loser, "peak_rss_bytes")
+        if race.memory_share is not None and above and below:
+            share = stats.median_ratio(above, below)
+            standings.append(
+                (
+                    f"{race.winner} / {race.loser}",
+                    "peak RSS",
+                    format_estimate(share, ".3f"),
+                    f"≤ {race.memory_share:.3g}",
+                    _met(share, most=race.memory_share),
+                )
+            )
+    return times, Table(f"{title}: ratios of medians", ("", "of", "ratio", "wanted", "met"), tuple(standings))
+
+
+def quality(title: str, records: Sequence[Record], group: Group) -> Table:
+    """Divergence per token in nats, as a share of the baseline's and of the best of llm-compressor's."""
+    named = by_name(records)
+    measured = {one.name: one for one in group.contestants if one.name in named and _windows(named[one.name], "near")}
+    best = {
+        text: _best(named, [name for name, one in measured.items() if isinstance(one, Theirs)], text) for text in TEXTS
+    }
+    rows = []
+    for one in group.contestants:
+        if one.name not in named:
+            continue
+        record = named[one.name]
+        cells = [one.name, _verdict(record), _seconds(_column(record, "wall_seconds"))]
+        cells += [_most_bytes(record, "peak_rss_bytes"), _most_bytes(record, "output_bytes")]
+        for index, text in enumerate(TEXTS):
+            if one.name not in measured:
+                cells += [NONE] * 4
+                continue
+            totals = _windows(record, text)
+            scored = [sample["num_scored"] for sample in _samples(record, text)]
+            agreed = sum(sample["num_agreed"] for sample in _samples(record, text)) / sum(scored)
+            divergence = stats.paired_mean_difference([0.0] * len(totals), totals, scored)
+            cells += [format_estimate(divergence, ".5f"), f"{agreed:.4f}"]
+            share = _share(named, one.name, group.baseline.name, text)
+            target = group.targets[index] if group.targets and isinstance(one, Ours) else None
+            met = "" if target is None or share is None or one == group.baseline else f" {_met(share, most=target)}"
+            cells.append(NONE if share is None else format_estimate(share, ".3f") + met)
+            peer = best[text]
+            against = _share(named, one.name, peer, text) if peer and isinstance(one, Ours) else None
+            cells.append(NONE if against is None else format_estimate(against, ".3f"))
+        rows.append(tuple(cells))
+    wanted = (
+        "" if group.targets is None else f" (ours wanted at ≤ {group.targets[0]:g} near, ≤ {group.targets[1]:g} far)"
+    )
+    heads = ["quantizer", "verify", "s", "peak RSS", "size"]
+    for text in TEXTS:
+        heads += [f"KLD {text}, nats/token", "top-1", "/ RTN", "/ best peer"]
+    return Table(f"{title}: {group.name}{wanted}", tuple(heads), tuple(rows))
+
+
+def _samples(record: Record, text: str) -> list[dict[str, Any]]:
+    return [sample for sample in record.kind("window") if sample["text"] == text]
+
+
+def _windows(record: Record, text: str) -> list[float]:
+    """The divergence of every window, in nats."""
+    return [max(0.0, float(sample["kl_nats"])) for sample in record.kind("window") if sample["text"] == text]
+
+
+def _best(named: Mapping[str, Record], names: Sequence[str], text: str) -> str | None:
+    """The variant that diverges least."""
+    return min(names, key=lambda name: sum(_windows(named[name], text)), default=None)
+
+
+def _share(named: Mapping[str, Record], variant: str, baseline: str, text: str) -> Estimate | None:
+    if baseline not in named:
+        return None
+    above, below = _windows(named[variant], text), _windows(named[baseline], text)
+    if len(above) != len(below) or not any(below):
+        return None
+    return stats.paired_sum_ratio(above, below)
+
+
+def _column(record: Record, key: str) -> list[float]:
+    return [float(sample[key]) for sample in record.kind("repetition") if sample[key] is not None]
+
+
+def _seconds(values: Sequence[float]) -> str:
+    if not values:
+        return NONE
+    return f"{values[0]:.2f}" if len(values) == 1 else format_estimate(stats.median(values), ".2f")
+
+
+def _most_bytes(record: Record, key: str) -> str:
+    values = _column(record, key)
+    return format_bytes(int(max(values))) if values else NONE
+
+
+def _verdict(record: Record) -> str:
+    if record.kind("failure"):
+        return "failed"
+    verdicts = record.kind("verdict")
+    return NONE if not verdicts else "passed" if verdicts[-1]["passed"] else f"{verdicts[-1]['num_errors']:,} errors"
+
+
+def _met(ratio: Estimate, *, least: float | None = None, most: float | None = None) -> str:
+    """Whether the whole interval keeps the bound: yes, no, or (where it straddles it) unsure."""
+    low = ratio.value if ratio.low is None else ratio.low
+    high = ratio.value if ratio.high is None else ratio.high
+    kept = [low >= least, high >= least] if least is not None else [high <= (most or 0.0), low <= (most or 0.0)]
+    return "yes" if all(kept) else "unsure" if any(kept) else "no"
