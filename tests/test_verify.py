@@ -8,34 +8,31 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from harness.audit.keys import expect, key_findings
+from harness.audit.matching import Reader, engine_layers, idle_entries, internal_name, matching_findings
 from harness.audit.verify import Verification, verify
-from harness.demo.synthesize import synthesize
 from harness.errors import UserError
 from harness.formats import nvfp4
+from harness.formats.config import QuantizationConfig, parse, quantization_config
+from harness.model.qwen35 import ModelConfig, parse_config
 from harness.quantize.build import build
 from harness.quantize.recipes import RECIPES
-from tests.conftest import tiny_config
+from tests.artifacts import INPUT_SCALE, Tensors, change, quiet, write_artifact, write_source
+from tests.conftest import published_config
 
-Tensors = dict[str, torch.Tensor]
 GATE = "model.language_model.layers.0.mlp.gate_proj"
 UP = "model.language_model.layers.0.mlp.up_proj"
 QUERY = "model.language_model.layers.3.self_attn.q_proj"
-
-
-def quiet(done: int, total: int, description: str) -> None:
-    """A progress bar nobody looks at."""
+EXPERTS = "model.language_model.layers.1.mlp.experts"
+PUBLISHED = ("qwen3.5-9b", "qwen3.5-27b", "qwen3.6-35b-a3b")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One shard, so that a test can edit the artifact's."""
-    folder = tmp_path_factory.mktemp("verify") / "source"
-    synthesize(tiny_config("qwen3.5-9b"), folder, num_layers=None, vocab_size=None, seed=1, progress=quiet)
-    (folder / "tokenizer.json").write_text('{"model": {}}')
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    return folder
+    return write_source(tmp_path_factory.mktemp("verify") / "source", "qwen3.5-9b")
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +44,6 @@ def sound(source: Path) -> Path:
 def artifact(sound: Path, tmp_path: Path) -> Path:
     """A copy to be damaged."""
     return Path(shutil.copytree(sound, tmp_path / "artifact"))
-
-
-def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
-    """Edits the tensors of the only shard and keeps the index true to it."""
-    (shard,) = folder.glob("*.safetensors")
-    tensors = load_file(shard)
-    edit(tensors)
-    save_file(tensors, shard, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, shard.name)}))
 
 
 def edit_config(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -301,3 +288,374 @@ def test_what_cannot_be_checked_is_refused_in_one_sentence(source: Path, sound: 
         verify(source, None, quiet)
     with pytest.raises(UserError, match="quantized itself"):
         verify(sound, sound, quiet)
+
+
+@pytest.fixture(scope="module")
+def moe_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("moe") / "source", "qwen3.6-35b-a3b")
+
+
+@pytest.fixture(scope="module")
+def sound_moe(moe_source: Path) -> Path:
+    """Experts in W4A4, attention and the shared expert in FP8."""
+    return write_artifact(moe_source, moe_source.parent / "artifact", RECIPES["mixed-fp8"])
+
+
+@pytest.fixture
+def moe(sound_moe: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(sound_moe, tmp_path / "moe"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_sound_artifacts_of_every_recipe_pass_without_findings(
+    recipe: str, source: Path, moe_source: Path, tmp_path: Path
+) -> None:
+    for original in (source, moe_source):
+        folder = write_artifact(original, tmp_path / original.parent.name, RECIPES[recipe])
+        for outcome in (verify(folder, original, quiet), verify(folder, None, quiet)):
+            assert outcome.findings == ()
+            assert outcome.num_quantized_modules > 0
+
+
+def test_the_experts_of_the_35b_shape_have_122880_keys() -> None:
+    config = parse_config(published_config("qwen3.6-35b-a3b"), "here")
+    recipe = RECIPES["w4a4"]
+    quantization = parse(quantization_config(recipe.targets(), recipe.ignored()), "here")
+    expectation = expect(config, quantization, {}, with_mtp=True)
+    keys = [name for name in expectation.tensors if ".experts." in name and not name.startswith("mtp.")]
+    assert len(keys) == 256 * 40 * 3 * 4 == 122_880
+    assert f"{EXPERTS}.255.up_proj.input_global_scale" in keys
+    (vision,) = [one for one in key_findings({}, expectation, source_has_mtp=None) if one.tensor == "model.visual.*"]
+    assert "333 tensors" in vision.problem
+
+
+def test_a_lost_vision_tower_is_one_finding(artifact: Path) -> None:
+    def drop(tensors: Tensors) -> None:
+        for name in [name for name in tensors if "visual" in name]:
+            del tensors[name]
+
+    change(artifact, drop)
+    outcome = verify(artifact, None, quiet)
+    assert "does not see" in found(outcome, "model.visual.*")
+    assert not [one for one in outcome.findings if one.tensor.startswith("model.visual.") and one.tensor[-1] != "*"]
+
+
+def test_experts_missing_from_a_layer_are_one_finding_with_their_number(moe: Path) -> None:
+    def drop(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith((f"{EXPERTS}.1.", f"{EXPERTS}.3."))]:
+            del tensors[name]
+
+    change(moe, drop)
+    errors = [one for one in verify(moe, None, quiet).findings if one.severity == "error"]
+    # Two experts of three projections of three tensors; the missing scales of activations are told apart.
+    assert [one.problem for one in errors] == [
+        "is missing, and so 17 more of this layer, in 2 experts",
+        "is missing, the calibrated scale of the activations, which its group (W4A4) calls for, "
+        "and so 5 more of this layer, in 2 experts",
+    ]
+    assert errors[0].tensor == f"{EXPERTS}.1.gate_proj.weight_packed"
+
+
+def test_fused_experts_under_a_group_of_single_ones_are_found(moe: Path, moe_source: Path) -> None:
+    name, fused = f"{EXPERTS}.down_proj", load_file(next(moe_source.glob("*.safetensors")))
+    change(moe, lambda tensors: tensors.update({name: fused[name]}))
+    assert "left over" in found(verify(moe, None, quiet), name)
+
+    def undo_experts(tensors: Tensors) -> None:
+        for one in [one for one in tensors if one.startswith(f"{EXPERTS}.") and ".down_proj." in one]:
+            del tensors[one]
+
+    change(moe, undo_experts)
+    for outcome in (verify(moe, None, quiet), verify(moe, moe_source, quiet)):
+        errors = [one for one in outcome.findings if one.severity == "error"]
+        assert [one.tensor for one in errors] == [name]
+        assert "16-bit weight of all experts, but group_0 targets each" in errors[0].problem
+
+
+def test_kept_experts_may_be_stored_apart(moe: Path, moe_source: Path) -> None:
+    weights = load_file(next(moe_source.glob("*.safetensors")))
+
+    def split(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith(f"{EXPERTS}.")]:
+            del tensors[name]
+        for expert in range(4):
+            gate, up = weights[f"{EXPERTS}.gate_up_proj"][expert].chunk(2)
+            down = weights[f"{EXPERTS}.down_proj"][expert]
+            for shard, weight in (("gate", gate), ("up", up), ("down", down)):
+                tensors[f"{EXPERTS}.{expert}.{shard}_proj.weight"] = weight.clone()
+
+    change(moe, split)
+    edit_config(moe, lambda config: config["quantization_config"]["ignore"].append(r"re:.*layers\.1\.mlp\.experts\..*"))
+    assert verify(moe, None, quiet).findings == ()
+
+
+def test_bad_block_scales_of_many_experts_are_one_finding(moe: Path) -> None:
+    def spoil(tensors: Tensors) -> None:
+        for expert in range(3):
+            tensors[f"{EXPERTS}.{expert}.down_proj.weight_scale"].view(torch.uint8)[: expert + 1, 0] = 0x7F
+
+    change(moe, spoil)
+    sentence = found(verify(moe, None, quiet), f"{EXPERTS}.0.down_proj.weight_scale")
+    assert "NaN in 1 of" in sentence
+    assert "and so 2 more of this layer, in 3 experts" in sentence
+
+
+def test_unequal_scales_of_one_expert_are_found(moe: Path) -> None:
+    change(moe, lambda tensors: tensors[f"{EXPERTS}.2.up_proj.weight_global_scale"].mul_(2))
+    assert "2 times too small" in found(verify(moe, None, quiet), f"{EXPERTS}.2.w13.weight_global_scale")
+
+
+@pytest.mark.parametrize("value", [INPUT_SCALE * 1001, INPUT_SCALE / 1001, 1.0])
+def test_an_expert_that_no_token_reached_is_found_and_the_range_says_how_far_it_is(moe: Path, value: float) -> None:
+    name = f"{EXPERTS}.3.down_proj.input_global_scale"
+    change(moe, lambda tensors: tensors[name].fill_(value))
+    outcome = verify(moe, None, quiet)
+    sentences = [f"{one.problem}: {one.consequence}" for one in outcome.findings if one.tensor == name]
+    assert any("median of the layer's experts is 96" in sentence for sentence in sentences)
+    assert not any(one.tensor.startswith(EXPERTS) and one.tensor != name for one in outcome.findings)
+    ranges = {one.tensor: one for one in outcome.scale_ranges}
+    one = ranges[f"{EXPERTS}.*.down_proj.input_global_scale"]
+    assert (one.num_experts, one.median) == (4, INPUT_SCALE)
+    assert one.smallest == pytest.approx(min(value, INPUT_SCALE))
+    assert one.largest == pytest.approx(max(value, INPUT_SCALE))
+
+
+def test_experts_within_the_bound_are_reported_and_not_found(moe: Path) -> None:
+    name = f"{EXPERTS}.3.down_proj.input_global_scale"
+    change(moe, lambda tensors: tensors[name].fill_(INPUT_SCALE * 90))
+    outcome = verify(moe, None, quiet)
+    assert outcome.findings == ()
+    # Four layers, three projections, two scales.
+    assert len(outcome.scale_ranges) == 24
+
+
+def test_a_missing_scale_of_activations_is_named_as_such(moe: Path, artifact: Path) -> None:
+    name = f"{EXPERTS}.0.down_proj.input_global_scale"
+    change(moe, lambda tensors: tensors.pop(name))
+    assert "calibrated scale of the activations" in found(verify(moe, None, quiet), name)
+
+
+def test_the_names_of_model_optimizer_are_told_with_their_meaning(artifact: Path) -> None:
+    def rename(tensors: Tensors) -> None:
+        scale = tensors.pop(f"{QUERY}.weight_global_scale")
+        tensors[f"{QUERY}.weight_scale_2"] = 1 / scale
+
+    change(artifact, rename)
+    outcome = verify(artifact, None, quiet)
+    assert "reciprocal of weight_global_scale" in found(outcome, f"{QUERY}.weight_scale_2")
+    assert "is missing" in found(outcome, f"{QUERY}.weight_global_scale")
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_nan_codes_in_fp8_weights_are_found_and_counted(moe: Path, code: int) -> None:
+    name = "model.language_model.layers.3.self_attn.o_proj.weight"
+    change(moe, lambda tensors: tensors[name].view(torch.uint8)[2:4, 5].fill_(code))
+    assert "holds NaN in 2 of" in found(verify(moe, None, quiet), name)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda scale: scale.reciprocal_(), "reciprocal"),
+        (lambda scale: scale[1].neg_(), "no positive number in 1 of"),
+        (lambda scale: scale[0].fill_(torch.inf), "no positive number in 1 of"),
+    ],
+)
+def test_bad_fp8_scales_are_found(moe: Path, spoil: Callable[[torch.Tensor], object], words: str) -> None:
+    name = "model.language_model.layers.3.self_attn.o_proj.weight_scale"
+    change(moe, lambda tensors: spoil(tensors[name]))
+    assert words in found(verify(moe, None, quiet), name)
+
+
+def test_fp8_scales_of_another_type_or_shape_are_found(moe: Path) -> None:
+    name = "model.language_model.layers.3.self_attn.o_proj.weight_scale"
+    change(moe, lambda tensors: tensors.update({name: tensors[name].float()}))
+    assert "F32 instead of BF16" in found(verify(moe, None, quiet), name)
+    change(moe, lambda tensors: tensors.update({name: tensors[name].bfloat16()[:1]}))
+    assert "has shape [1, 1]" in found(verify(moe, None, quiet), name)
+
+
+def test_a_format_that_contradicts_its_groups_is_found(moe: Path) -> None:
+    edit_config(moe, lambda config: config["quantization_config"].update(format="nvfp4-pack-quantized"))
+    assert "float-quantized and nvfp4-pack-quantized" in found(verify(moe, None, quiet), "config.json")
+
+
+def test_a_mixed_checkpoint_whose_group_names_no_format_is_found(moe: Path) -> None:
+    edit_config(moe, lambda config: config["quantization_config"]["config_groups"]["group_1"].pop("format"))
+    outcome = verify(moe, None, quiet)
+    assert "group_1 has no format of its own" in found(outcome, "config.json")
+    # What its layers hold is not checked, and not called surplus either.
+    assert len(outcome.findings) == 1
+
+
+def test_sixteen_bit_weights_under_a_group_are_one_finding(artifact: Path, source: Path) -> None:
+    weights = load_file(next(source.glob("*.safetensors")))
+    down = "model.language_model.layers.0.mlp.down_proj"
+
+    def undo(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith(f"{down}.")]:
+            del tensors[name]
+        tensors[f"{down}.weight"] = weights[f"{down}.weight"]
+
+    change(artifact, undo)
+    for outcome in (verify(artifact, None, quiet), verify(artifact, source, quiet)):
+        assert len(outcome.findings) == 1
+        sentence = found(outcome, f"{down}.weight")
+        assert "is stored as a 16-bit weight, but group_0 (NVFP4A16) targets it" in sentence
+
+
+def test_quantized_weights_that_the_configuration_ignores_are_one_finding(artifact: Path) -> None:
+    down = "model.language_model.layers.0.mlp.down_proj"
+    edit_config(artifact, lambda config: config["quantization_config"]["ignore"].append(down))
+    outcome = verify(artifact, None, quiet)
+    assert len(outcome.findings) == 1
+    assert f"is stored quantized, but ignore lists it ({down})" in found(outcome, down)
+
+
+def test_an_entry_that_names_nothing_is_found(artifact: Path) -> None:
+    def add(config: dict[str, Any]) -> None:
+        config["quantization_config"]["ignore"] += ["re:.*mpl.*", "model.language_model.layers.9.mlp.gate_proj"]
+        config["quantization_config"]["config_groups"]["group_0"]["targets"].append("model.layers.0.mlp.up_proj")
+
+    edit_config(artifact, add)
+    outcome = verify(artifact, None, quiet)
+    assert outcome.passed
+    problems = [one.problem for one in outcome.findings]
+    assert [problem.split("'")[1] for problem in problems] == [
+        "re:.*mpl.*",
+        "model.language_model.layers.9.mlp.gate_proj",
+        "model.layers.0.mlp.up_proj",
+    ]
+    assert all("names no module" in problem for problem in problems)
+
+
+def test_an_anchored_pattern_misses_the_names_inside_vllm(artifact: Path) -> None:
+    def anchor(config: dict[str, Any]) -> None:
+        targets = config["quantization_config"]["config_groups"]["group_0"]["targets"]
+        targets[targets.index(r"re:.*mlp\.down_proj$")] = r"re:^model\.language_model\..*mlp\.down_proj$"
+
+    edit_config(artifact, anchor)
+    outcome = verify(artifact, None, quiet)
+    assert not outcome.passed
+    assert len(outcome.findings) == 1
+    sentence = found(outcome, "model.language_model.layers.0.mlp.down_proj")
+    assert "is NVFP4A16 by the checkpoint's names, and 16-bit by vLLM's own (and so 3 more layers)" in sentence
+
+
+def test_half_of_a_fused_layer_ignored_stops_vllm(artifact: Path) -> None:
+    edit_config(artifact, lambda config: config["quantization_config"]["ignore"].append(UP))
+    outcome = verify(artifact, None, quiet)
+    fused = found(outcome, "model.language_model.layers.0.mlp.gate_up_proj")
+    assert "some shards ignored and others not" in fused
+    assert "stops while loading" in fused
+    assert "but ignore lists it" in found(outcome, UP)
+
+
+def short_config(name: str) -> ModelConfig:
+    """A published configuration with eight layers."""
+    config = published_config(name)
+    config["text_config"] |= {"num_hidden_layers": 8, "layer_types": None}
+    return parse_config(config, "here")
+
+
+def configured(groups: list[list[str]], ignore: list[str]) -> QuantizationConfig:
+    """Groups of different formats with these targets: NVFP4A16, then NVFP4, then FP8."""
+    forms = list(RECIPES["mixed-fp8"].targets())
+    forms = [*RECIPES["rtn-a16"].targets(), *forms][: len(groups)]
+    return parse(quantization_config(dict(zip(forms, groups, strict=True)), ignore), "here")
+
+
+REST = [r"re:.*mtp\..*", r"re:.*visual\..*", r"re:.*lm_head$", r"re:.*linear_attn\..*", r"re:.*self_attn\.o_proj$"]
+NO_QKV = [*REST, r"re:.*self_attn\.(q|k|v|qkv)_proj$"]
+MLP = r"re:.*mlp\.(gate|up|gate_up|down)_proj$"
+
+
+@pytest.mark.parametrize(
+    ("groups", "ignore", "severity", "words"),
+    [
+        # One list for all: shards alone, fused and shards, exact names, the class name.
+        ([[MLP]], NO_QKV, None, ""),
+        ([[r"re:.*mlp\.(gate|up|down)_proj$"]], NO_QKV, None, ""),
+        ([["Linear"]], NO_QKV, None, ""),
+        ([["Linear"]], ["lm_head", *NO_QKV], None, ""),
+        # Only the fused form: vLLM finds it, the checkpoint's readers do not.
+        (
+            [[r"re:.*mlp\.gate_up_proj$", r"re:.*mlp\.down_proj$"]],
+            NO_QKV,
+            "error",
+            "is 16-bit by the checkpoint's names",
+        ),
+        # Shards of one layer, of which one is named.
+        ([[r"re:.*mlp\.(gate|down)_proj$"]], NO_QKV, "error", "is NVFP4A16 and 16-bit by the checkpoint's"),
+        # An anchored entry of ignore.
+        ([["Linear"]], [*REST, r"re:model\.language_model\..*\.(q|k|v)_proj$"], "error", "and NVFP4A16 by vLLM's own"),
+        # Up to 0.26 the class name wins over shards; later the shards do.
+        ([["Linear"], [r"re:.*self_attn\.(q|k|v)_proj$"]], REST, "warning", "and NVFP4A16 by vLLM's own"),
+        ([["Linear"], [r"re:.*self_attn\.(q|k|v|qkv)_proj$"]], REST, "warning", "beside groups that name"),
+        # Up to 0.26 a fused name in ignore is not looked at.
+        ([[MLP]], [*REST, r"re:.*self_attn\.qkv_proj$"], "warning", "in ignore by its fused name alone"),
+        # Two patterns for one layer: the alphabet decides here, the order of the file there.
+        (
+            [[r"re:.*mlp\.down_proj$", MLP], [r"re:.*\.0\.mlp\.down_proj$"]],
+            NO_QKV,
+            "error",
+            "and NVFP4A16 by vLLM's own",
+        ),
+        # Nobody says anything about attention.
+        ([[MLP]], REST, "warning", "neither targeted"),
+    ],
+)
+def test_what_vllm_reads_differently_is_found(
+    groups: list[list[str]], ignore: list[str], severity: str | None, words: str
+) -> None:
+    quantization = configured(groups, ignore)
+    config = short_config("qwen3.5-9b")
+    findings = list(matching_findings(quantization, expect(config, quantization, {}, with_mtp=True).meant))
+    if severity is None:
+        assert findings == []
+        return
+    assert words in findings[-1].problem
+    assert {severity} == {one.severity for one in findings}
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "words"),
+    [
+        (r"re:.*mlp\.(experts\.\d+\.(gate|up|down)_proj|gate)$", [], "vLLM always loads it as 16-bit"),
+        (r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$", [r"re:.*experts\.0\..*"], "and 16-bit by vLLM's own"),
+        (r"re:.*mlp\.experts\.\d+\.(gate|up)_proj$", [], "some formats ignored and others not"),
+    ],
+)
+def test_all_experts_of_a_layer_take_the_first_ones_format(targets: str, ignore: list[str], words: str) -> None:
+    router = [] if "gate)" in targets else [r"re:.*mlp\.gate$"]
+    quantization = configured([[targets]], [*ignore, *NO_QKV, r"re:.*shared_expert.*", *router])
+    config = short_config("qwen3.6-35b-a3b")
+    findings = list(matching_findings(quantization, expect(config, quantization, {}, with_mtp=True).meant))
+    assert len(findings) == 1
+    assert words in findings[0].problem
+    assert "7 more layers" in findings[0].problem
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_means_the_same_to_vllm_on_the_published_shapes(name: str, recipe: str) -> None:
+    config = short_config(name)
+    quantization = parse(quantization_config(RECIPES[recipe].targets(), RECIPES[recipe].ignored()), "here")
+    expectation = expect(config, quantization, {}, with_mtp=True)
+    assert list(matching_findings(quantization, expectation.meant)) == []
+    assert list(idle_entries(config, quantization, expectation.names)) == []
+
+
+def test_exact_names_are_mapped_to_those_inside_vllm() -> None:
+    assert internal_name(GATE) == "language_model.model.layers.0.mlp.gate_proj"
+    assert internal_name("model.visual.merger.linear_fc1") == "visual.merger.linear_fc1"
+    assert internal_name("lm_head") == "language_model.lm_head"
+    assert internal_name("mtp.fc") == "mtp.fc"
+    quantization = configured([[GATE, UP]], [])
+    config = short_config("qwen3.5-9b")
+    layers = engine_layers(expect(config, quantization, {}, with_mtp=False).meant)
+    for up_to_026 in (True, False):
+        reader = Reader(quantization, up_to_026=up_to_026)
+        assert reader.read(layers["model.language_model.layers.0.mlp.gate_up_proj"]).form == "NVFP4A16"
+        assert reader.read(layers["model.language_model.layers.1.mlp.gate_up_proj"]).outcome == "unmatched"

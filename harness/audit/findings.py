@@ -1,0 +1,42 @@
+"""What the auditor says: one finding a fault, and one for many where a layer's experts share it.
+
+A layer of 256 experts has 3,072 tensors. A tool that forgot them forgot them all, and 3,072 sentences would hide the
+one that matters, so findings that differ in nothing but the expert and their numbers are told once, with a count.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+UNINITIALISED = "vLLM leaves the parameter uninitialised without a word, and the model answers with noise"
+REFUSED = "vLLM stops while loading"
+
+_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.")
+_NUMBER = re.compile(r"(?<!\w)-?(\d+(\.\d+)?(e[+-]?\d+)?|nan|inf)")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: an `error` breaks or degrades the model, a `warning` may in some release."""
+
+    severity: str
+    tensor: str
+    problem: str
+    consequence: str
+
+
+def condensed(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The findings in their order, those that say the same of several experts of one layer told by the first."""
+    alike: dict[tuple[str, ...], list[Finding]] = {}
+    for place, finding in enumerate(findings):
+        match = _EXPERT.match(finding.tensor)
+        said = (_NUMBER.sub("", finding.problem), _NUMBER.sub("", finding.consequence))
+        key = (finding.severity, match["experts"], *said) if match else (str(place),)
+        alike.setdefault(key, []).append(finding)
+    return tuple(members[0] if len(members) == 1 else _told_once(members) for members in alike.values())
+
+
+def _told_once(members: list[Finding]) -> Finding:
+    experts = {match["number"] for finding in members if (match := _EXPERT.match(finding.tensor))}
+    more = f"{len(members) - 1:,} more of this layer, in {len(experts):,} experts" if experts else ""
+    return replace(members[0], problem=f"{members[0].problem}, and so {more}")

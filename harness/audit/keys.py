@@ -1,0 +1,215 @@
+"""Which tensors a checkpoint should hold, worked out again from its configuration, and which it holds instead.
+
+Where configuration and disk contradict each other about a layer (16-bit weights under a group, quantized ones that
+`ignore` lists), that is told once, in those words, and not as a handful of missing and surplus tensors.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from harness.audit.findings import REFUSED, UNINITIALISED, Finding
+from harness.audit.matching import Meant, matches
+from harness.formats.config import Format, Group, QuantizationConfig
+from harness.model.checkpoint import TensorEntry
+from harness.model.qwen35 import Linear, ModelConfig, expected_tensors, linears_of, role_of
+
+KEPT_DTYPES = ("BF16", "F16", "F32")
+MULTIMODAL, _TEXT_ONLY = "model.language_model.", "model."
+_MTP, _VISION = "mtp.", "model.visual."
+
+_MODEL_OPTIMIZER = {"weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}
+
+
+@dataclass(frozen=True)
+class Module:
+    """A linear layer that the quantization_config stores in `form`, under source tensor `tensor`."""
+
+    linear: Linear
+    form: Format
+    tensor: str
+
+    @property
+    def name(self) -> str:
+        return self.linear.module
+
+
+@dataclass
+class Expectation:
+    """What the folder should hold: (dtype, shape) by tensor name; dtype None for a kept tensor of any float.
+
+    `meant` is every linear layer with the group that the configuration gives it, `names` every module's name, and
+    `told` the tensors about which `findings` has said all there is to say.
+    """
+
+    tensors: dict[str, tuple[str | None, tuple[int, ...]]] = field(default_factory=dict)
+    modules: list[Module] = field(default_factory=list)
+    meant: list[Meant] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
+    findings: list[Finding] = field(default_factory=list)
+    is_text_only: bool = False
+
+
+def expect(
+    config: ModelConfig, quantization: QuantizationConfig, stored: Mapping[str, TensorEntry], *, with_mtp: bool
+) -> Expectation:
+    """Works out what a checkpoint of `config` should hold. `stored` decides only between two ways to write the same:
+    the multimodal and the text-only key layout, and kept experts fused or apart; it may be empty."""
+    expectation = Expectation(is_text_only=any(name.startswith("model.layers.") for name in stored))
+    if expectation.is_text_only:
+        expectation.findings.append(
+            Finding(
+                "error",
+                "model.layers.…",
+                "the text-only key layout, where the architecture has the multimodal one",
+                "releases of vLLM that load the multimodal class find no text weights",
+            )
+        )
+    tensors_of: dict[str, list[str]] = {}
+    for name in stored:
+        tensors_of.setdefault(name.rpartition(".")[0], []).append(name)
+    for published, shape in expected_tensors(config, with_mtp=with_mtp):
+        name = published.replace(MULTIMODAL, _TEXT_ONLY, 1) if expectation.is_text_only else published
+        # A table of embeddings has two dimensions like a linear layer and is none.
+        linears = () if name.endswith("pos_embed.weight") else linears_of(name, shape)
+        meant = [(linear, quantization.group_of(linear.module)) for linear in linears]
+        expectation.meant += meant
+        expectation.names += (name.removesuffix(".weight").removesuffix(".bias"), *(one.module for one in linears))
+        if not any(group for _, group in meant):
+            apart = len(shape) == 3 and name not in stored and any(f"{one.module}.weight" in stored for one in linears)
+            if not apart and not any(_is_quantized(stored, one.module) for one in linears):
+                expectation.tensors[name] = (None, shape)
+                continue
+        elif len(shape) == 3 and name in stored:
+            expectation.told.add(name)
+            expectation.findings.append(_fused_experts(name, meant, tensors_of))
+            if not any(linear.module in tensors_of for linear in linears):
+                continue
+        for linear, group in meant:
+            _expect_linear(expectation, linear, group, name, stored, tensors_of.get(linear.module, []), quantization)
+    return expectation
+
+
+def _fused_experts(name: str, meant: list[Meant], tensors_of: Mapping[str, list[str]]) -> Finding:
+    group = next(group for _, group in meant if group)
+    if any(linear.module in tensors_of for linear, _ in meant):
+        problem = f"is the fused tensor of all experts, left over beside the experts that {group.name} stores apart"
+        return Finding("error", name, problem, "vLLM loads one over the other or stops at it, by release")
+    problem = f"is stored as one 16-bit weight of all experts, but {group.name} targets each expert"
+    return Finding("error", name, problem, UNINITIALISED)
+
+
+def _is_quantized(stored: Mapping[str, TensorEntry], module: str) -> bool:
+    weight = stored.get(f"{module}.weight")
+    return f"{module}.weight_packed" in stored or (weight is not None and weight.dtype not in KEPT_DTYPES)
+
+
+def _expect_linear(
+    expectation: Expectation,
+    linear: Linear,
+    group: Group | None,
+    tensor: str,
+    stored: Mapping[str, TensorEntry],
+    found: list[str],
+    quantization: QuantizationConfig,
+) -> None:
+    """One linear layer of source tensor `tensor`; `found` are the tensors that are stored under its name."""
+    name, shape = linear.module, (linear.out_features, linear.in_features)
+    is_quantized = _is_quantized(stored, name)
+    if group is None and not is_quantized:
+        expectation.tensors[f"{name}.weight"] = (None, shape)
+    elif group is None:
+        ignored = next((entry for entry in quantization.ignore if matches(name, entry)), None)
+        why = "no group targets it" if ignored is None else f"ignore lists it ({ignored})"
+        expectation.told.update(found)
+        expectation.findings.append(
+            Finding(
+                "error", name, f"is stored quantized, but {why}", f"it is loaded as a 16-bit layer: {UNINITIALISED}"
+            )
+        )
+    elif group.format is None:
+        expectation.told.update(found)
+    elif f"{name}.weight" in stored and not is_quantized:
+        expectation.told.update(found)
+        problem = f"is stored as a 16-bit weight, but {group.name} ({group.format.name}) targets it"
+        expectation.findings.append(Finding("error", f"{name}.weight", problem, UNINITIALISED))
+    else:
+        expectation.modules.append(Module(linear, group.format, tensor))
+        for one in group.format.stored(linear.out_features, linear.in_features):
+            expectation.tensors[f"{name}.{one.suffix}"] = (one.dtype, one.shape)
+
+
+def is_complete(stored: Mapping[str, TensorEntry], module: Module) -> bool:
+    """Whether every tensor of a quantized module is there, in its dtype and shape."""
+    return all(
+        (entry := stored.get(f"{module.name}.{tensor.suffix}")) is not None
+        and (entry.dtype, entry.shape) == (tensor.dtype, tensor.shape)
+        for tensor in module.form.stored(module.linear.out_features, module.linear.in_features)
+    )
+
+
+def key_findings(
+    stored: Mapping[str, TensorEntry], expectation: Expectation, *, source_has_mtp: bool | None
+) -> Iterator[Finding]:
+    """Missing, surplus and misshapen tensors; `source_has_mtp` is None where there is no source."""
+    gone = set()
+    for part in (_MTP, _VISION):
+        called_for = [name for name in expectation.tensors if name.startswith(part)]
+        if called_for and not any(name.startswith(part) for name in stored):
+            gone.update(called_for)
+            yield _lost_part(part, len(called_for), source_has_mtp)
+    for name, (dtype, shape) in expectation.tensors.items():
+        entry = stored.get(name)
+        if entry is None:
+            if name not in gone:
+                yield _missing(name)
+            continue
+        if entry.shape != shape:
+            yield Finding("error", name, f"has shape {list(entry.shape)} instead of {list(shape)}", REFUSED)
+        if entry.dtype != dtype and not (dtype is None and entry.dtype in KEPT_DTYPES):
+            wanted = dtype or "a 16- or 32-bit float"
+            yield Finding(
+                "error", name, f"is stored as {entry.dtype} instead of {wanted}", "vLLM casts it and loses its meaning"
+            )
+    for name in stored:
+        if name not in expectation.tensors and name not in expectation.told:
+            yield _surplus(name, stored)
+
+
+def _lost_part(part: str, count: int, source_has_mtp: bool | None) -> Finding:
+    if part == _VISION:
+        problem = f"none of the vision tower's {count} tensors is there, though config.json describes it"
+        return Finding("error", "model.visual.*", problem, "the model answers about images that it does not see")
+    also = " and the source has them" if source_has_mtp else ""
+    return Finding(
+        "error" if source_has_mtp else "warning",
+        "mtp.*",
+        f"none of the MTP head's {count} tensors is there, though config.json counts its layers{also}",
+        "speculative decoding with method mtp runs on uninitialised weights: no draft is ever accepted",
+    )
+
+
+def _missing(name: str) -> Finding:
+    if name.endswith(".input_global_scale"):
+        problem = "is missing, the calibrated scale of the activations, which its group (W4A4) calls for"
+        return Finding("error", name, problem, "vLLM divides activations by whatever memory holds: NaN or noise")
+    return Finding("error", name, "is missing", UNINITIALISED)
+
+
+def _surplus(name: str, stored: Mapping[str, TensorEntry]) -> Finding:
+    module, _, suffix = name.rpartition(".")
+    ours = _MODEL_OPTIMIZER.get(suffix)
+    if ours is not None and f"{module}.{ours}" not in stored:
+        return Finding(
+            "error",
+            name,
+            f"is Model Optimizer's name for the reciprocal of {ours}",
+            f"loaders of compressed-tensors look for {ours}, find none and leave it uninitialised",
+        )
+    known = "" if role_of(name) or name.endswith(("_scale", "_packed")) else ", which this architecture has not"
+    return Finding(
+        "warning",
+        name,
+        f"is not called for by config.json and quantization_config{known}",
+        "vLLM ignores it or stops at an unexpected key, by release",
+    )

@@ -1,0 +1,251 @@
+"""How vLLM finds a layer's format, held against what the configuration means.
+
+`quantization_config` names modules as the checkpoint does, and compressed-tensors and transformers read it so. vLLM
+has module names of its own and fuses layers before it asks for their format, so the same configuration can mean two
+things. Its rules (compressed_tensors.py and utils.py of its quantization layer, qwen3_5.py and qwen3_vl.py of its
+models, release 0.32; the older order of the tests is that of 0.17 to 0.26):
+
+* Names map by prefix: `model.language_model.` is `language_model.model.` inside, `model.visual.` is `visual.` and
+  `lm_head.` is `language_model.lm_head.`. Exact names with a dot in `targets` and `ignore` are mapped likewise,
+  `re:` patterns are not: they are matched from the start of the internal name, so an anchored one misses it.
+* A fused layer (`qkv_proj`) is ignored if an entry matches its own name or entries match all its shards'; where
+  they match some, loading stops. Up to 0.26 only the shards' names are tried.
+* Targets are tried in the order of the file: on the layer's name, then on its shards (all must match, the first
+  decides), then on the class name, of which `Linear` is a part. Up to 0.26 the class name comes before the shards.
+* All experts of a layer take the format of expert 0, whose three projections must have one.
+* Routers and shared-expert gates are 16-bit whatever the configuration says.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from harness.audit.findings import REFUSED, Finding
+from harness.formats.config import Group, QuantizationConfig
+from harness.model.qwen35 import Linear, ModelConfig, expected_tensors, linears_of
+
+Meant = tuple[Linear, Group | None]
+"""A linear layer and the group that the configuration gives it by the checkpoint's own names, None for 16-bit."""
+
+_INTERNAL = (
+    ("model.language_model.", "language_model.model."),
+    ("model.visual.", "visual."),
+    ("lm_head.", "language_model.lm_head."),
+)
+_NEVER_QUANTIZED = ("mlp.router", "mlp.shared_expert_gate")
+_MAY_BE_UNNAMED = (*_NEVER_QUANTIZED, "lm_head")
+_EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
+_16_BIT = "16-bit"
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether an entry of `targets` or `ignore` names module `name`: exactly, or as `re:` from its start."""
+    return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else name == pattern
+
+
+def internal_name(module: str) -> str:
+    """vLLM's name of a module of the checkpoint."""
+    return _mapped(module + ".").removesuffix(".")
+
+
+def _mapped(name: str) -> str:
+    return next((theirs + name[len(ours) :] for ours, theirs in _INTERNAL if name.startswith(ours)), name)
+
+
+@dataclass
+class EngineLayer:
+    """A layer as vLLM builds it. `asked` are the internal names that it looks up: the shards' of a fused layer, those
+    of expert 0 for all `members` of a layer of experts, the layer's own."""
+
+    name: str
+    members: list[Meant] = field(default_factory=list)
+
+    @property
+    def is_experts(self) -> bool:
+        return self.name.endswith(".experts")
+
+    @property
+    def asked(self) -> list[str]:
+        names = [internal_name(linear.module) for linear, _ in self.members]
+        return [name for name in names if name.startswith(f"{self.name}.0.")] if self.is_experts else names
+
+
+def engine_layers(meant: Iterable[Meant]) -> dict[str, EngineLayer]:
+    """vLLM's layers by the checkpoint's name of the fused layer, or of all experts of one layer."""
+    layers: dict[str, EngineLayer] = {}
+    for linear, group in meant:
+        experts = _EXPERTS.match(linear.module)
+        key = experts[1] if experts else linear.fused_into
+        layers.setdefault(key, EngineLayer(internal_name(key))).members.append((linear, group))
+    return layers
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What vLLM takes a layer for: `outcome` is matched, ignored, unmatched or raises; `group` only where matched."""
+
+    outcome: str
+    group: Group | None = None
+
+    @property
+    def form(self) -> str:
+        return _form(self.group)
+
+
+def _form(group: Group | None) -> str:
+    if group is None:
+        return _16_BIT
+    return group.format.name if group.format else group.name
+
+
+class Reader:
+    """vLLM's reading of one configuration; `up_to_026` for the older order of its tests."""
+
+    def __init__(self, config: QuantizationConfig, *, up_to_026: bool) -> None:
+        def path(entry: str) -> str:
+            return _mapped(entry) if "." in entry and not entry.startswith("re:") else entry
+
+        self._ignore = [path(entry) for entry in config.ignore]
+        self._groups = {path(target): group for group in config.groups for target in group.targets}
+        self._up_to_026 = up_to_026
+
+    def read(self, layer: EngineLayer) -> Reading:
+        """The format of one layer."""
+        if not layer.is_experts:
+            kind = "ParallelLMHead" if layer.name.endswith("lm_head") else "ParallelLinear"
+            return self._read(layer.name, layer.asked, kind)
+        readings = [self._read(name, [name], "Linear") for name in layer.asked]
+        if len({reading.form for reading in readings}) > 1:
+            return Reading("raises")
+        return readings[0] if readings else Reading("unmatched")
+
+    def _read(self, name: str, shards: Sequence[str], kind: str) -> Reading:
+        ignored = [any(matches(shard, entry) for entry in self._ignore) for shard in shards]
+        by_name = name in self._ignore or (
+            not (self._up_to_026 and shards != [name]) and any(matches(name, entry) for entry in self._ignore)
+        )
+        if by_name or all(ignored):
+            return Reading("ignored")
+        if any(ignored):
+            return Reading("raises")
+        tests = [self._first(name), self._of_shards(shards), self._of_class(kind)]
+        if self._up_to_026:
+            tests[1], tests[2] = tests[2], tests[1]
+        group = next((group for group in tests if group is not None), None)
+        return Reading("unmatched") if group is None else Reading("matched", group)
+
+    def _first(self, name: str) -> Group | None:
+        return next((group for target, group in self._groups.items() if matches(name, target)), None)
+
+    def _of_shards(self, shards: Sequence[str]) -> Group | None:
+        found = [self._first(shard) for shard in shards]
+        return found[0] if all(found) else None
+
+    def _of_class(self, kind: str) -> Group | None:
+        for target, group in self._groups.items():
+            if matches(kind, target) or (not target.startswith("re:") and target.lower() in kind.lower()):
+                return group
+        return None
+
+
+def matching_findings(config: QuantizationConfig, meant: Sequence[Meant]) -> Iterator[Finding]:
+    """Every kind of layer that vLLM takes for something else than the configuration means, each told once."""
+    named = [group.name for group in config.groups if "Linear" not in group.targets]
+    if named and len(named) < len(config.groups):
+        yield Finding(
+            "warning",
+            "config.json",
+            "a group targets 'Linear' beside groups that name modules",
+            "vLLM 0.17 to 0.26 tests the class name before fused shards and may take the wrong group",
+        )
+    readers = (Reader(config, up_to_026=False), Reader(config, up_to_026=True))
+    alike: dict[tuple[str, str, str, str], list[str]] = {}
+    for name, layer in engine_layers(meant).items():
+        role = layer.members[0][0].role
+        said = _disagreement(layer, *(reader.read(layer) for reader in readers))
+        if said is not None:
+            alike.setdefault((role.fused or role.name, *said), []).append(name)
+    for (_, severity, problem, consequence), names in alike.items():
+        more = f" (and so {len(names) - 1:,} more layers)" if len(names) > 1 else ""
+        yield Finding(severity, names[0], problem + more, consequence)
+
+
+def _disagreement(layer: EngineLayer, now: Reading, before: Reading) -> tuple[str, str, str] | None:
+    """Severity, problem and consequence of one layer that vLLM does not take for what it is meant to be."""
+    ours = list(dict.fromkeys(_form(group) for _, group in layer.members))
+    role = layer.members[0][0].role.name
+    if role in _NEVER_QUANTIZED:
+        if ours == [_16_BIT]:
+            return None
+        return "error", f"is meant to be {ours[0]}, but vLLM always loads it as 16-bit", REFUSED
+    for reading, severity, when in ((now, "error", ""), (before, "warning", " (releases 0.17 to 0.26)")):
+        if reading.outcome == "raises":
+            what = "formats" if layer.is_experts else "shards"
+            return severity, f"has some {what} ignored and others not, or of two formats", REFUSED + when
+        if ours == [reading.form] or (len(ours) > 1 and _16_BIT not in ours and not layer.is_experts):
+            continue  # agreed, or shards of several formats, which the scales' check names
+        problem = f"is {' and '.join(ours)} by the checkpoint's names, and {reading.form} by vLLM's own"
+        if reading.form == _16_BIT:
+            return severity, problem, f"vLLM builds a 16-bit layer, in which quantized tensors have no place{when}"
+        if _16_BIT in ours:
+            return (
+                severity,
+                problem,
+                f"vLLM looks for quantized tensors and transformers for 16-bit ones{when}",
+            )
+        return severity, problem, f"vLLM decodes it by the wrong format, or stops{when}"
+    if role in _MAY_BE_UNNAMED or "unmatched" not in (now.outcome, before.outcome):
+        return None
+    if now.outcome == "unmatched":
+        problem = "is neither targeted by a group nor listed in ignore"
+        return "warning", problem, "vLLM up to 0.20 stops while loading, later releases load it as 16-bit unasked"
+    return "warning", "is listed in ignore by its fused name alone", "vLLM up to 0.20 stops while loading"
+
+
+def idle_entries(config: ModelConfig, quantization: QuantizationConfig, names: Iterable[str]) -> Iterator[Finding]:
+    """Entries of `targets` and `ignore` that name nothing: neither a module of this model, whose `names` are given,
+    nor one that another of its family has at the same place, so that one list may serve dense and MoE models."""
+    present = _with_parents(names)
+    family: set[str] = set()
+    for kind, entry in [
+        *(("ignore", entry) for entry in quantization.ignore),
+        *((f"the targets of {group.name}", entry) for group in quantization.groups for entry in group.targets),
+    ]:
+        if entry == "Linear" or _names_any(present, entry):
+            continue
+        family = family or _with_parents(_family(config))
+        if not _names_any(family, entry):
+            yield Finding(
+                "warning",
+                "config.json",
+                f"{kind} has the entry {entry!r}, which names no module of this model",
+                "what it was meant to name is loaded by the other entries' rules",
+            )
+
+
+def _names_any(names: set[str], entry: str) -> bool:
+    return entry in names or (entry.startswith("re:") and any(matches(name, entry) for name in names))
+
+
+def _with_parents(modules: Iterable[str]) -> set[str]:
+    """Modules and the modules that hold them, by the checkpoint's names and by vLLM's."""
+    found: set[str] = set()
+    for module in modules:
+        for name in (module, internal_name(module)):
+            while name and name not in found:
+                found.add(name)
+                name = name.rpartition(".")[0]
+    return found
+
+
+def _family(config: ModelConfig) -> Iterator[str]:
+    """Modules of a model of as many layers with everything that either architecture may have."""
+    width = max(16, config.intermediate_size)
+    dense = replace(config, num_experts=0, intermediate_size=width, num_mtp_layers=1, tied_embeddings=False)
+    experts = replace(dense, num_experts=1, moe_intermediate_size=width, shared_expert_intermediate_size=width)
+    for one in (dense, experts):
+        for name, shape in expected_tensors(one, with_mtp=True):
+            yield name.removesuffix(".weight")
+            for linear in linears_of(name, shape):
+                yield from (linear.module, linear.fused_into)
+    yield "model.visual.blocks.0.attn.qkv"

@@ -1,0 +1,189 @@
+"""Scales and codes on their own: finite, positive, the right way round, equal where vLLM fuses, alike among experts.
+
+vLLM checks none of it. A scale that is no number makes a layer's outputs NaN, a reciprocal makes them noise, and
+unequal global scales of fused shards make one of them decode too small.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from harness.audit.findings import Finding
+from harness.audit.keys import Module
+from harness.model.checkpoint import PIECE_BYTES, Checkpoint
+
+GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
+LIMITS = {"weight_global_scale": (1.0, math.inf), "input_global_scale": (1.0, 1e4)}
+"""Healthy ones are 2688 over a weight's or an activation's largest magnitude: thousands, and 50 to 150. Beyond these
+bounds lie reciprocals."""
+
+OUTLIER_RATIO = 1e3
+"""How far an expert's global scale may be from the median of its layer. All experts of a layer read the same hidden
+states, so their largest activations differ by small factors. A scale that is too small by r leaves the block scales
+r below E4M3's maximum; the format keeps its precision over 448 * 2^6 = 28,672, ordinary blocks need some 30 of it, so
+beyond a thousand they begin to vanish; one too large by r clips activations to 1/r of their size."""
+
+_DEFAULT_SCALE = 1.0
+_DEFAULT_RATIO = 10.0
+
+
+@dataclass(frozen=True)
+class ScaleRange:
+    """The global scales of one kind over the experts of one layer; `tensor` has a `*` for the expert's number.
+    Scales that are no positive numbers are counted in `num_experts` and not in the three figures."""
+
+    tensor: str
+    num_experts: int
+    smallest: float
+    median: float
+    largest: float
+
+
+def scale_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
+    """What is wrong with the scales, and in FP8 the codes, of one complete module."""
+    if module.form.compressor == "float-quantized":
+        yield from _fp8_findings(checkpoint, module)
+        return
+    name = module.name
+    codes = checkpoint.tensor(f"{name}.weight_scale").view(torch.uint8)
+    for problem, bad in (
+        ("holds NaN", (codes & 0x7F) == 0x7F),
+        ("holds zeros", (codes & 0x7F) == 0),
+        ("holds negative scales", (codes & 0x80) != 0),
+    ):
+        if count := int(bad.sum()):
+            yield Finding(
+                "error",
+                f"{name}.weight_scale",
+                f"{problem} in {count} of {codes.numel()} blocks",
+                "the FP4 kernels take block scales as positive: those blocks decode to NaN, zero or garbage",
+            )
+    for suffix, (low, high) in LIMITS.items():
+        if f"{name}.{suffix}" not in checkpoint.tensors:
+            continue
+        value = float(checkpoint.tensor(f"{name}.{suffix}"))
+        if not math.isfinite(value) or value <= 0:
+            yield Finding(
+                "error", f"{name}.{suffix}", f"is {value}", "every output of the layer becomes NaN, infinite or zero"
+            )
+        elif not low <= value <= high:
+            yield Finding(
+                "error",
+                f"{name}.{suffix}",
+                f"is {value:.4g}, outside {low:g} to {high:g}: stored as its reciprocal, as Model Optimizer does?",
+                "compressed-tensors divides by it: the layer's numbers come out larger or smaller by its square",
+            )
+
+
+def _fp8_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
+    name, width = module.name, module.linear.in_features
+    scales = checkpoint.tensor(f"{name}.weight_scale").float()
+    if count := int((~(scales.isfinite() & (scales > 0))).sum()):
+        yield Finding(
+            "error",
+            f"{name}.weight_scale",
+            f"is no positive number in {count} of {scales.numel()} rows",
+            "those outputs become NaN, infinite, zero or of the wrong sign",
+        )
+    elif (middle := float(scales.median())) > 1:
+        yield Finding(
+            "error",
+            f"{name}.weight_scale",
+            f"is {middle:.4g} in the median, which makes weights of {448 * middle:.4g}: stored as its reciprocal?",
+            "compressed-tensors multiplies by it: the layer's outputs come out larger by its square",
+        )
+    step, count = max(1, PIECE_BYTES // width), 0
+    for first in range(0, module.linear.out_features, step):
+        rows = checkpoint.rows(f"{name}.weight", first, min(step, module.linear.out_features - first))
+        # E4M3 has no infinity: all exponent and mantissa bits set is its one NaN, of either sign.
+        count += int(((rows.view(torch.uint8) & 0x7F) == 0x7F).sum())
+    if count:
+        yield Finding(
+            "error",
+            f"{name}.weight",
+            f"holds NaN in {count} of {module.linear.out_features * width} codes",
+            "every token's output of those rows becomes NaN",
+        )
+
+
+def fused_groups(modules: Iterable[Module]) -> dict[str, list[Module]]:
+    """The quantized modules by the name of the matrix that vLLM fuses them into."""
+    groups: dict[str, list[Module]] = {}
+    for module in modules:
+        groups.setdefault(module.linear.fused_into, []).append(module)
+    return groups
+
+
+def global_scales(checkpoint: Checkpoint, members: Iterable[Module], suffix: str) -> dict[str, float]:
+    """The stored global scales `suffix` of some modules, by module; absent and misshapen ones are left out."""
+    return {
+        module.name: float(checkpoint.tensor(f"{module.name}.{suffix}"))
+        for module in members
+        if (entry := checkpoint.tensors.get(f"{module.name}.{suffix}")) and entry.shape == (1,)
+    }
+
+
+def are_unequal(values: Mapping[str, float]) -> bool:
+    """Whether positive scales differ. One that is no positive number has a finding of its own and no ratio."""
+    return len(set(values.values())) > 1 and all(0 < value < math.inf for value in values.values())
+
+
+def fused_findings(checkpoint: Checkpoint, modules: Iterable[Module]) -> Iterator[Finding]:
+    """Shards of one fused matrix with unequal global scales, or with unequal formats."""
+    for fused, members in fused_groups(modules).items():
+        if len({module.form.name for module in members}) > 1:
+            yield Finding(
+                "error",
+                fused,
+                "its shards are stored as " + ", ".join(f"{m.name}: {m.form.name}" for m in members),
+                "vLLM refuses a fused layer of several formats, or silently takes the first shard's",
+            )
+        for suffix in GLOBAL_SCALES if len(members) > 1 else ():
+            values = global_scales(checkpoint, members, suffix)
+            if are_unequal(values):
+                ratio = max(values.values()) / min(values.values())
+                listed = ", ".join(f"{name.rpartition('.')[2]} {value:.5g}" for name, value in values.items())
+                yield Finding(
+                    "error",
+                    f"{fused}.{suffix}",
+                    f"differs between the shards that vLLM fuses ({listed})",
+                    f"vLLM takes the largest and does not rescale: one shard decodes {ratio:.3g} times too small",
+                )
+
+
+def expert_ranges(checkpoint: Checkpoint, modules: Iterable[Module]) -> tuple[list[ScaleRange], list[Finding]]:
+    """How far the global scales of every layer's experts lie apart, and a warning for an expert far from the others."""
+    layers: dict[str, list[Module]] = {}
+    for module in modules:
+        parent, _, rest = module.name.rpartition(".experts.")
+        if parent:
+            layers.setdefault(f"{parent}.experts.*.{rest.partition('.')[2]}", []).append(module)
+    ranges, findings = [], []
+    for layer, members in layers.items():
+        for suffix in GLOBAL_SCALES:
+            stored = global_scales(checkpoint, members, suffix)
+            values = {name: value for name, value in stored.items() if 0 < value < math.inf}
+            if not values:
+                continue
+            median = statistics.median(values.values())
+            ranges.append(
+                ScaleRange(f"{layer}.{suffix}", len(stored), min(values.values()), median, max(values.values()))
+            )
+            findings += [
+                _outlier(f"{name}.{suffix}", value, median)
+                for name, value in values.items()
+                if max(value / median, median / value) > OUTLIER_RATIO
+                or (value == _DEFAULT_SCALE and median > _DEFAULT_RATIO)
+            ]
+    return ranges, findings
+
+
+def _outlier(tensor: str, value: float, median: float) -> Finding:
+    problem = f"is {value:.4g}, where the median of the layer's experts is {median:.4g}"
+    if tensor.endswith("input_global_scale"):
+        why = ": a default, or the trace of an expert that no calibration token reached"
+        return Finding("warning", tensor, problem + why, "a token routed there is clipped or rounded to nothing")
+    return Finding("warning", tensor, problem, "the expert's weights are far smaller or larger than the others'")
