@@ -1,4 +1,4 @@
-"""The command line: `harness plan | build | verify | ppl | bench | report | demo`.
+"""The command line: `harness plan | build | verify | repair | ppl | bench | report | demo`.
 
 Arguments in, a table on stdout, progress on stderr. Nothing else in the package prints or exits.
 
@@ -20,6 +20,7 @@ from harness.errors import UserError
 from harness.suite import Suite, load
 
 if TYPE_CHECKING:
+    from harness.audit.findings import Finding
     from harness.progress import Progress
     from harness.stages import Job
 
@@ -85,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="without one, the suite's variants")
     verify.add_argument("--source", metavar="SOURCE", help="with DIR: the checkpoint that it was made from")
     _suite_options(verify)
+
+    repair = command("repair", _repair, "Mend in a quantized checkpoint what needs no quantizing anew.")
+    repair.add_argument("folder", metavar="DIR", type=Path, help="is only read")
+    repair.add_argument("out", metavar="OUT", type=Path, help="the new folder")
+    repair.add_argument("--source", metavar="SOURCE", help="gives missing 16-bit tensors and tokenizer files")
+    repair.add_argument(
+        "--max-error", type=positive_number, metavar="X", help="most that a layer may lose of its norm (0.05)"
+    )
+    _json_option(repair)
 
     for name, run, text in (
         ("ppl", _ppl, "Perplexity of the source and its variants on the same tokens."),
@@ -313,10 +323,7 @@ def _verify(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
         return 0 if passed else 1
     for folder, outcome in outcomes.items():
         print(f"{folder}: {outcome.num_tensors:,} tensors, {outcome.num_quantized_modules:,} quantized layers")
-        for finding in outcome.findings[:_MOST_FINDINGS]:
-            print(f"  {finding.severity}: {finding.tensor} {finding.problem}.\n    In vLLM: {finding.consequence}.")
-        if (more := len(outcome.findings) - _MOST_FINDINGS) > 0:
-            print(f"  … and {more:,} more findings (--json lists them all)")
+        _print_findings(outcome.findings)
         if outcome.round_trips:
             rows = [
                 (
@@ -335,6 +342,43 @@ def _verify(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
         unsure = "" if outcome.compared_with_source else " (not compared with a source: give --source)"
         print(f"{'passed' if outcome.passed else 'FAILED'}{unsure}")
     return 0 if passed else 1
+
+
+def _print_findings(findings: "Sequence[Finding]") -> None:
+    for finding in findings[:_MOST_FINDINGS]:
+        print(f"  {finding.severity}: {finding.tensor} {finding.problem}.\n    In vLLM: {finding.consequence}.")
+    if (more := len(findings) - _MOST_FINDINGS) > 0:
+        print(f"  … and {more:,} more findings (--json lists them all)")
+
+
+def _repair(options: argparse.Namespace, _: tuple[str, ...]) -> int:
+    from harness.audit.repair import MAX_RELATIVE_ERROR, repair
+    from harness.stages import find_source
+
+    source = find_source(options.source) if options.source else None
+    largest = options.max_error or MAX_RELATIVE_ERROR
+    with _progress() as progress:
+        outcome = repair(options.folder, options.out, source, max_relative_error=largest, progress=progress)
+    if options.json:
+        _print_json({"passed": outcome.passed, **asdict(outcome), "out": str(outcome.out)})
+        return 0 if outcome.passed else 1
+    if outcome.scales:
+        rows = [
+            (one.fused, one.suffix, " ".join(f"{g:.5g}" for g in one.before), f"{one.shared:.5g}", error)
+            for one in outcome.scales
+            for error in [f"{one.relative_error:.4f}" + (" refused" if one in outcome.refused else "")]
+        ]
+        print(f"{_table(('layer that vLLM fuses', 'scale', 'before', 'shared', 'error added'), rows)}\n")
+    for kind, names in (("tensors", outcome.tensors), ("files", outcome.files)):
+        if names:
+            print(f"{len(names):,} {kind} from the source: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
+    if outcome.refused:
+        print(f"{len(outcome.refused):,} layers would lose more than {largest:g} of their norm: nothing is written.")
+    else:
+        print(f"{outcome.out}: written" if outcome.written else "There is nothing to mend, and nothing is written.")
+    _print_findings(outcome.verification.findings)
+    print("passed" if outcome.passed else "FAILED")
+    return 0 if outcome.passed else 1
 
 
 def _ppl(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:

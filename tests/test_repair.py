@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.audit.repair import MAX_RELATIVE_ERROR, Repair, repair
 from harness.audit.verify import verify
+from harness.cli import main
 from harness.errors import UserError
 from harness.model.qwen35 import linears_of
 from harness.quantize.recipes import RECIPES
@@ -347,3 +348,29 @@ def test_a_killed_repair_leaves_no_checkpoint_and_can_be_repeated(spoilt: dict[s
     assert not (tmp_path / "out.partial/config.json").exists()
     assert mend(spoilt["dense"], tmp_path / "out").passed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_command_shows_each_scale_and_exits_by_what_is_left(
+    spoilt: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = str(spoilt["dense"]), str(tmp_path / "out")
+    assert main(["repair", folder, out, "--max-error", "0.001"]) == 1
+    printed = capsys.readouterr().out
+    assert "3 layers would lose more than 0.001 of their norm: nothing is written" in printed
+    assert not (tmp_path / "out").exists()
+    assert main(["repair", folder, out]) == 0
+    printed = capsys.readouterr().out
+    assert f"{LAYER}.0.mlp.gate_up_proj" in printed
+    assert printed.endswith("passed\n")
+    assert main(["verify", out]) == 0
+    assert main(["repair", folder, out]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_the_command_writes_one_json_document(
+    spoilt: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["repair", str(spoilt["moe"]), str(tmp_path / "out"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["written"] and document["passed"]
+    assert {one["suffix"] for one in document["scales"]} == {"weight_global_scale"}
