@@ -6,6 +6,8 @@ llm-compressor itself is not needed here; where it would run, an interpreter wit
 import dataclasses
 import json
 import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -75,6 +77,30 @@ def test_a_process_that_is_killed_says_so(tmp_path: Path) -> None:
     run = timed([sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"], tmp_path / "log")
     assert run.exit_code == -9
     assert bench._reason(run.exit_code, run.complaint) == "killed by signal 9: no message"
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_an_interruption_ends_what_is_being_timed(tmp_path: Path) -> None:
+    sleeper = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+    code = f"from harness.peers.stopwatch import timed; from pathlib import Path; import sys; \
+timed([sys.executable, '-S', '-c', {sleeper!r}], Path('log'))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    child = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_reason_of_a_failure_is_the_exception_at_its_end() -> None:

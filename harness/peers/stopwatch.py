@@ -10,6 +10,7 @@ largest of the processes that the command consists of; file pages that it maps c
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +38,16 @@ def timed(command: Sequence[str], logs: Path, env: Mapping[str, str] | None = No
     report, out, err = (logs.with_name(logs.name + suffix) for suffix in (".time", ".out", ".err"))
     launcher = [sys.executable, "-I", "-S", __file__, str(report), str(out), str(err)]
     report.unlink(missing_ok=True)
-    subprocess.run([*launcher, *command], env={**os.environ, **(env or {})}, check=True)
+    # A session of its own, so that an interruption can end the launcher together with what it launched.
+    process = subprocess.Popen([*launcher, *command], env={**os.environ, **(env or {})}, start_new_session=True)
+    try:
+        process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    if process.returncode:
+        raise RuntimeError(f"the launcher of {command[0]} ended with exit code {process.returncode}")
     measured = json.loads(report.read_text(encoding="utf-8"))
     # Progress bars overwrite their line with carriage returns.
     lines = err.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
