@@ -22,6 +22,7 @@ from harness.suite import Suite, load
 if TYPE_CHECKING:
     from harness.audit.findings import Finding
     from harness.progress import Progress
+    from harness.quantize.build import Artifact
     from harness.stages import Job
 
 DEFAULT_SUITE = "suites/demo.toml"
@@ -71,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("source", metavar="SOURCE", help="a checkpoint folder, a config.json, a hub id or demo:dense")
     plan.add_argument("--revision", help="of a hub id")
     plan.add_argument("--recipe", help="without one, every tensor is kept")
+    _method_options(plan)
+    plan.add_argument("--batch-tokens", type=whole_number, default=8192, metavar="N", help="of calibration (8192)")
+    plan.add_argument("--hidden-gb", type=positive_number, default=4.0, metavar="G", help="hidden states in memory (4)")
+    plan.add_argument("--memory-gb", type=positive_number, metavar="G", help="refuse a calibration that needs more")
     plan.add_argument(
         "--bandwidth-gbs", type=positive_number, metavar="B", help="memory bandwidth in 10⁹ bytes per second"
     )
@@ -80,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("source", metavar="SOURCE", nargs="?", help="build this checkpoint instead of a suite's")
     build.add_argument("--recipe", help="with SOURCE")
     build.add_argument("--out", type=Path, metavar="DIR", help="with SOURCE: the new folder")
+    build.add_argument("--calibration", type=Path, metavar="F", help="with SOURCE: a TOML file of samples")
+    _method_options(build)
     _suite_options(build)
 
     verify = command("verify", _verify, "Check a compressed-tensors checkpoint, ours or not.")
@@ -123,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--vocabulary", type=whole_number, metavar="N", help="instead of the configuration's")
     synthesize.add_argument("--seed", type=int, default=0, metavar="S", help="(0)")
     return parser
+
+
+def _method_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scales", metavar="METHOD", help="absmax, search or weighted-search instead of the recipe's")
+    parser.add_argument("--codes", metavar="METHOD", help="rtn or gptq instead of the recipe's")
 
 
 def _json_option(parser: argparse.ArgumentParser) -> None:
@@ -206,12 +218,23 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _plan(options: argparse.Namespace, _: tuple[str, ...]) -> int:
+    from harness.quantize.plan import COMPUTED_BYTES, calibration_memory, check_memory
     from harness.quantize.recipes import recipe_named
     from harness.report.tables import format_bytes
     from harness.stages import plan_source
 
-    recipe = recipe_named(options.recipe) if options.recipe else None
+    if not options.recipe and (options.scales or options.codes):
+        raise UserError("--scales and --codes go with a --recipe.", "Name one.")
+    recipe = recipe_named(options.recipe).with_method(options.scales, options.codes) if options.recipe else None
     config, plan = plan_source(options.source, recipe, options.revision)
+    memory = None
+    if recipe is not None and recipe.needs_calibration:
+        hidden = round(options.hidden_gb * 1e9)
+        memory = calibration_memory(
+            config, recipe, batch_tokens=options.batch_tokens, hidden_bytes=hidden, item_bytes=COMPUTED_BYTES
+        )
+        if options.memory_gb:
+            check_memory(memory, round(options.memory_gb * 1e9))
     bandwidth = options.bandwidth_gbs and options.bandwidth_gbs * 1e9
     traffic = {"source": plan.source_traffic, "output": plan.output_traffic}
     if options.json:
@@ -224,6 +247,7 @@ def _plan(options: argparse.Namespace, _: tuple[str, ...]) -> int:
                 "source_bytes": plan.source_bytes,
                 "output_bytes": plan.output_bytes,
                 "roles": [asdict(count) for count in plan.counts],
+                "calibration_memory": asdict(memory) | {"total": memory.total} if memory else None,
                 "traffic": {
                     name: asdict(one) | {"ceiling_tokens_per_second": one.ceiling(bandwidth) if bandwidth else None}
                     for name, one in traffic.items()
@@ -266,6 +290,12 @@ def _plan(options: argparse.Namespace, _: tuple[str, ...]) -> int:
         name = f"decode ceiling at {options.bandwidth_gbs:g} GB/s, batch 1"
         lines.append((name, *(f"{one.ceiling(bandwidth):,.2f} tok/s" for one in traffic.values())))
     print(_table(("", "source", "output"), lines))
+    if memory is not None and recipe is not None:
+        print(
+            f"\nCalibration (scales {recipe.method.scales}, codes {recipe.method.codes}) holds one layer at a time: at "
+            f"most {format_bytes(memory.total)} of memory with {options.batch_tokens:,} tokens in a forward pass."
+        )
+        print(_table(("of it", ""), [(name, format_bytes(size)) for name, size in asdict(memory).items()]))
     return 0
 
 
@@ -273,12 +303,14 @@ def _build(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from harness.quantize.build import build
     from harness.quantize.recipes import recipe_named
     from harness.report.tables import format_bytes
-    from harness.stages import build_variant, chosen_variants, find_source
+    from harness.stages import build_variant, chosen_variants, find_source, read_calibration
+    from harness.suite import load_calibration
 
     if options.source is None:
-        if options.recipe or options.out:
+        if options.recipe or options.out or options.calibration or options.scales or options.codes:
             raise UserError(
-                "--recipe and --out go with a SOURCE.", "Name one, or build a suite's variants without them."
+                "--recipe, --scales, --codes, --calibration and --out go with a SOURCE.",
+                "Name one, or build a suite's variants without them.",
             )
         with _job(options, arguments) as job:
             built = [
@@ -289,16 +321,59 @@ def _build(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
             raise UserError("--suite and --variant do not go with a SOURCE.", "Leave them out, or leave SOURCE out.")
         if not (options.recipe and options.out):
             raise UserError("SOURCE needs --recipe and --out.", "For example: --recipe rtn-a16 --out my-model-nvfp4.")
+        recipe = recipe_named(options.recipe).with_method(options.scales, options.codes)
         with _progress() as progress:
-            built = [build(find_source(options.source), recipe_named(options.recipe), options.out, progress)]
+            source, calibration = find_source(options.source), None
+            if options.calibration and recipe.needs_calibration:
+                calibration = read_calibration(*load_calibration(options.calibration), source, progress)
+            built = [build(source, recipe, options.out, progress, calibration)]
     if options.json:
-        _print_json([{"folder": str(one.folder), "digest": one.digest, "reused": one.reused} for one in built])
+        _print_json([_built_as_json(one) for one in built])
         return 0
     for one in built:
         total = sum(count.output_bytes for count in one.counts)
         how = "reused" if one.reused else f"built in {sum(seconds for _, seconds in one.stage_seconds):.1f} s"
         print(f"{one.folder}  {format_bytes(total)}  {how}  digest {one.digest[:12]}")
+        for line in _calibration_lines(one):
+            print(f"  {line}")
     return 0
+
+
+def _built_as_json(artifact: "Artifact") -> dict[str, Any]:
+    from harness.record.provenance import peak_rss_bytes
+
+    return {
+        "folder": str(artifact.folder),
+        "digest": artifact.digest,
+        "reused": artifact.reused,
+        "output_bytes": sum(count.output_bytes for count in artifact.counts),
+        "stage_seconds": dict(artifact.stage_seconds),
+        "num_calibration_tokens": artifact.num_calibration_tokens,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_vram_bytes": artifact.peak_vram_bytes,
+        "layers": list(artifact.layers),
+    }
+
+
+def _calibration_lines(artifact: "Artifact") -> Iterator[str]:
+    """What calibration has to say of a new artifact."""
+    if not artifact.layers:
+        return
+    seconds = sum(layer["seconds"]["total"] for layer in artifact.layers)
+    tokens = artifact.num_calibration_tokens
+    yield (
+        f"{tokens:,} calibration tokens through {len(artifact.layers)} layers: "
+        f"{seconds / len(artifact.layers):.1f} s and {tokens * len(artifact.layers) / seconds:,.0f} tokens/s a layer"
+    )
+    groups = [group for layer in artifact.layers for group in layer["groups"] if group["rtn_error"]]
+    if groups:
+        share = sum(group["error"] for group in groups) / sum(group["rtn_error"] for group in groups)
+        yield f"output error of the layers on their calibration inputs: {share:.2f} of round-to-nearest's"
+        if damped := [group for group in groups if group["damping"] > min(g["damping"] for g in groups)]:
+            yield f"more damping was needed in {len(damped)} groups, such as {damped[0]['group']}"
+    for layer in artifact.layers:
+        if unreached := [str(expert) for expert, count in enumerate(layer["routed"] or ()) if count == 0]:
+            yield f"layer {layer['index']}: no token was routed to experts {', '.join(unreached)}"
 
 
 def _verify(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:

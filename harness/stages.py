@@ -6,14 +6,15 @@ as one record.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import harness
+from harness import suite as suites
 from harness.audit import verify as audit
 from harness.demo import checkpoint_path, corpus
 from harness.engines.protocol import ENGINES, Engine, open_engine
@@ -26,6 +27,8 @@ from harness.model.qwen35 import ModelConfig, expected_tensors, parse_config
 from harness.model.sources import fetched_revision, locate
 from harness.progress import Progress
 from harness.quantize import build as builder
+from harness.quantize import samples
+from harness.quantize.layerwise import Calibration
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import Recipe, recipe_named
 from harness.record import provenance, results
@@ -36,6 +39,18 @@ T = TypeVar("T")
 
 _DEMO = "demo:"
 _DEMO_TEXTS = {"heldout": corpus.heldout_text}
+
+
+def _calibration_documents(split: corpus.Split) -> Iterator[str]:
+    for document in corpus.documents(split, num_documents=_NUM_CALIBRATION_DOCUMENTS):
+        yield document.text + corpus.END_OF_TEXT
+
+
+_NUM_CALIBRATION_DOCUMENTS = 1000
+_CALIBRATION_TEXTS: dict[str, Callable[[], Iterator[str]]] = {
+    "train": partial(_calibration_documents, "train"),
+    "validation": partial(_calibration_documents, "validation"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,12 @@ class Job:
 
     def artifact(self, variant: str) -> Path:
         return self.artifacts / self.suite.name / variant
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """The suite's calibration set as token ids, read once a command."""
+        wanted, source = self.suite.calibration, _suite_source(self.suite)
+        return None if wanted is None else read_calibration(wanted, self.suite.folder, source, self.progress)
 
 
 def find_source(location: str, revision: str | None = None, *, config_only: bool = False) -> Path:
@@ -104,11 +125,19 @@ def chosen_variants(suite: Suite, names: Sequence[str] | None, *, with_source: b
     return [name for name in known if not names or name in names]
 
 
+def read_calibration(wanted: suites.Calibration, folder: Path, source: Path, progress: Progress) -> Calibration:
+    """The token ids of a calibration table whose relative paths start at `folder`, by the tokenizer of `source`."""
+    read = samples.read(wanted, source, folder, _CALIBRATION_TEXTS, progress)
+    return Calibration(read, wanted.batch_tokens, round(wanted.hidden_memory_gb * 1e9))
+
+
 def build_variant(job: Job, variant: str) -> builder.Artifact:
     """Builds a variant of the suite, or finds it built. A build is recorded."""
-    recipe = recipe_named(job.suite.variants[variant].recipe)
+    wanted = job.suite.variants[variant]
+    recipe = recipe_named(wanted.recipe).with_method(wanted.scales, wanted.codes)
     source = _suite_source(job.suite)
-    artifact = builder.build(source, recipe, job.artifact(variant), job.progress)
+    calibration = job.calibration if recipe.needs_calibration else None
+    artifact = builder.build(source, recipe, job.artifact(variant), job.progress, calibration)
     if not artifact.reused:
         run = _run(job, "build", builder.VERSION, variant, artifact.digest)
         with RunWriter(job.results, run) as writer:
@@ -119,6 +148,16 @@ def build_variant(job: Job, variant: str) -> builder.Artifact:
             total = sum(count.output_bytes for count in artifact.counts)
             peak = provenance.peak_rss_bytes()
             writer.sample({"kind": "totals", "peak_rss_bytes": peak, "output_bytes": total})
+            for layer in artifact.layers:
+                writer.sample({"kind": "layer", "index": layer["index"], "seconds": layer["seconds"]})
+                for group in layer["groups"]:
+                    writer.sample({"kind": "group", "index": layer["index"], **group})
+                for expert, num_tokens in enumerate(layer["routed"] or ()):
+                    routed = {"index": layer["index"], "expert": expert, "num_tokens": num_tokens}
+                    writer.sample({"kind": "expert", **routed})
+            if artifact.layers:
+                vram = {"peak_vram_bytes": artifact.peak_vram_bytes}
+                writer.sample({"kind": "calibration", "num_tokens": artifact.num_calibration_tokens, **vram})
             writer.finish()
     return artifact
 

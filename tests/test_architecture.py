@@ -13,9 +13,10 @@ ROOT = Path(harness.__file__).parent
 FLOORS = {
     0: ("harness", "errors", "progress"),
     1: ("formats",),
-    2: ("engines", "model", "record", "suite"),
-    3: ("measure", "quantize", "audit", "report", "demo"),
-    4: ("cli", "stages", "peers", "__main__"),
+    2: ("model", "record", "suite"),
+    3: ("engines",),
+    4: ("measure", "quantize", "audit", "report", "demo"),
+    5: ("cli", "stages", "peers", "__main__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ON_ONE_FLOOR = {("cli", "stages"), ("__main__", "cli")}

@@ -15,7 +15,7 @@ than threads do.
 The MoE model starts as the embedded dense one, cut up into experts, and takes one stage more; a loss on the
 router's balance keeps all experts in use.
 
-On two cores the dense model takes about 35 minutes, the MoE model on top of it 15. A finished stage is kept in
+On two cores the dense model takes about 35 minutes, the MoE model on top of it 10. A finished stage is kept in
 `--state`, and a second run goes on after it, so an interrupted training loses one stage at most.
 """
 
@@ -77,7 +77,7 @@ TRUNK_STAGES = {
     "moe": (
         Stage(
             "upcycled",
-            300,
+            80,
             batch=4,
             window=512,
             first_document=4_000_000,
@@ -89,7 +89,7 @@ TRUNK_STAGES = {
 }
 MTP_STAGES = {
     "dense": Stage("mtp", 400, batch=8, window=512, first_document=3_000_000, learning_rate=2e-3, decay=True),
-    "moe": Stage("mtp", 150, batch=4, window=512, first_document=5_000_000, learning_rate=2e-3, decay=True),
+    "moe": Stage("mtp", 60, batch=4, window=512, first_document=5_000_000, learning_rate=2e-3, decay=True),
 }
 BALANCE_WEIGHT = 0.01
 """Of the router's load-balancing loss (arXiv 2101.03961)."""

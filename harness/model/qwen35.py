@@ -80,12 +80,19 @@ ROLES: tuple[Role, ...] = (
 )
 
 _COMPILED = tuple((re.compile(r"(?:model\.(?:language_model\.)?)?" + role.pattern), role) for role in ROLES)
+_IN_LAYER = re.compile(r"model\.(?:language_model\.)?layers\.(\d+)\.")
 ROLE = {role.name: role for role in ROLES}
 
 
 def role_of(tensor: str) -> Role | None:
     """The role of a source tensor by its full name, or None for a name that these architectures do not have."""
     return next((role for pattern, role in _COMPILED if pattern.fullmatch(tensor)), None)
+
+
+def layer_of(tensor: str) -> int | None:
+    """The number of the decoder layer that a source tensor is part of; None outside of them (MTP has its own)."""
+    found = _IN_LAYER.match(tensor)
+    return int(found[1]) if found else None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Ours:
 
     @property
     def needs_data(self) -> bool:
-        return recipe_named(self.recipe).needs_calibration or self.scales == "weighted-search" or self.codes == "gptq"
+        return recipe_named(self.recipe).with_method(self.scales, self.codes).needs_calibration
 
     def arguments(self) -> list[str]:
         """Those of `harness build` that say what is built."""

@@ -18,33 +18,27 @@ finished folder takes its name first, and `config.json` appears in it last, in o
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import psutil
 import torch
-from torch import Tensor
 
 from harness import __version__
 from harness.errors import UserError
-from harness.formats import nvfp4
 from harness.formats.config import Format, quantization_config
 from harness.model.census import RoleCount, SourceTensor, output_bytes, source_tensors
 from harness.model.checkpoint import (
     INDEX,
-    PIECE_BYTES,
     TORCH_DTYPE,
     Checkpoint,
     NewTensor,
-    TensorEntry,
+    ShardWriter,
     check_disk,
     index_json,
     new_shard,
@@ -53,33 +47,29 @@ from harness.model.checkpoint import (
     sync_folder,
     write_file,
 )
-from harness.model.qwen35 import Linear, parse_config
+from harness.model.qwen35 import parse_config
 from harness.progress import Progress
-from harness.quantize.plan import plan, quantized
+from harness.quantize import layerwise
+from harness.quantize.encode import WEIGHT_DTYPES, BadWeightError, Encoder, finite_amax, fused_groups, workers
+from harness.quantize.layerwise import Calibration
+from harness.quantize.plan import Plan, check_memory, plan, quantized
 from harness.quantize.recipes import Recipe
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-VERSION = 1
+VERSION = 2
 """Bumped when the same source and recipe give other bytes."""
 
 MANIFEST = "harness-build.json"
 """The file in an artifact that says what it was built from; a folder with it is ours."""
 
+CALIBRATION = "harness-calibration.json"
+"""The file in an artifact that says what it was calibrated on, and what every layer made of that."""
+
 _PROGRESS = "progress.json"
 _LOCK = "lock"
 _NEW_CONFIG = "config.json.new"
-_CHUNK_ELEMENTS = 1 << 18
-"""Weights encoded at a time: their float32 temporaries stay in the second-level cache."""
 
-_WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _NOT_COPIED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".py", ".partial")
-_NOT_COPIED_NAMES = ("config.json", INDEX, "README.md", MANIFEST)
-
-
-class _BadWeightError(UserError):
-    """A source that no build can finish."""
+_NOT_COPIED_NAMES = ("config.json", INDEX, "README.md", MANIFEST, CALIBRATION)
 
 
 @dataclass(frozen=True)
@@ -92,6 +82,26 @@ class Artifact:
     reused: bool
     counts: tuple[RoleCount, ...]
     stage_seconds: tuple[tuple[str, float], ...] = ()
+    layers: tuple[Mapping[str, Any], ...] = ()
+    """What calibration reported of every layer: see calibrate.LayerReport."""
+    num_calibration_tokens: int = 0
+    peak_vram_bytes: int | None = None
+
+
+@dataclass
+class _Unfinished:
+    """A build under way, as `progress.json` keeps it: reports of finished layers, digests of finished shards."""
+
+    folder: Path
+    identity: dict[str, Any]
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    shards: dict[str, str] = field(default_factory=dict)
+
+    def save(self) -> None:
+        write_file(
+            self.folder / _PROGRESS,
+            _json({"identity": self.identity, "layers": self.layers, "shards": self.shards}),
+        )
 
 
 @dataclass
@@ -107,20 +117,25 @@ class _Meter:
         self.progress(self.done, self.total, "build")
 
 
-def build(source: Path, recipe: Recipe, out: Path, progress: Progress) -> Artifact:
+def build(
+    source: Path, recipe: Recipe, out: Path, progress: Progress, calibration: Calibration | None = None
+) -> Artifact:
     """Builds `recipe` of the checkpoint in `source` into folder `out`, or finds it there.
 
     `UserError`, with nothing written, for a source that is damaged, of an unknown architecture, quantized
-    already or not divisible into blocks; for an `out` that holds anything else; and for too little disk. A
-    weight that is NaN or infinite, quantized or kept, stops the build and leaves nothing.
+    already or not divisible into blocks; for a recipe that needs a calibration and has none; for an `out` that holds
+    anything else; and for too little disk or memory. A weight that is NaN or infinite, quantized or kept, stops the
+    build and leaves nothing.
     """
     named, source, out = out, source.resolve(), out.resolve()
     if out == source or source in out.parents:
         raise UserError(f"{out} lies in the source's own folder.", "Give an --out beside it.")
-    if recipe.needs_calibration:
+    if not recipe.needs_calibration:
+        calibration = None
+    elif calibration is None:
         raise UserError(
-            f"Recipe '{recipe.name}' stores scales of activations, and this version has no calibration to choose them.",
-            "Build 'rtn-a16', which needs no data, or look at the recipe's sizes with `harness plan`.",
+            f"Recipe '{recipe.name}' chooses its scales from data, and no calibration set is given.",
+            "Add a [calibration] table to the suite, or give --calibration; 'rtn-a16' needs no data.",
         )
     checkpoint = open_checkpoint(source)
     config = parse_config(checkpoint.config, str(source / "config.json"))
@@ -130,55 +145,76 @@ def build(source: Path, recipe: Recipe, out: Path, progress: Progress) -> Artifa
     what = plan(config, tensors, recipe)
     formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
     _check_sources(checkpoint, formats)
-    identity = _identity(checkpoint, recipe)
+    identity = _identity(checkpoint, recipe, calibration)
     if (found := _existing(out, identity, recipe)) is not None:
         return Artifact(named, found, reused=True, counts=what.counts)
+    if calibration is not None:
+        check_memory(layerwise.memory(calibration, config, recipe), psutil.virtual_memory().available)
     unfinished = out.with_name(out.name + ".partial")
+    needed = what.output_bytes + (0 if calibration is None else _scratch_bytes(what, calibration, config.hidden_size))
     # What an interrupted build has finished is on the disk already.
-    check_disk(out, what.output_bytes - sum(path.stat().st_size for path in unfinished.glob("*.safetensors")))
-    with _claimed(unfinished, identity) as done, _workers() as pool:
+    check_disk(out, needed - sum(path.stat().st_size for path in unfinished.glob("*") if path.is_file()))
+    with _claimed(unfinished, identity) as state:
+        seconds: dict[str, float] = {}
+        if calibration is not None:
+            started = time.perf_counter()
+            layerwise.quantize_layers(
+                checkpoint,
+                tensors,
+                recipe.formats,
+                recipe.method,
+                calibration,
+                unfinished,
+                state.layers,
+                state.save,
+                progress,
+            )
+            seconds["calibrate"] = time.perf_counter() - started
         started = time.perf_counter()
-        by_shard = {
-            shard: [tensor for tensor in tensors if checkpoint.tensors[tensor.name].shard == shard]
-            for shard in checkpoint.shards
-        }
-        groups = _fused_groups(tensors, formats)
-        scales: dict[str, Tensor] = {}
-        meter = _Meter(progress, what.source_bytes)
-        for shard in checkpoint.shards:
-            if shard not in done:
-                done[shard] = _write_shard(
-                    checkpoint, unfinished / shard, by_shard[shard], formats, groups, scales, meter, pool
-                )
-                write_file(unfinished / _PROGRESS, _json({"identity": identity, "shards": done}))
-            else:
-                meter.advance(sum(tensor.num_bytes for tensor in by_shard[shard]))
-        seconds = time.perf_counter() - started
-        digest = _finish(checkpoint, unfinished, recipe, identity, done, tensors, formats)
+        _write_shards(checkpoint, tensors, formats, recipe, state, _Meter(progress, what.source_bytes))
+        digest = _finish(checkpoint, recipe, state, tensors, formats, calibration)
+        seconds["write"] = time.perf_counter() - started
     unfinished.replace(out)
     _commit(out)
-    return Artifact(named, digest, reused=False, counts=what.counts, stage_seconds=(("quantize", seconds),))
+    return Artifact(
+        named,
+        digest,
+        reused=False,
+        counts=what.counts,
+        stage_seconds=tuple(seconds.items()),
+        layers=tuple(state.layers),
+        num_calibration_tokens=0 if calibration is None else calibration.samples.num_tokens,
+        peak_vram_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    )
 
 
-def _check_sources(checkpoint: Checkpoint, formats: dict[str, Format]) -> None:
+def _scratch_bytes(what: Plan, calibration: Calibration, width: int) -> int:
+    """What a calibrated build has on the disk beside its output: the layers' tensors, and the hidden states."""
+    layers = sum(count.output_bytes for count in what.counts if count.format != "kept")
+    return layers + layerwise.hidden_bytes(calibration, what.recipe, width)
+
+
+def _check_sources(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> None:
     if not formats:
         raise UserError(
             f"{checkpoint.folder} has no tensor that the recipe quantizes.", "Choose a recipe for this kind of model."
         )
     for name in formats:
-        if checkpoint.tensors[name].dtype not in _WEIGHT_DTYPES:
+        if checkpoint.tensors[name].dtype not in WEIGHT_DTYPES:
             raise UserError(
-                f"{name} is stored as {checkpoint.tensors[name].dtype}, not as a {' or '.join(_WEIGHT_DTYPES)} weight.",
+                f"{name} is stored as {checkpoint.tensors[name].dtype}, not as a {' or '.join(WEIGHT_DTYPES)} weight.",
                 "Build from the 16-bit source.",
             )
 
 
-def _identity(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+def _identity(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
     """What decides an artifact's bytes."""
     return {
         "builder": VERSION,
         "recipe": recipe.name,
         "formats": {role: form.name for role, form in recipe.formats.items()},
+        "method": vars(recipe.method),
+        "calibration": None if calibration is None else calibration.identity(),
         "source_fingerprint": checkpoint.fingerprint(),
         "copied": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _copied(checkpoint.folder)},
     }
@@ -195,11 +231,8 @@ def _existing(out: Path, identity: dict[str, Any], recipe: Recipe) -> str | None
     if not isinstance(found, dict) or not isinstance(files, dict):
         raise UserError(f"{out / MANIFEST} is no manifest of a build.", "Give another --out, or move the folder away.")
     if found != identity:
-        other = found.get("recipe")
-        what = f"recipe '{other}'" if other != recipe.name else "another source or builder version"
         raise UserError(
-            f"{out} holds an artifact of {what}, not of '{recipe.name}' from this source.",
-            "Remove it, or give another --out.",
+            f"{out} holds an artifact of {_difference(found, identity)}.", "Remove it, or give another --out."
         )
     if (out / _NEW_CONFIG).exists():
         _commit(out)
@@ -210,118 +243,116 @@ def _existing(out: Path, identity: dict[str, Any], recipe: Recipe) -> str | None
     return str(manifest["digest"])
 
 
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What tells two identities apart, in words."""
+    if found.get("recipe") != wanted["recipe"]:
+        return f"recipe '{found.get('recipe')}', not of '{wanted['recipe']}' from this source"
+    if found.get("method") != wanted["method"]:
+        method = found.get("method") or {}
+        return f"recipe '{wanted['recipe']}' with scales '{method.get('scales')}' and codes '{method.get('codes')}'"
+    if found.get("calibration") != wanted["calibration"]:
+        return f"recipe '{wanted['recipe']}' on another calibration set"
+    return f"another source or builder version, not of '{wanted['recipe']}' from this source"
+
+
 def _commit(out: Path) -> None:
     """Makes the finished folder `out` a checkpoint; done again after a kill in the middle of it."""
     sync_folder(out.parent)
     for leftover in (_PROGRESS, _LOCK):
         (out / leftover).unlink(missing_ok=True)
+    layerwise.remove_scratch(out)
     (out / _NEW_CONFIG).replace(out / "config.json")
     sync_folder(out)
 
 
 @contextmanager
-def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """Makes or continues `folder` and yields the digests of its finished shards, by file name."""
+def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[_Unfinished]:
+    """Makes or continues `folder`, and yields what is finished in it."""
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if not found <= {_LOCK, f"{_PROGRESS}.partial"} and _PROGRESS not in found:
         raise UserError(f"{folder} exists and is no unfinished build.", "Move it away, or give another --out.")
+    if _PROGRESS in found and (saved := read_json(folder / _PROGRESS)).get("identity") != identity:
+        raise UserError(
+            f"{folder} holds an unfinished build of {_difference(saved.get('identity') or {}, identity)}.",
+            "Remove it, or give another --out.",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"Another build is writing {folder}.", "Wait for it, or give another --out.") from None
-        saved = read_json(folder / _PROGRESS) if (folder / _PROGRESS).exists() else {}
-        if saved.get("identity") != identity:
-            # Left by a build of something else under the same name: none of it can be used.
-            for path in folder.iterdir():
-                if path.name not in (_LOCK, _PROGRESS):
-                    path.unlink()
-            saved = {"identity": identity, "shards": {}}
-            write_file(folder / _PROGRESS, _json(saved))
+        state = _Unfinished(folder, identity)
+        if (folder / _PROGRESS).exists():
+            saved = read_json(folder / _PROGRESS)
+            state.layers = list(saved["layers"])
+            state.shards = {name: digest for name, digest in saved["shards"].items() if (folder / name).is_file()}
+        else:
+            state.save()
         try:
-            yield {name: digest for name, digest in saved["shards"].items() if (folder / name).is_file()}
-        except _BadWeightError:
+            yield state
+        except BadWeightError:
             shutil.rmtree(folder)  # continuing would meet it again
             raise
 
 
-def _fused_groups(tensors: Sequence[SourceTensor], formats: dict[str, Format]) -> dict[str, list[tuple[str, Linear]]]:
-    """The linear layers that share one global scale, by the name of the matrix that vLLM fuses them into."""
-    groups: dict[str, list[tuple[str, Linear]]] = {}
-    for tensor in tensors:
-        if tensor.name in formats:
-            for linear in tensor.linears:
-                groups.setdefault(linear.fused_into, []).append((tensor.name, linear))
-    return groups
-
-
-def _write_shard(
+def _write_shards(
     checkpoint: Checkpoint,
-    path: Path,
     tensors: Sequence[SourceTensor],
-    formats: dict[str, Format],
-    groups: dict[str, list[tuple[str, Linear]]],
-    scales: dict[str, Tensor],
+    formats: Mapping[str, Format],
+    recipe: Recipe,
+    state: _Unfinished,
     meter: _Meter,
-    pool: ThreadPoolExecutor,
-) -> str:
-    """Writes the tensors of one source shard and returns the file's digest."""
-    new = [new for tensor in tensors for new in _new_tensors(checkpoint, tensor, formats.get(tensor.name))]
-    with new_shard(path, new) as writer:
-        for tensor in tensors:
-            if tensor.name not in formats:
-                entry = checkpoint.tensors[tensor.name]
-                for piece in checkpoint.pieces(tensor.name):
-                    if entry.dtype in _WEIGHT_DTYPES:
-                        _finite_amax(entry, torch.frombuffer(piece, dtype=TORCH_DTYPE[entry.dtype]))
-                    writer.write(tensor.name, piece)
-                    meter.advance(len(piece))
+) -> None:
+    """Writes every shard that is not written yet: kept tensors from the source, quantized ones from the layers' files
+    where calibration made them and else encoded on the way."""
+    made = layerwise.read_layers(state.folder, len(state.layers)) if state.layers else None
+    with workers() as pool:
+        encoder = Encoder(checkpoint, fused_groups(tensors, formats), recipe.method.scales, pool)
+        for shard in checkpoint.shards:
+            members = [tensor for tensor in tensors if checkpoint.tensors[tensor.name].shard == shard]
+            if shard in state.shards:
+                meter.advance(sum(tensor.num_bytes for tensor in members))
                 continue
-            for linear in tensor.linears:
-                if linear.fused_into not in scales:
-                    scales[linear.fused_into] = _global_scale(checkpoint, groups[linear.fused_into], pool)
-                encode = partial(_encode, checkpoint, tensor.name, global_scale=scales[linear.fused_into])
-                for packed, block_scales in _in_order(pool, encode, _row_pieces(checkpoint, tensor.name, linear)):
-                    writer.write(f"{linear.module}.weight_packed", packed)
-                    writer.write(f"{linear.module}.weight_scale", block_scales)
-                    meter.advance(tensor.num_bytes * packed.numel() * 2 // tensor.num_params)
-                writer.write(f"{linear.module}.weight_global_scale", scales[linear.fused_into])
-        digests = writer.close()
-    return hashlib.sha256(_json(digests)).hexdigest()
+            new = [new for tensor in members for new in _new_tensors(checkpoint, tensor, formats.get(tensor.name))]
+            with new_shard(state.folder / shard, new) as writer:
+                for tensor in members:
+                    if tensor.name not in formats:
+                        _copy(checkpoint, tensor.name, writer, meter)
+                    elif made is not None and f"{tensor.linears[0].module}.weight_scale" in made.tensors:
+                        _collect(made, tensor, formats[tensor.name], writer)
+                        meter.advance(tensor.num_bytes)
+                    else:
+                        _encode(encoder, tensor, writer, meter)
+                digests = writer.close()
+            state.shards[shard] = hashlib.sha256(_json(digests)).hexdigest()
+            state.save()
 
 
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` over a pool with a few items under way at a time, so that memory does not grow with their number."""
-    pending: deque[Future[R]] = deque()
-    for item in items:
-        pending.append(pool.submit(work, item))
-        if len(pending) > 2 * num_threads():
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+def _copy(checkpoint: Checkpoint, name: str, writer: ShardWriter, meter: _Meter) -> None:
+    entry = checkpoint.tensors[name]
+    for piece in checkpoint.pieces(name):
+        if entry.dtype in WEIGHT_DTYPES:
+            finite_amax(entry, torch.frombuffer(piece, dtype=TORCH_DTYPE[entry.dtype]))
+        writer.write(name, piece)
+        meter.advance(len(piece))
 
 
-def num_threads() -> int:
-    """Processors to encode on: those that this process may use, up to where reading becomes the limit and memory,
-    which grows with the pieces under way, would not pay."""
-    return min(len(os.sched_getaffinity(0)), 8)
+def _collect(made: Checkpoint, tensor: SourceTensor, form: Format, writer: ShardWriter) -> None:
+    for linear in tensor.linears:
+        for stored in form.stored(linear.out_features, linear.in_features):
+            name = f"{linear.module}.{stored.suffix}"
+            for piece in made.pieces(name):
+                writer.write(name, piece)
 
 
-@contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that each run torch on one processor.
-
-    Torch's own threads meet at a barrier after every operation, which on small operations beside the thread that
-    writes costs ten times the work itself. One piece a thread needs no barriers.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(num_threads(), thread_name_prefix="encode") as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
+def _encode(encoder: Encoder, tensor: SourceTensor, writer: ShardWriter, meter: _Meter) -> None:
+    for linear in tensor.linears:
+        for packed, block_scales in encoder.pieces(tensor.name, linear):
+            writer.write(f"{linear.module}.weight_packed", packed)
+            writer.write(f"{linear.module}.weight_scale", block_scales)
+            meter.advance(tensor.num_bytes * packed.numel() * 2 // tensor.num_params)
+        writer.write(f"{linear.module}.weight_global_scale", encoder.global_scale(linear))
 
 
 def _new_tensors(checkpoint: Checkpoint, tensor: SourceTensor, form: Format | None) -> Iterator[NewTensor]:
@@ -333,73 +364,17 @@ def _new_tensors(checkpoint: Checkpoint, tensor: SourceTensor, form: Format | No
             yield NewTensor(f"{linear.module}.{stored.suffix}", stored.dtype, stored.shape)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Consecutive rows of a source tensor."""
-
-    first: int
-    count: int
-
-
-def _row_pieces(checkpoint: Checkpoint, name: str, linear: Linear) -> Iterator[_Rows]:
-    """The rows of `linear` in source tensor `name`, in pieces of about `PIECE_BYTES`."""
-    entry = checkpoint.tensors[name]
-    row_bytes = entry.num_bytes // entry.num_elements * linear.in_features
-    step = max(1, PIECE_BYTES // row_bytes)
-    for first in range(0, linear.out_features, step):
-        yield _Rows(linear.first_row + first, min(step, linear.out_features - first))
-
-
-def _global_scale(checkpoint: Checkpoint, members: Sequence[tuple[str, Linear]], pool: ThreadPoolExecutor) -> Tensor:
-    """The one global scale `[1]` of a fused group; `UserError` for a weight that is NaN or infinite."""
-    largest = torch.zeros(())
-    for name, linear in members:
-        for amax in _in_order(pool, partial(_amax, checkpoint, name), _row_pieces(checkpoint, name, linear)):
-            largest = torch.maximum(largest, amax)
-    return nvfp4.global_encode_scale(largest)
-
-
-def _amax(checkpoint: Checkpoint, name: str, rows: _Rows) -> Tensor:
-    return _finite_amax(checkpoint.tensors[name], checkpoint.rows(name, rows.first, rows.count))
-
-
-def _finite_amax(entry: TensorEntry, values: Tensor) -> Tensor:
-    """The largest magnitude `[]` of some of a tensor's values; an error for NaN and infinity among them."""
-    low, high = torch.aminmax(values)
-    amax = torch.maximum(-low, high).float()
-    if not torch.isfinite(amax):
-        raise _BadWeightError(
-            f"{entry.name} in {entry.shard} holds NaN or infinite weights.",
-            "Download the source again; if they are in it, it cannot be quantized.",
-        )
-    return amax
-
-
-def _encode(checkpoint: Checkpoint, name: str, rows: _Rows, *, global_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed codes `[n, in/2]` and block scales `[n, in/16]` of n rows of a source tensor."""
-    weights = checkpoint.rows(name, rows.first, rows.count)
-    step = max(1, _CHUNK_ELEMENTS // weights.shape[1])
-    packed = torch.empty((weights.shape[0], weights.shape[1] // 2), dtype=torch.uint8)
-    scales = torch.empty((weights.shape[0], weights.shape[1] // nvfp4.BLOCK), dtype=torch.float8_e4m3fn)
-    for first in range(0, weights.shape[0], step):
-        chunk = weights[first : first + step].float()
-        scale = nvfp4.absmax_block_scales(chunk, global_scale)
-        packed[first : first + step] = nvfp4.pack(nvfp4.encode(chunk, scale, global_scale))
-        scales[first : first + step] = scale
-    return packed, scales
-
-
 def _finish(
     checkpoint: Checkpoint,
-    folder: Path,
     recipe: Recipe,
-    identity: dict[str, Any],
-    shard_digests: dict[str, str],
+    state: _Unfinished,
     tensors: Sequence[SourceTensor],
-    formats: dict[str, Format],
+    formats: Mapping[str, Format],
+    calibration: Calibration | None,
 ) -> str:
     """Writes everything beside the shards, `config.json` under its temporary name; returns the artifact's digest."""
-    digests = dict(sorted(shard_digests.items()))
+    folder = state.folder
+    digests = dict(sorted(state.shards.items()))
 
     def put(name: str, data: bytes, written_as: str | None = None) -> None:
         write_file(folder / (written_as or name), data)
@@ -414,6 +389,9 @@ def _finish(
             for new in _new_tensors(checkpoint, tensor, formats.get(tensor.name))
         }
         put(INDEX, index_json(weight_map, sum(output_bytes(tensor, formats.get(tensor.name)) for tensor in tensors)))
+    if calibration is not None:
+        layers = [{key: value for key, value in layer.items() if key != "seconds"} for layer in state.layers]
+        put(CALIBRATION, _json({"calibration": calibration.samples.manifest, "layers": layers}))
     quantization = quantization_config(recipe.targets(), recipe.ignored())
     put("config.json", _json({**checkpoint.config, "quantization_config": quantization}), _NEW_CONFIG)
     digest = hashlib.sha256(_json(digests)).hexdigest()
@@ -421,7 +399,7 @@ def _finish(
     manifest = {
         "schema": 1,
         "harness": __version__,
-        "identity": identity,
+        "identity": state.identity,
         "digest": digest,
         "files": {name: {"bytes": sizes[name], "sha256": one} for name, one in digests.items()},
     }

@@ -1,13 +1,14 @@
-"""A recipe over a census: what a build would make of a model, in bytes, before anything is read."""
+"""A recipe over a census: what a build would make of a model, and what it needs for that, before anything is read."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from harness.errors import UserError
 from harness.formats import nvfp4
 from harness.formats.config import Format
 from harness.model.census import RoleCount, SourceTensor, TokenTraffic, count_roles, token_traffic
-from harness.model.qwen35 import ModelConfig
+from harness.model.qwen35 import ModelConfig, expected_tensors, layer_of, linears_of, role_of
 from harness.quantize.recipes import Recipe
 
 
@@ -73,4 +74,95 @@ def check_widths(tensor: SourceTensor, form: Format | None) -> None:
             f"{tensor.name} has rows of {width} weights, which is not a multiple of {nvfp4.BLOCK}, "
             "the block that shares an NVFP4 scale.",
             f"Choose a recipe that keeps {tensor.role.name if tensor.role else 'it'}.",
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationMemory:
+    """What a calibrated build holds at once, in bytes: one decoder layer (two copies where the unquantized model goes
+    along), the statistics of its inputs, what quantizing its largest group and a batch's forward pass take for a
+    moment, the hidden states kept in memory, and the interpreter with its libraries."""
+
+    layer: int
+    statistics: int
+    work: int
+    activations: int
+    hidden: int
+    interpreter: int = 700 * 10**6
+
+    @property
+    def total(self) -> int:
+        return self.layer + self.statistics + self.work + self.activations + self.hidden + self.interpreter
+
+
+COMPUTED_BYTES = 4
+"""A number that a layer computes with, on a CPU; 2 on an accelerator."""
+_FLOAT = 4
+_GPTQ_COPIES = 9
+"""Arrays of the size of the weights that are rounded together, while they are."""
+_FACTOR_COPIES = 3
+"""Arrays of the size of the moments while their Cholesky factor is made."""
+ROUNDED_TOGETHER = 1 << 25
+"""Weights that GPTQ rounds together: rows do not depend on each other."""
+EXPERTS_TOGETHER = 1 << 27
+"""Weights of experts that are widened together."""
+
+
+def calibration_memory(
+    config: ModelConfig, recipe: Recipe, *, batch_tokens: int, hidden_bytes: int, item_bytes: int
+) -> CalibrationMemory:
+    """The most memory that calibrating `recipe` takes; `item_bytes` is the size of the type that layers compute in."""
+    streams = 2 if recipe.method.two_streams else 1
+    layers: dict[int, int] = {}
+    for name, shape in expected_tensors(config, with_mtp=False):
+        if (index := layer_of(name)) is not None:
+            layers[index] = layers.get(index, 0) + prod(shape) * (2 if ".experts." in name else item_bytes)
+    statistics, work = 0, 0
+    for index in layers:
+        sites: dict[str, tuple[int, int]] = {}  # number of matrices and width, by input
+        for name, shape in expected_tensors(config, with_mtp=False):
+            role = role_of(name)
+            if layer_of(name) != index or role is None or role.name not in recipe.formats:
+                continue
+            num_weights = prod(shape)
+            if ".experts." in name:
+                sites[name] = (1 if name.endswith("gate_up_proj") else shape[0], shape[-1])
+                num_weights = min(num_weights, EXPERTS_TOGETHER)
+            else:
+                fused = linears_of(name, shape)[0].fused_into
+                sites[fused] = (1, shape[-1])
+                num_weights = 2 * num_weights
+            rounded = min(num_weights, ROUNDED_TOGETHER) if recipe.method.two_streams else 1 << 18
+            factors = shape[-1] ** 2 * _FLOAT * _FACTOR_COPIES if recipe.method.two_streams else 0
+            work = max(work, 4 * num_weights * _FLOAT + _GPTQ_COPIES * rounded * _FLOAT + factors)
+        taken = 0
+        for num, width in sites.values():
+            if recipe.method.two_streams:
+                taken += 2 * num * width**2 * _FLOAT
+            elif recipe.method.needs_moments:
+                taken += num * width * _FLOAT
+        statistics = max(statistics, taken)
+    widest = max(
+        3 * config.intermediate_size,
+        3 * config.shared_expert_intermediate_size + 3 * config.moe_intermediate_size,
+        6 * (2 * config.linear_key_size + 2 * config.linear_value_size),
+        4 * config.num_heads * config.head_dim,
+    )
+    return CalibrationMemory(
+        layer=streams * max(layers.values()),
+        statistics=statistics,
+        work=work,
+        activations=batch_tokens * (widest + 6 * config.hidden_size) * (item_bytes + _FLOAT),
+        hidden=hidden_bytes,
+    )
+
+
+def check_memory(needed: CalibrationMemory, available: int) -> None:
+    """`UserError` if a calibration would not fit into `available` bytes."""
+    if needed.total > available:
+        raise UserError(
+            f"Calibrating takes about {needed.total / 1e9:.1f} GB of memory ({needed.layer / 1e9:.1f} for a layer, "
+            f"{needed.statistics / 1e9:.1f} for statistics, {needed.hidden / 1e9:.1f} for hidden states), and "
+            f"{available / 1e9:.1f} GB are free.",
+            "Lower hidden_memory_gb or batch_tokens, or choose codes 'rtn'.",
         )

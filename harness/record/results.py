@@ -72,6 +72,10 @@ def _is_time_or_null(value: object) -> bool:
     return value is None or _is_time(value)
 
 
+def _are_named_times(value: object) -> bool:
+    return isinstance(value, dict) and value != {} and all(map(_is_number, value.values()))
+
+
 def _are_times(value: object) -> bool:
     return isinstance(value, list) and value != [] and all(map(_is_time, value))
 
@@ -114,6 +118,20 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
         },
         "stage": {"name": _is_text, "seconds": _is_number},
         "totals": {"peak_rss_bytes": _is_count_or_null, "output_bytes": _is_count},
+        "calibration": {"num_tokens": _is_positive_count, "peak_vram_bytes": _is_count_or_null},
+        "layer": {"index": _is_count, "seconds": _are_named_times},
+        "group": {
+            "index": _is_count,
+            "group": _is_text,
+            "format": _is_text,
+            "num_weights": _is_count,
+            "error": _is_number_or_null,
+            "rtn_error": _is_number_or_null,
+            "output": _is_number_or_null,
+            "num_rows_rtn": _is_count,
+            "damping": _is_number_or_null,
+        },
+        "expert": {"index": _is_count, "expert": _is_count, "num_tokens": _is_count},
     },
     "verify": {
         "roundtrip": {

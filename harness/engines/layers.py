@@ -1,0 +1,267 @@
+"""A model one decoder layer at a time: what calibration and scoring need when the model is larger than memory.
+
+The layers are transformers' own modules, made from the configuration and filled from the shards; what is missing is
+only the loop around them. A decoder layer is taken as its two halves, each a norm and a body with a residual
+connection around both (modeling_qwen3_5.py, `Qwen3_5DecoderLayer.forward`):
+
+    hidden + body(norm(hidden))         body: attention or DeltaNet, then MLP or mixture of experts
+
+so that the second half can be looked at with the first one already changed, without running it again.
+
+Hidden states of all samples lie in files beside the build, one file a layer boundary: they are read and written one
+batch at a time and kept in memory only up to a budget. (Memory-mapped pages would count as resident, and a killed
+build continues from the last boundary on the disk.)
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+
+from harness.engines.emulation import ExpertRounding, round_expert_inputs
+from harness.errors import UserError
+from harness.model.checkpoint import Checkpoint
+
+_TEXT = "model.language_model."
+
+
+def device_named(name: str) -> torch.device:
+    """`cpu`, `cuda`, `cuda:1` …, or `auto`: the accelerator if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not name.startswith("cuda"):
+        raise UserError(f"There is no device '{name}'.", "Use cpu, cuda or auto.")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"Device '{name}' was asked for, but torch {torch.__version__} sees none.", "Use cpu.")
+    return torch.device(name)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, the models' own, on an accelerator. float32 on a CPU: few multiply bfloat16, and those that do not
+    emulate it ten times slower."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that go through a layer together, padded on the right: layers are causal and recurrent, so padding
+    changes nothing before it. `ids [batch, time]`, `valid [batch, time]` False at the padding."""
+
+    ids: Tensor
+    valid: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.valid.sum())
+
+
+def batches_of(samples: Sequence[Sequence[int]], max_tokens: int) -> list[Batch]:
+    """The samples by falling length, as many together as fit into `max_tokens` with their padding, at least one."""
+    order = sorted(range(len(samples)), key=lambda index: (-len(samples[index]), index))
+    made: list[list[int]] = []
+    for index in order:
+        if made and len(samples[made[-1][0]]) * (len(made[-1]) + 1) <= max_tokens:
+            made[-1].append(index)
+        else:
+            made.append([index])
+    return [_batch([samples[index] for index in members]) for members in made]
+
+
+def _batch(samples: Sequence[Sequence[int]]) -> Batch:
+    longest = len(samples[0])
+    ids = torch.tensor([[*sample, *[0] * (longest - len(sample))] for sample in samples])
+    lengths = torch.tensor([len(sample) for sample in samples])
+    return Batch(ids, torch.arange(longest) < lengths[:, None])
+
+
+@dataclass(frozen=True)
+class Half:
+    """Half a decoder layer. `linears` are its 2-D linear layers by checkpoint name (without `.weight`); `experts` the
+    fused experts module under the name of their common prefix, None in dense models."""
+
+    norm: nn.Module
+    body: nn.Module
+    linears: Mapping[str, nn.Linear]
+    experts: tuple[str, nn.Module] | None
+    _call: Callable[[Tensor], Tensor]
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """What the body adds to the hidden states, from `norm(hidden)`, both `[batch, time, width]`."""
+        return self._call(normed)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[batch, time, width]` behind this half."""
+        return hidden + self.forward(self.norm(hidden))
+
+
+class TextModel:
+    """The text part of a checkpoint whose layers are loaded on request."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self._checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True).get_text_config()
+        config._attn_implementation = "sdpa"
+        self._config: Any = config
+        self._is_moe = "moe" in config.model_type
+        self._classes: Any = modeling_qwen3_5_moe if self._is_moe else modeling_qwen3_5
+        self._prefix = "Qwen3_5Moe" if self._is_moe else "Qwen3_5"
+        rotary = getattr(self._classes, f"{self._prefix}TextRotaryEmbedding")
+        self._rotary = rotary(config).to(device)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self._config.num_hidden_layers)
+
+    @property
+    def width(self) -> int:
+        return int(self._config.hidden_size)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings `[batch, time, width]` of `ids [batch, time]`; only their rows are read."""
+        name = f"{_TEXT}embed_tokens.weight"
+        distinct, places = torch.unique(ids, return_inverse=True)
+        rows = torch.cat([self._checkpoint.rows(name, int(index), 1) for index in distinct])
+        return rows.to(self.device, self.dtype)[places.to(self.device)]
+
+    def layer(self, index: int) -> tuple[Half, Half]:
+        """Decoder layer `index` with its weights, as halves: attention or DeltaNet, then MLP or experts.
+
+        Weights are in the model's compute dtype, but the fused experts stay as they are stored: they are most of a
+        layer and are widened one at a time.
+        """
+        prefix = f"{_TEXT}layers.{index}."
+        with torch.device("meta"):
+            layer = getattr(self._classes, f"{self._prefix}DecoderLayer")(self._config, index)
+        weights = {}
+        for name, wanted in layer.state_dict().items():
+            entry = self._checkpoint.tensors.get(prefix + name)
+            if entry is None or entry.shape != tuple(wanted.shape):
+                found = "is missing" if entry is None else f"has shape {list(entry.shape)}"
+                raise UserError(
+                    f"{prefix}{name} {found}; config.json calls for {list(wanted.shape)}.", "Download the source again."
+                )
+            dtype = None if ".experts." in name else self.dtype
+            weights[name] = self._checkpoint.tensor(prefix + name).to(self.device, dtype)
+        layer.load_state_dict(weights, assign=True)
+        layer.requires_grad_(False).eval()
+        is_attention = self._config.layer_types[index] == "full_attention"
+        mixer_name = "self_attn" if is_attention else "linear_attn"
+        mixer = getattr(layer, mixer_name)
+
+        def attend(normed: Tensor) -> Tensor:
+            output: Tensor = mixer(
+                hidden_states=normed, attention_mask=None, position_embeddings=self._positions(normed)
+            )[0]
+            return output
+
+        def mix(normed: Tensor) -> Tensor:
+            output: Tensor = mixer(hidden_states=normed)
+            return output
+
+        experts = (f"{prefix}mlp.experts", layer.mlp.experts) if self._is_moe else None
+        if self._is_moe:
+            # transformers' own forward takes no weights of another dtype.
+            round_expert_inputs(layer.mlp.experts, [ExpertRounding(None, None)] * self._config.num_experts)
+        return (
+            Half(
+                layer.input_layernorm,
+                mixer,
+                _linears(mixer, f"{prefix}{mixer_name}"),
+                None,
+                attend if is_attention else mix,
+            ),
+            Half(layer.post_attention_layernorm, layer.mlp, _linears(layer.mlp, f"{prefix}mlp"), experts, layer.mlp),
+        )
+
+    def _positions(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        places = torch.arange(hidden.shape[1], device=hidden.device).view(1, 1, -1)
+        cos_sin: tuple[Tensor, Tensor] = self._rotary(hidden, places.expand(3, hidden.shape[0], -1))
+        return cos_sin
+
+
+def _linears(module: nn.Module, prefix: str) -> dict[str, nn.Linear]:
+    return {f"{prefix}.{name}": part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+
+
+class HiddenStates:
+    """The hidden states of every batch at one layer boundary: a file, and as much of it in memory as fits.
+
+    A file is written batch by batch, any number of times each, and is complete once `sync` returned.
+    """
+
+    def __init__(
+        self, path: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype, device: torch.device, memory: int
+    ) -> None:
+        self._path, self._width, self._dtype, self._device = path, width, dtype, device
+        self._shapes = [(*batch.ids.shape, width) for batch in batches]
+        sizes = [batch.ids.numel() * width * dtype.itemsize for batch in batches]
+        self._offsets = [sum(sizes[:index]) for index in range(len(sizes))]
+        self._kept: dict[int, Tensor] = {}
+        self._memory = memory
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index in self._kept:
+            return self._kept[index].to(self._device)
+        shape = self._shapes[index]
+        flat = torch.empty(shape, dtype=self._dtype)
+        view = _bytes_of(flat)
+        done = 0
+        while done < len(view):
+            read = os.preadv(self._file, [view[done:]], self._offsets[index] + done)
+            if read == 0:
+                raise UserError(f"{self._path} is cut.", "Remove the unfinished build and start again.")
+            done += read
+        return flat.to(self._device)
+
+    def __setitem__(self, index: int, hidden: Tensor) -> None:
+        host = hidden.detach().to("cpu", self._dtype).contiguous()
+        view = _bytes_of(host)
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._file, view[done:], self._offsets[index] + done)
+        if index in self._kept or self._memory >= len(view):
+            self._memory -= 0 if index in self._kept else len(view)
+            self._kept[index] = host
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def sync(self) -> None:
+        """Returns once everything written is on the disk."""
+        os.fdatasync(self._file)
+
+    def close(self, *, remove: bool = False) -> None:
+        self._kept.clear()
+        os.close(self._file)
+        if remove:
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+@contextlib.contextmanager
+def captured(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collects the first argument of each module's next call, by name, while the block runs."""
+    inputs: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        return lambda _module, arguments: inputs.__setitem__(name, arguments[0])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()

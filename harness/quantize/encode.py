@@ -1,0 +1,156 @@
+"""Round-to-nearest from the shards: no model class, no data, a piece of a tensor at a time.
+
+Global scales are chosen from all the layers that share one before any block scale, even where they lie in different
+shards. Each piece is encoded by one thread; memory is that of the pieces under way.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from harness.errors import UserError
+from harness.formats import nvfp4
+from harness.formats.config import Format
+from harness.model.census import SourceTensor
+from harness.model.checkpoint import PIECE_BYTES, Checkpoint, TensorEntry
+from harness.model.qwen35 import Linear
+from harness.quantize.search import block_scales
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+_CHUNK_ELEMENTS = 1 << 18
+"""Weights encoded at a time: their float32 temporaries stay in the second-level cache."""
+
+
+class BadWeightError(UserError):
+    """A source that no build can finish."""
+
+
+@dataclass
+class Encoder:
+    """Encodes linear layers of a checkpoint piece by piece, block scales by method `scales`."""
+
+    checkpoint: Checkpoint
+    groups: Mapping[str, Sequence[tuple[str, Linear]]]
+    """The layers that share a global scale, as (source tensor, layer), by the name of their fused matrix."""
+    scales: str
+    pool: ThreadPoolExecutor
+    _global_scales: dict[str, Tensor] = field(default_factory=dict)
+
+    def global_scale(self, linear: Linear) -> Tensor:
+        """The one global scale `[1]` of the layer's group; `UserError` for a weight that is NaN or infinite."""
+        if linear.fused_into not in self._global_scales:
+            largest = torch.zeros(())
+            for name, member in self.groups[linear.fused_into]:
+                pieces = _row_pieces(self.checkpoint, name, member)
+                for amax in in_order(self.pool, partial(_amax, self.checkpoint, name), pieces):
+                    largest = torch.maximum(largest, amax)
+            self._global_scales[linear.fused_into] = nvfp4.global_encode_scale(largest)
+        return self._global_scales[linear.fused_into]
+
+    def pieces(self, name: str, linear: Linear) -> Iterator[tuple[Tensor, Tensor]]:
+        """Packed codes `[n, in/2]` and block scales `[n, in/16]` of the layer in source tensor `name`, n rows each."""
+        encode = partial(_encode, self.checkpoint, name, global_scale=self.global_scale(linear), scales=self.scales)
+        yield from in_order(self.pool, encode, _row_pieces(self.checkpoint, name, linear))
+
+
+def fused_groups(tensors: Sequence[SourceTensor], formats: Mapping[str, Format]) -> dict[str, list[tuple[str, Linear]]]:
+    """The linear layers that share one global scale, by the name of the matrix that vLLM fuses them into."""
+    groups: dict[str, list[tuple[str, Linear]]] = {}
+    for tensor in tensors:
+        if tensor.name in formats:
+            for linear in tensor.linears:
+                groups.setdefault(linear.fused_into, []).append((tensor.name, linear))
+    return groups
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map` over a pool with a few items under way at a time, so that memory does not grow with their number."""
+    pending: deque[Future[R]] = deque()
+    for item in items:
+        pending.append(pool.submit(work, item))
+        if len(pending) > 2 * num_threads():
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def num_threads() -> int:
+    """Processors to encode on: those that this process may use, up to where reading becomes the limit and memory,
+    which grows with the pieces under way, would not pay."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+@contextmanager
+def workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that each run torch on one processor.
+
+    Torch's own threads meet at a barrier after every operation, which on small operations beside the thread that
+    writes costs ten times the work itself. One piece a thread needs no barriers.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_threads(), thread_name_prefix="encode") as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Consecutive rows of a source tensor."""
+
+    first: int
+    count: int
+
+
+def _row_pieces(checkpoint: Checkpoint, name: str, linear: Linear) -> Iterator[_Rows]:
+    """The rows of `linear` in source tensor `name`, in pieces of about `PIECE_BYTES`."""
+    entry = checkpoint.tensors[name]
+    row_bytes = entry.num_bytes // entry.num_elements * linear.in_features
+    step = max(1, PIECE_BYTES // row_bytes)
+    for first in range(0, linear.out_features, step):
+        yield _Rows(linear.first_row + first, min(step, linear.out_features - first))
+
+
+def _amax(checkpoint: Checkpoint, name: str, rows: _Rows) -> Tensor:
+    return finite_amax(checkpoint.tensors[name], checkpoint.rows(name, rows.first, rows.count))
+
+
+def finite_amax(entry: TensorEntry, values: Tensor) -> Tensor:
+    """The largest magnitude `[]` of some of a tensor's values; an error for NaN and infinity among them."""
+    low, high = torch.aminmax(values)
+    amax = torch.maximum(-low, high).float()
+    if not torch.isfinite(amax):
+        raise BadWeightError(
+            f"{entry.name} in {entry.shard} holds NaN or infinite weights.",
+            "Download the source again; if they are in it, it cannot be quantized.",
+        )
+    return amax
+
+
+def _encode(
+    checkpoint: Checkpoint, name: str, rows: _Rows, *, global_scale: Tensor, scales: str
+) -> tuple[Tensor, Tensor]:
+    """Packed codes `[n, in/2]` and block scales `[n, in/16]` of n rows of a source tensor."""
+    weights = checkpoint.rows(name, rows.first, rows.count)
+    step = max(1, _CHUNK_ELEMENTS // weights.shape[1])
+    packed = torch.empty((weights.shape[0], weights.shape[1] // 2), dtype=torch.uint8)
+    chosen = torch.empty((weights.shape[0], weights.shape[1] // nvfp4.BLOCK), dtype=torch.float8_e4m3fn)
+    for first in range(0, weights.shape[0], step):
+        chunk = weights[first : first + step].float()
+        scale = block_scales(chunk, global_scale, scales)
+        packed[first : first + step] = nvfp4.pack(nvfp4.encode(chunk, scale, global_scale))
+        chosen[first : first + step] = scale
+    return packed, chosen

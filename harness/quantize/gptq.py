@@ -1,0 +1,148 @@
+"""Codes that answer for each other: GPTQ (arXiv 2210.17323) on block scales that are already fixed.
+
+A layer's output error on its calibration inputs X is |(Q - W) X|², a quadratic form in each row with the matrix
+H = X Xᵀ. Columns are rounded one after another, those that the inputs weigh most first, and what rounding a column
+does to the output is taken back by moving the columns that are still free. The scales stay attached to their
+columns, so the result is an ordinary checkpoint.
+
+The target may be an output that these inputs cannot quite produce: a layer deep in a quantized model sees inputs X̂
+that earlier layers have already changed, and should still give W X. The best full-precision weights for that are
+
+    W* = W + W D,   D = (X - X̂) X̂ᵀ (X̂ X̂ᵀ + λ)⁻¹
+
+and GPTQ then rounds W* under H = X̂ X̂ᵀ (asymmetric calibration, arXiv 2504.02692). With X̂ rounded as the kernel will
+round it, that repairs a part of the activations' error too.
+
+No row comes out worse than rounded to nearest: where it would, it is rounded to nearest, and counted.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.formats import nvfp4
+from harness.quantize.plan import ROUNDED_TOGETHER
+
+_PANEL = 128
+"""Columns whose updates to the rest of the row are applied together."""
+_MOST_DAMPING = 10.0
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """`codes [n, rows, in]` uint8; the rows that GPTQ would have made worse; the damping that H needed; and the
+    output error |Q X̂ - W* X̂|² of these codes, that of rounding W to nearest, and the output |W X̂|² itself."""
+
+    codes: Tensor
+    num_rows_rtn: int
+    damping: float
+    error: float
+    rtn_error: float
+    output: float
+
+
+def aimed(w: Tensor, moments: Tensor, shift: Tensor, damping: float) -> Tensor:
+    """W* `[n, rows, in]` of the module's docstring from `w [n, rows, in]`, `moments` X̂ X̂ᵀ and `shift` X̂ (X - X̂)ᵀ,
+    both `[n, in, in]`."""
+    factor, _ = _cholesky(moments, damping)
+    return w + w @ torch.cholesky_solve(shift, factor).mT
+
+
+def gptq(w: Tensor, target: Tensor, decode_scales: Tensor, moments: Tensor, damping: float) -> Rounded:
+    """Rounds `target [n, rows, in]` on `decode_scales [n, rows, in/16]` (block scale over global scale) under
+    `moments [n, in, in]`; rows that come out worse are `w [n, rows, in]` rounded to nearest.
+
+    `damping` is added to the diagonal of H, as a share of its mean; where the Cholesky decomposition fails it is
+    repeated with ten times as much until it succeeds.
+    """
+    order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    upper, used = _inverse_factor(moments, order, damping)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    num_rows_rtn, sums = 0, torch.zeros(3, dtype=torch.float64)
+    step = max(1, ROUNDED_TOGETHER // (w.shape[0] * w.shape[2]))
+    for first in range(0, w.shape[1], step):
+        rows = slice(first, first + step)
+        scales = decode_scales[:, rows].repeat_interleave(nvfp4.BLOCK, dim=2)
+        values = _compensated(target[:, rows], scales, order, upper)
+        nearest = _nearest(w[:, rows], scales)
+        error, rtn_error = (_row_errors(x - target[:, rows], moments) for x in (values, nearest))
+        worse = error > rtn_error
+        codes[:, rows] = _codes(torch.where(worse[:, :, None], nearest, values), scales)
+        num_rows_rtn += int(worse.sum())
+        output = _row_errors(w[:, rows], moments)
+        sums += torch.stack([x.double().sum().cpu() for x in (torch.minimum(error, rtn_error), rtn_error, output)])
+    error_sum, rtn_sum, output_sum = sums.tolist()
+    return Rounded(codes, num_rows_rtn, used, error_sum, rtn_sum, output_sum)
+
+
+def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The upper Cholesky factor of H⁻¹, columns in `order [n, in]`, and the damping it took."""
+    ordered = moments.gather(1, order[:, :, None].expand_as(moments))
+    ordered = ordered.gather(2, order[:, None, :].expand_as(ordered))
+    factor, used = _cholesky(ordered, damping)
+    inverse = torch.cholesky_inverse(factor)
+    return torch.linalg.cholesky(inverse, upper=True), used
+
+
+def _compensated(target: Tensor, scales: Tensor, order: Tensor, upper: Tensor) -> Tensor:
+    """The values on the grid of `scales` that GPTQ chooses for `target`, both `[n, rows, in]`."""
+
+    def ordered(x: Tensor, places: Tensor) -> Tensor:
+        return x.gather(2, places[:, None, :].expand_as(x))
+
+    width = target.shape[2]
+    remaining, column_scales = ordered(target, order), ordered(scales, order)
+    rounded = torch.empty_like(remaining)
+    for first in range(0, width, _PANEL):
+        last = min(first + _PANEL, width)
+        # Columns first: each is contiguous then, and the loop touches one at a time.
+        panel = remaining[:, :, first:last].mT.contiguous()
+        panel_scales = column_scales[:, :, first:last].mT.contiguous()
+        errors = torch.empty_like(panel)
+        for column in range(last - first):
+            value = panel[:, column]
+            quantized = _nearest(value, panel_scales[:, column])
+            row = upper[:, first + column, first + column : last]
+            error = errors[:, column] = (value - quantized) / row[:, :1]
+            panel[:, column:] -= row[:, :, None] * error[:, None, :]
+            rounded[:, :, first + column] = quantized
+        remaining[:, :, last:].baddbmm_(errors.mT, upper[:, first:last, last:], alpha=-1)
+    return ordered(rounded, order.argsort(dim=1))
+
+
+def _nearest(x: Tensor, scales: Tensor) -> Tensor:
+    """`x` rounded to the grid of `scales`, elementwise."""
+    magnitude = (x / scales).abs_().clamp_(max=nvfp4.E2M1_MAX)
+    return nvfp4.round_magnitudes(magnitude).mul_(scales).copysign_(x)
+
+
+def _codes(values: Tensor, scales: Tensor) -> Tensor:
+    """The codes of values that lie on the grid of their scales."""
+    magnitude = (values / scales).abs_()
+    table = torch.tensor(nvfp4.E2M1, device=values.device)
+    codes = torch.bucketize(magnitude, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return codes.bitwise_or_(torch.signbit(values).to(torch.uint8).bitwise_left_shift_(3))
+
+
+def _row_errors(difference: Tensor, moments: Tensor) -> Tensor:
+    """d H dᵀ for every row d of `difference [n, rows, in]`: `[n, rows]`."""
+    return (difference @ moments).mul_(difference).sum(2)
+
+
+def _cholesky(moments: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The lower factor of `moments [n, in, in]` with damping, and the damping that it took.
+
+    An input that never was anything but zero has no moment: its diagonal becomes 1, which rounds it to nearest.
+    """
+    diagonal = moments.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    dead = diagonal == 0
+    while True:
+        filled = moments + torch.diag_embed(torch.where(dead, torch.ones_like(diagonal), damping * mean))
+        factor, info = torch.linalg.cholesky_ex(filled)
+        if not info.any() and bool(torch.isfinite(factor).all()):
+            return factor, damping
+        if damping >= _MOST_DAMPING:
+            raise ArithmeticError(f"the input moments have no Cholesky factor even with damping {damping:g}")
+        damping *= 10

@@ -1,0 +1,167 @@
+"""The calibrated part of a build: every decoder layer in turn, each of them finished on the disk before the next.
+
+    samples ─▶ embeddings ─▶ layer 0 ─▶ hidden states ─▶ layer 1 ─▶ …
+                               └▶ layer-00000.safetensors    └▶ layer-00001.safetensors
+
+The files of the layers hold the quantized tensors; the build puts them into the source's shards afterwards. Hidden
+states alternate between two files, so that those in front of a layer are untouched while it is worked on: a build that
+is killed anywhere continues at the layer it was in and ends with the same bytes.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.engines.layers import Batch, HiddenStates, TextModel, batches_of, compute_dtype, device_named
+from harness.formats.config import Format
+from harness.model.census import SourceTensor
+from harness.model.checkpoint import Checkpoint, NewTensor, new_shard, read_header
+from harness.model.qwen35 import Linear, ModelConfig, layer_of
+from harness.progress import Progress
+from harness.quantize.calibrate import LayerReport, Streams, quantize_layer
+from harness.quantize.plan import CalibrationMemory, calibration_memory
+from harness.quantize.recipes import Method, Recipe
+from harness.quantize.samples import CalibrationSet
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What goes through the model, and what it may take: tokens in a forward pass, bytes of hidden states in memory,
+    the device."""
+
+    samples: CalibrationSet
+    batch_tokens: int
+    hidden_bytes: int
+    device: str = "auto"
+
+    def identity(self) -> dict[str, Any]:
+        """What decides an artifact's bytes."""
+        return {
+            "samples": self.samples.digest,
+            "batch_tokens": self.batch_tokens,
+            "dtype": str(compute_dtype(device_named(self.device))).removeprefix("torch."),
+        }
+
+
+def hidden_bytes(calibration: Calibration, recipe: Recipe | None, width: int) -> int:
+    """What the hidden states take on the disk: both boundaries of a layer, of one stream or two."""
+    dtype = compute_dtype(device_named(calibration.device))
+    padded = sum(batch.ids.numel() for batch in batches_of(calibration.samples.samples, calibration.batch_tokens))
+    streams = 2 if recipe is not None and recipe.method.two_streams else 1
+    return 2 * streams * padded * width * dtype.itemsize
+
+
+def memory(calibration: Calibration, config: ModelConfig, recipe: Recipe) -> CalibrationMemory:
+    """What the calibration will hold at once. On an accelerator all but the hidden states is held there."""
+    return calibration_memory(
+        config,
+        recipe,
+        batch_tokens=calibration.batch_tokens,
+        hidden_bytes=min(calibration.hidden_bytes, hidden_bytes(calibration, recipe, config.hidden_size)),
+        item_bytes=compute_dtype(device_named(calibration.device)).itemsize,
+    )
+
+
+def layer_file(index: int) -> str:
+    return f"layer-{index:05}.safetensors"
+
+
+def quantize_layers(
+    checkpoint: Checkpoint,
+    tensors: Sequence[SourceTensor],
+    formats: Mapping[str, Format],
+    method: Method,
+    calibration: Calibration,
+    folder: Path,
+    finished: list[dict[str, Any]],
+    save: Callable[[], None],
+    progress: Progress,
+) -> None:
+    """Writes the files of all layers into `folder`; `formats` is by role.
+
+    `finished` holds the reports of the layers that an earlier run finished, as JSON; the others are added, and `save`
+    is called after each.
+    """
+    device = device_named(calibration.device)
+    model = TextModel(checkpoint, device, compute_dtype(device))
+    linears: dict[int, list[Linear]] = {index: [] for index in range(model.num_layers)}
+    for tensor in tensors:
+        if tensor.role is not None and tensor.role.name in formats and (index := layer_of(tensor.name)) is not None:
+            linears[index] += tensor.linears
+    batches = batches_of(calibration.samples.samples, calibration.batch_tokens)
+    total = model.num_layers * 2 * calibration.samples.num_tokens
+    done = len(finished) * 2 * calibration.samples.num_tokens
+    progress(done, total, "calibrate")
+
+    def advance(num_tokens: int) -> None:
+        nonlocal done
+        done += num_tokens
+        progress(done, total, "calibrate")
+
+    with torch.inference_mode():
+        before = _streams(folder, len(finished), batches, model, method, calibration)
+        if not finished:
+            for number, batch in enumerate(batches):
+                embedded = model.embed(batch.ids)
+                before.quantized[number] = embedded
+                if before.reference is not None:
+                    before.reference[number] = embedded
+        for index in range(len(finished), model.num_layers):
+            after = _streams(folder, index + 1, batches, model, method, calibration)
+            new = [
+                NewTensor(f"{linear.module}.{stored.suffix}", stored.dtype, stored.shape)
+                for linear in linears[index]
+                for stored in formats[linear.role.name].stored(linear.out_features, linear.in_features)
+            ]
+            started = time.perf_counter()
+            with new_shard(folder / layer_file(index), new) as writer:
+                report = quantize_layer(
+                    model, index, linears[index], formats, method, batches, before, after, writer.write, advance
+                )
+                writer.close()
+            for stream in after:
+                stream.sync()
+            report.seconds["total"] = time.perf_counter() - started
+            finished.append(_as_json(report))
+            save()
+            for stream in before:
+                stream.close()
+            before = after
+        for stream in before:
+            stream.close()
+
+
+def _streams(
+    folder: Path, boundary: int, batches: Sequence[Batch], model: TextModel, method: Method, calibration: Calibration
+) -> Streams:
+    """The hidden states in front of layer `boundary`. A layer reads two boundaries: each has half of the memory."""
+    names = ("quantized", "reference") if method.two_streams else ("quantized",)
+    memory = calibration.hidden_bytes // (2 * len(names))
+    made = [
+        HiddenStates(folder / f"hidden-{name}-{boundary % 2}", batches, model.width, model.dtype, model.device, memory)
+        for name in names
+    ]
+    return Streams(made[0], made[1] if method.two_streams else None)
+
+
+def _as_json(report: LayerReport) -> dict[str, Any]:
+    return dataclasses.asdict(report)
+
+
+def read_layers(folder: Path, num_layers: int) -> Checkpoint:
+    """The quantized tensors of all layers, as they lie in the layers' files."""
+    files = tuple(layer_file(index) for index in range(num_layers))
+    entries = [entry for file in files for entry in read_header(folder / file)]
+    return Checkpoint(folder, {}, files, {entry.name: entry for entry in entries})
+
+
+def remove_scratch(folder: Path) -> None:
+    """Removes what only an unfinished build needs."""
+    for pattern in ("layer-*.safetensors*", "hidden-*"):
+        for path in folder.glob(pattern):
+            path.unlink()
