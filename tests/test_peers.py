@@ -126,6 +126,20 @@ def test_both_sides_keep_the_same_modules(name: str, model: str) -> None:
     assert reached == quantized
 
 
+@pytest.mark.parametrize(
+    ("ours", "needs_data"),
+    [
+        (Ours("rtn-a16"), False),
+        (Ours("a16", "search", "rtn"), False),
+        (Ours("a16", "weighted-search", "rtn"), True),
+        (Ours("a16", "absmax", "gptq"), True),
+        (Ours("w4a4", "absmax", "rtn"), True),
+    ],
+)
+def test_data_is_given_to_what_needs_data(ours: Ours, needs_data: bool) -> None:
+    assert ours.needs_data is needs_data
+
+
 def test_no_two_contestants_of_a_model_share_a_folder() -> None:
     named: dict[str, Contestant] = {}
     for group in QUALITY:
