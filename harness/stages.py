@@ -219,6 +219,9 @@ def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
         ids, dataset = _tokens(job.suite, bench.text)
         decode.prompts(ids, 1, bench.prefill_tokens)
         decode.prompts(ids, max(bench.batch_sizes), bench.prompt_tokens)
+        if bench.variants is not None and names is None:
+            chosen_variants(job.suite, bench.variants, with_source=True)
+            variants = [name for name in variants if name in (SOURCE, *bench.variants)]
     models = {}
     for name in variants:
         if name == SOURCE:

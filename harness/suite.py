@@ -245,6 +245,7 @@ class Bench:
     repetitions: int = _checked(_at_least(1), default=5)  # kept, per engine start
     warmups: int = _checked(_at_least(0), default=1)  # stored and marked, never averaged
     starts: int = _checked(_at_least(1), default=2)  # times the engine is loaded anew
+    variants: tuple[str, ...] | None = None  # only these and the source; all where it is left out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 Every tensor that the configuration calls for is there (text layers, vision tower, MTP head, embeddings), with
 magnitudes like a trained model's, so plan, build and verify do on it exactly what they will do on the real one.
-It has no tokenizer and predicts nothing.
+It predicts nothing. Its tokenizer is the demo models', so that it can be calibrated on any text.
 """
 
 import copy
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from harness.demo import checkpoint_path
 from harness.errors import UserError
 from harness.model.checkpoint import (
     INDEX,
@@ -93,6 +94,9 @@ def _write(
                 progress(done, total, "synthesize")
             writer.close()
     write_file(folder / INDEX, index_json(weight_map, total))
+    tokenizer = checkpoint_path("dense")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        write_file(folder / file, (tokenizer / file).read_bytes())
     write_file(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 

@@ -46,6 +46,8 @@ def aimed(w: Tensor, moments: Tensor, shift: Tensor, damping: float) -> Tensor:
     """W* `[n, rows, in]` of the module's docstring from `w [n, rows, in]`, `moments` X̂ X̂ᵀ and `shift` X̂ (X - X̂)ᵀ,
     both `[n, in, in]`."""
     factor, _ = _cholesky(moments, damping)
+    if w.shape[1] < w.shape[2]:  # fewer rows than columns: solve for those
+        return w + torch.cholesky_solve(shift @ w.mT, factor).mT
     return w + w @ torch.cholesky_solve(shift, factor).mT
 
 

@@ -86,7 +86,7 @@ def _patterns(roles: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(target for role in roles if (target := ROLE[role].target) is not None))
 
 
-CALIBRATED = Method(SEARCH, GPTQ)
+CALIBRATED = Method(WEIGHTED_SEARCH, GPTQ, damping=0.2)
 
 RECIPES = {
     recipe.name: recipe
