@@ -4,7 +4,8 @@ The largest magnitude of a block need not be represented exactly: a smaller scal
 finer, a larger one may put more of them near grid points. With the global scale fixed, the candidates for a block's
 scale are the E4M3 codes around that of the largest magnitude, and those from 3 below to 7 above it contain the best
 one (ScaleSweep, arXiv 2606.07618): the search is exact. The weighted search counts each column's squared error
-times the second moment of its input, which is what the layer's output feels.
+times the second moment of its input, which is what the layer's output feels, and takes the best of the same codes: a
+still smaller scale, which clips more of what these inputs weigh little, is left out.
 
 All arithmetic is float32 on tensors laid out `[16, blocks]`, so that sums over a block are sums of whole rows.
 """
@@ -55,14 +56,15 @@ def _search(x: Tensor, global_scale: Tensor, weights: Tensor | None) -> Tensor:
     nearest = (x.amax(0) * (global_scale / nvfp4.E2M1_MAX)).clamp_(max=nvfp4.E4M3_MAX).to(torch.float8_e4m3fn)
     middle = nearest.view(torch.uint8).to(torch.int16)
     best = torch.full_like(global_scale, torch.inf)
-    chosen = torch.empty_like(nearest.view(torch.uint8))
+    chosen = middle.clamp(_SMALLEST, _LARGEST).to(torch.uint8)
     for offset in _OFFSETS:
         code = (middle + offset).clamp_(_SMALLEST, _LARGEST).to(torch.uint8)
-        scale = code.view(torch.float8_e4m3fn).float() / global_scale
-        scaled = x * scale.reciprocal()
+        scale = code.view(torch.float8_e4m3fn).float()
+        scaled = x * (global_scale / scale)
         error = nvfp4.round_magnitudes(scaled.clamp(max=nvfp4.E2M1_MAX)).sub_(scaled).square_()
         if weights is not None:
             error.mul_(weights)
+        # In units of the global scale, which all candidates share: squared, its own would leave float32's range.
         total = error.sum(0).mul_(scale.square_())
         better = total < best
         best = torch.where(better, total, best)
