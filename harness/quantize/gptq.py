@@ -26,7 +26,7 @@ from harness.quantize.plan import ROUNDED_TOGETHER
 
 _PANEL = 128
 """Columns whose updates to the rest of the row are applied together."""
-_MOST_DAMPING = 10.0
+_LEAST_DAMPING, _MOST_DAMPING = 1e-6, 10.0
 
 
 @dataclass(frozen=True)
@@ -147,4 +147,4 @@ def _cholesky(moments: Tensor, damping: float) -> tuple[Tensor, float]:
             return factor, damping
         if damping >= _MOST_DAMPING:
             raise ArithmeticError(f"the input moments have no Cholesky factor even with damping {damping:g}")
-        damping *= 10
+        damping = max(10 * damping, _LEAST_DAMPING)
