@@ -28,7 +28,7 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 from harness.engines.emulation import ExpertRounding, round_expert_inputs
 from harness.errors import UserError
-from harness.model.checkpoint import Checkpoint
+from harness.model.checkpoint import Checkpoint, TensorEntry
 
 _TEXT = "model.language_model."
 
@@ -103,10 +103,17 @@ class Half:
 
 
 class TextModel:
-    """The text part of a checkpoint whose layers are loaded on request."""
+    """The text part of a checkpoint whose layers are loaded on request. `check` looks at every tensor that is read,
+    as it is stored, and raises for one that is not to be used."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self._checkpoint, self.device, self.dtype = checkpoint, device, dtype
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        check: Callable[[TensorEntry, Tensor], object] = lambda _entry, _values: None,
+    ) -> None:
+        self._checkpoint, self.device, self.dtype, self._check = checkpoint, device, dtype, check
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True).get_text_config()
         config._attn_implementation = "sdpa"
         self._config: Any = config
@@ -129,6 +136,7 @@ class TextModel:
         name = f"{_TEXT}embed_tokens.weight"
         distinct, places = torch.unique(ids, return_inverse=True)
         rows = torch.cat([self._checkpoint.rows(name, int(index), 1) for index in distinct])
+        self._check(self._checkpoint.tensors[name], rows)
         return rows.to(self.device, self.dtype)[places.to(self.device)]
 
     def layer(self, index: int) -> tuple[Half, Half]:
@@ -149,7 +157,9 @@ class TextModel:
                     f"{prefix}{name} {found}; config.json calls for {list(wanted.shape)}.", "Download the source again."
                 )
             dtype = None if ".experts." in name else self.dtype
-            weights[name] = self._checkpoint.tensor(prefix + name).to(self.device, dtype)
+            stored = self._checkpoint.tensor(prefix + name)
+            self._check(entry, stored)
+            weights[name] = stored.to(self.device, dtype)
         layer.load_state_dict(weights, assign=True)
         layer.requires_grad_(False).eval()
         is_attention = self._config.layer_types[index] == "full_attention"

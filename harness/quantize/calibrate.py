@@ -64,9 +64,11 @@ class Site:
         self.amax[index] = torch.maximum(self.amax[index], x.abs().amax().float())
 
     def global_scales(self) -> Tensor:
-        """`input_global_scale` of every expert, `[num]`; `UserError` where no input was ever seen."""
+        """`input_global_scale` of every expert, `[num]`; `UserError` where no input was ever seen, or one that is NaN
+        or infinite and has no scale."""
         if self.amax is None:
             raise UserError("No calibration token reached a layer whose inputs are quantized.", "Give more samples.")
+        _check_finite(self.amax)
         return torch.cat([nvfp4.global_encode_scale(amax) for amax in self.amax])
 
     def rounding(self, index: int = 0) -> Rounding | None:
@@ -100,10 +102,11 @@ class Site:
 
     def part(self, first: int, last: int) -> "Site":
         """The site of some of the experts; itself where all share one input."""
-        if self.num == 1 or self.moments is None:
+        if self.num == 1:
             return self
+        moments = None if self.moments is None else self.moments[first:last]
         shift = None if self.shift is None else self.shift[first:last]
-        return Site(self.form, last - first, moments=self.moments[first:last], shift=shift)
+        return Site(self.form, last - first, moments=moments, shift=shift)
 
     def importance(self) -> Tensor | None:
         """The second moment of every input, `[num, in]`."""
@@ -115,6 +118,14 @@ class Site:
         """Frees what is only needed to choose codes."""
         self.moments = self.shift = None
         self.settled = self.amax is not None
+
+
+def _check_finite(statistics: Tensor) -> None:
+    if not bool(torch.isfinite(statistics).all()):
+        raise UserError(
+            "The inputs of a layer overflow on the calibration samples: they hold NaN or infinity.",
+            "Run the 16-bit source on these samples; if it gives NaN too, it cannot be quantized.",
+        )
 
 
 @dataclass(frozen=True)
@@ -226,6 +237,10 @@ class _HalfPass:
                 self._quantize_group(name, groups[name], sites[name])
             if experts is not None and (done := experts.quantize(first, self.method, self.emit)) is not None:
                 self.report.groups.append(done)
+            if self.method.needs_moments:  # their inputs are known, and what lies behind them is looked at next
+                for name in stage:
+                    for linear in groups[name]:
+                        round_inputs(self.half.linears[linear.module], sites[name].rounding())
             self.report.spend("quantize", start)
         start = time.perf_counter()
         self._propagate(groups, sites, experts, reference_done, advance)
@@ -321,9 +336,10 @@ class _HalfPass:
     ) -> None:
         """Carries the hidden states through the half, which is quantized by now, its inputs rounded."""
         current: list[Tensor] = []
-        for name, members in groups.items():
-            for linear in members:
-                round_inputs(self.half.linears[linear.module], _watched(sites[name], current))
+        if not self.method.needs_moments:
+            for name, members in groups.items():
+                for linear in members:
+                    round_inputs(self.half.linears[linear.module], _watched(sites[name], current))
         if experts is not None:
             experts.round_inputs()
         for number, batch in enumerate(self.batches):
@@ -377,12 +393,14 @@ def _quantize(name: str, w: Tensor, site: Site, method: Method) -> tuple[dict[st
         return {"weight": codes, "weight_scale": scales}, fp8.decode(codes, scales, torch.float32), report
     shared = w.reshape(site.num, -1, width)
     target = shared
+    importance = site.importance()
+    if importance is not None:
+        _check_finite(importance)
     if site.moments is not None and site.shift is not None:
         target = gptq.aimed(shared, site.moments, site.shift, method.damping)
     amax = target.reshape(num, -1).abs().amax(1)
     global_scales = torch.cat([nvfp4.global_encode_scale(one) for one in amax])
     per_row = global_scales.repeat_interleave(rows).view(-1, 1)
-    importance = site.importance()
     scales = torch.cat(
         [
             block_scales(part, row_scales, method.scales, None if importance is None else importance[n])

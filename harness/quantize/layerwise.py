@@ -24,6 +24,7 @@ from harness.model.checkpoint import Checkpoint, NewTensor, new_shard, read_head
 from harness.model.qwen35 import Linear, ModelConfig, layer_of
 from harness.progress import Progress
 from harness.quantize.calibrate import LayerReport, Streams, quantize_layer
+from harness.quantize.encode import finite_amax
 from harness.quantize.plan import CalibrationMemory, calibration_memory
 from harness.quantize.recipes import Method, Recipe
 from harness.quantize.samples import CalibrationSet
@@ -88,7 +89,7 @@ def quantize_layers(
     is called after each.
     """
     device = device_named(calibration.device)
-    model = TextModel(checkpoint, device, compute_dtype(device))
+    model = TextModel(checkpoint, device, compute_dtype(device), finite_amax)
     linears: dict[int, list[Linear]] = {index: [] for index in range(model.num_layers)}
     for tensor in tensors:
         if tensor.role is not None and tensor.role.name in formats and (index := layer_of(tensor.name)) is not None:
