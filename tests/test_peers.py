@@ -159,9 +159,9 @@ def test_every_race_is_between_contestants_of_its_part() -> None:
 
 def test_both_sides_are_given_the_same_calibration_tokens(tmp_path: Path) -> None:
     source = checkpoint_path("dense")
-    data = bench.write_calibration(source, tmp_path, lambda *_: None)
+    data = bench.write_calibration(source, tmp_path, 32, lambda *_: None)
     samples = json.loads(data.token_ids.read_text())
-    assert [len(sample) for sample in samples] == [contest.CALIBRATION_TOKENS] * contest.CALIBRATION_SAMPLES
+    assert [len(sample) for sample in samples] == [contest.CALIBRATION_TOKENS] * 32
     # Every sample is a piece of the text that our side is told to read.
     ids = perplexity.tokenize(source, (tmp_path / "calibration.txt").read_text())
     windows = {tuple(ids[first : first + 512]) for first in range(0, len(ids), 512)}
@@ -171,7 +171,7 @@ def test_both_sides_are_given_the_same_calibration_tokens(tmp_path: Path) -> Non
 
 def test_the_measured_text_is_not_the_calibrations(tmp_path: Path) -> None:
     source = checkpoint_path("dense")
-    data = bench.write_calibration(source, tmp_path, lambda *_: None)
+    data = bench.write_calibration(source, tmp_path, 32, lambda *_: None)
     seen = {tuple(sample[i : i + 64]) for sample in json.loads(data.token_ids.read_text()) for i in range(449)}
     windows = bench.heldout_windows(source, None)
     assert [(text, len(cut)) for text, cut in windows.items()] == [("near", 60), ("far", 60)]

@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
                 bench.speed_a16(session, options.config),
             ),
             (
-                "W4A4, demo:dense, 32 × 512 tokens",
+                f"W4A4, demo:dense, {contest.SPEED_SAMPLES} × {contest.CALIBRATION_TOKENS} tokens",
                 contest.RACES_W4A4,
                 bench.speed_w4a4(session, checkpoint_path("dense")),
             ),

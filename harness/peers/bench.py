@@ -120,14 +120,12 @@ class Data:
     digest: str
 
 
-def write_calibration(tokenizer_folder: Path, folder: Path, progress: Progress) -> Data:
+def write_calibration(tokenizer_folder: Path, folder: Path, num_samples: int, progress: Progress) -> Data:
     """Text of the embedded corpus' training split and the same samples as token ids, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = corpus.text("train", num_documents=_CALIBRATION_DOCUMENTS)
     (folder / "calibration.txt").write_bytes(text.encode())
-    source = FileSamples(
-        path="calibration.txt", samples=contest.CALIBRATION_SAMPLES, max_tokens=contest.CALIBRATION_TOKENS, seed=0
-    )
+    source = FileSamples(path="calibration.txt", samples=num_samples, max_tokens=contest.CALIBRATION_TOKENS, seed=0)
     chosen = samples.read(Calibration((source,)), tokenizer_folder, folder, {}, progress)
     data = Data(folder / "calibration.toml", folder / "calibration.json", chosen.digest)
     lines = (f'path = "{source.path}"', f"samples = {source.samples}", f"max_tokens = {source.max_tokens}", "seed = 0")
@@ -249,7 +247,7 @@ def speed_w4a4(bench: Bench, original: Path) -> list[Record]:
     """Weights and activations, with calibration, on an embedded model."""
     with _scratch("speed-w4a4", bench.progress) as (folder, in_memory):
         source = Path(shutil.copytree(original, folder / "source"))
-        data = write_calibration(source, folder, bench.progress)
+        data = write_calibration(source, folder, contest.SPEED_SAMPLES, bench.progress)
         about = {"source": original.name, "calibration_digest": data.digest, "in_memory": in_memory}
         return _interleaved(bench, "speed-w4a4", about, contest.SPEED_W4A4, source, folder, data, with_copy=False)
 
@@ -342,7 +340,7 @@ def quality(bench: Bench, source: Path, groups: Sequence[contest.Group] = contes
     """Every contestant of the groups on an embedded model: built if it is not there yet, checked, measured."""
     part = f"quality-{source.name}"
     folder = bench.artifacts / source.name
-    data = write_calibration(source, folder, bench.progress)
+    data = write_calibration(source, folder, contest.QUALITY_SAMPLES, bench.progress)
     windows = heldout_windows(source, bench.limit)
     source_digest = open_checkpoint(source).fingerprint()
     about = {

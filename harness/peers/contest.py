@@ -9,9 +9,9 @@ from typing import Any
 
 from harness.quantize.recipes import recipe_named
 
-CALIBRATION_SAMPLES = 32
+SPEED_SAMPLES, QUALITY_SAMPLES = 32, 64
 CALIBRATION_TOKENS = 512
-"""Per sample."""
+"""Per sample of calibration text."""
 
 
 @dataclass(frozen=True)
