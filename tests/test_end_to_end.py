@@ -31,8 +31,8 @@ def test_the_embedded_model_has_learnt_and_nvfp4_visibly_costs_something(
 ) -> None:
     """The suite is found without a file, the variant is built, and both score the same 100,000 tokens and more."""
     document = run(place, monkeypatch, capsys, "ppl")
-    source, variant = document["tables"][0]
-    assert (source["variant"], variant["variant"]) == ("source", "nvfp4a16")
+    source, variant, calibrated = document["tables"][0]
+    assert (source["variant"], variant["variant"], calibrated["variant"]) == ("source", "nvfp4a16", "w4a4")
     ids = tokenize(checkpoint_path("dense"), corpus.heldout_text())
     assert source["num_tokens"] == variant["num_tokens"] == len(ids) >= 100_000
     assert source["num_windows"] == math.ceil(len(ids) / 512)

@@ -85,6 +85,8 @@ class Artifact:
     layers: tuple[Mapping[str, Any], ...] = ()
     """What calibration reported of every layer: see calibrate.LayerReport."""
     num_calibration_tokens: int = 0
+    planned_memory_bytes: int | None = None
+    """What the calibration was expected to hold at most."""
     peak_vram_bytes: int | None = None
 
 
@@ -148,8 +150,9 @@ def build(
     identity = _identity(checkpoint, recipe, calibration)
     if (found := _existing(out, identity, recipe)) is not None:
         return Artifact(named, found, reused=True, counts=what.counts)
-    if calibration is not None:
-        check_memory(layerwise.memory(calibration, config, recipe), psutil.virtual_memory().available)
+    memory = None if calibration is None else layerwise.memory(calibration, config, recipe)
+    if memory is not None:
+        check_memory(memory, psutil.virtual_memory().available)
     unfinished = out.with_name(out.name + ".partial")
     needed = what.output_bytes + (0 if calibration is None else _scratch_bytes(what, calibration, config.hidden_size))
     # What an interrupted build has finished is on the disk already.
@@ -184,6 +187,7 @@ def build(
         stage_seconds=tuple(seconds.items()),
         layers=tuple(state.layers),
         num_calibration_tokens=0 if calibration is None else calibration.samples.num_tokens,
+        planned_memory_bytes=None if memory is None else memory.total,
         peak_vram_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     )
 

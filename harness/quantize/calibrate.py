@@ -357,14 +357,18 @@ class _HalfPass:
 
 
 def _watched(site: Site, current: list[Tensor]) -> Rounding | None:
-    """The site's rounding, which also observes the inputs at the tokens that are not padding."""
+    """The site's rounding, which also observes the inputs at the tokens that are not padding. The layers of a site are
+    called with the same tensor one after another: it is rounded once."""
     rounding = site.rounding()
     if rounding is None:
         return None
+    last: list[Tensor] = []
 
     def rounded(x: Tensor) -> Tensor:
-        site.observe(_tokens(x, current[0]))
-        return rounding(x)
+        if not last or last[0] is not x:
+            site.observe(_tokens(x, current[0]))
+            last[:] = [x, rounding(x)]
+        return last[1]
 
     return rounded
 
