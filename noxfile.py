@@ -27,7 +27,7 @@ PEERS = ("torch==2.13.0", "llmcompressor==0.14.0.1")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 COMPUTING = ("torch==", "compressed-tensors==", "numpy==", "safetensors==")
 TRANSFORMERS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0")
-MEASURING = ("build", "verify", "ppl", "bench", "report")
+MEASURING = ("build", "verify", "sensitivity", "ppl", "bench", "report")
 
 
 def made_environment(session: nox.Session, name: str, constraints: Path, *wanted: str) -> str:

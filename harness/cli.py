@@ -1,4 +1,4 @@
-"""The command line: `harness plan | build | verify | repair | ppl | bench | report | demo`.
+"""The command line: `harness plan | build | verify | repair | sensitivity | ppl | bench | report | demo`.
 
 Arguments in, a table on stdout, progress on stderr. Nothing else in the package prints or exits.
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import __version__
 from harness.errors import UserError
-from harness.suite import Suite, load
+from harness.suite import SOURCE, Suite, load
 
 if TYPE_CHECKING:
     from harness.audit.findings import Finding
@@ -103,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _json_option(repair)
 
+    sensitivity = command("sensitivity", _sensitivity, "What each format would cost each projection of each layer.")
+    _place_options(sensitivity)
+
     for name, run, text in (
         ("ppl", _ppl, "Perplexity of the source and its variants on the same tokens."),
         ("bench", _bench, "Decode and prefill speed of the source and its variants."),
@@ -142,8 +145,12 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _suite_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE}, or the embedded one where there is none)")
     parser.add_argument("--variant", action="append", metavar="V", help="only this variant (may be repeated)")
+    _place_options(parser)
+
+
+def _place_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE}, or the embedded one where there is none)")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="DIR", help="(artifacts)")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
     _json_option(parser)
@@ -454,6 +461,23 @@ def _repair(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     _print_findings(outcome.verification.findings)
     print("passed" if outcome.passed else "FAILED")
     return 0 if outcome.passed else 1
+
+
+def _sensitivity(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
+    from harness.report import tables
+    from harness.stages import measure_sensitivity
+
+    with _job(options, arguments) as job:
+        measured = {SOURCE: measure_sensitivity(job)}
+    frame = tables.sensitivity(measured)
+    words = tables.sensitivity_words(frame)
+    if options.json:
+        files = {variant: str(record.path) for variant, record in measured.items()}
+        _print_json({"records": files, "tables": [tables.rows(frame)], "summary": words})
+        return 0
+    print(f"\n{tables.text(frame)}\n", *words, sep="\n")
+    print("\nRecords:", *(f"  {record.path}" for record in measured.values()), sep="\n")
+    return 0
 
 
 def _ppl(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:

@@ -6,6 +6,7 @@ as one record.
 """
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from harness.model.qwen35 import ModelConfig, expected_tensors, parse_config
 from harness.model.sources import fetched_revision, locate
 from harness.progress import Progress
 from harness.quantize import build as builder
-from harness.quantize import samples
+from harness.quantize import samples, sensitivity
 from harness.quantize.layerwise import Calibration
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import Recipe, recipe_named
@@ -294,6 +295,29 @@ def measure_decode(job: Job, work: Work, limit: int | None) -> dict[str, Record]
         for variant, writer in writers.items():
             records[variant] = results.read(writer.finish())
     return records
+
+
+def measure_sensitivity(job: Job) -> Record:
+    """What each format would cost each group of the source's layers, on the suite's calibration samples."""
+    _required(job.suite, "calibration", job.suite.calibration)
+    source, calibration = _suite_source(job.suite), job.calibration
+    assert calibration is not None
+    dataset = {
+        "name": ", ".join(one["name"] for one in calibration.samples.manifest["sources"]),
+        "token_ids_sha256": calibration.samples.digest,
+        "num_samples": len(calibration.samples.samples),
+        "num_tokens": calibration.samples.num_tokens,
+    }
+    run = _run(job, "sensitivity", sensitivity.VERSION, SOURCE, _fingerprint(source), dataset=dataset)
+    run = replace(run, engine=sensitivity.computed_by(calibration).as_dict())
+    job.artifacts.mkdir(parents=True, exist_ok=True)
+    with (
+        RunWriter(job.results, run) as writer,
+        tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=job.artifacts) as scratch,
+    ):
+        for sample in sensitivity.measure(open_checkpoint(source), calibration, Path(scratch), job.progress):
+            writer.sample(sample)
+        return results.read(writer.finish())
 
 
 def with_stored_source(job: Job, measured: Mapping[str, Record]) -> dict[str, Record]:

@@ -144,6 +144,19 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
         },
         "finding": {"severity": _is_text, "tensor": _is_text, "problem": _is_text, "consequence": _is_text},
     },
+    # A sample for each layer, fused group and format; null for an error of an output of zeros. `extra_bytes` is more
+    # than NVFP4 takes, or less.
+    "sensitivity": {
+        "sensitivity": {
+            "index": _is_count,
+            "role": _is_text,
+            "format": _is_text,
+            "output_error": _is_number_or_null,
+            "layer_error": _is_number_or_null,
+            "num_weights": _is_positive_count,
+            "extra_bytes": _is_number,
+        },
+    },
     # One run per quantizer. `call_seconds` leaves the imports out, where the tool tells; a `failure` has no times.
     "peers": {
         "repetition": {
@@ -197,6 +210,14 @@ COMPARABLE: dict[str, tuple[str, ...]] = {
         "engine.effective.threads",
     ),
     "peers": ("measure_version", "session_id", "suite_digest", "machine.name", "variant.source_digest"),
+    "sensitivity": (
+        "measure_version",
+        "variant.source_digest",
+        "dataset.token_ids_sha256",
+        "engine.name",
+        "engine.version",
+        "engine.dtype",
+    ),
     "build": ("measure_version",),
     "verify": ("measure_version",),
 }

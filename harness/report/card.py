@@ -35,6 +35,7 @@ from harness.report import plots, tables
 from harness.suite import SOURCE, Suite
 
 MEASURES = ("build", "verify", "ppl", "bench")  # in the order in which they run; each is also a nox session
+OPTIONAL = ("sensitivity",)  # of the source alone; a card has the block of that name only where there is a record
 
 Link = Callable[[str], str]  # a path from the project's root -> its URL from where the text stands
 
@@ -97,16 +98,17 @@ def _says(path: Path, data: bytes) -> bool:
 
 def _gather(suite: Suite, records: Sequence[Record], results_dir: str) -> _Evidence:
     variants = (SOURCE, *suite.variants)
-    chosen = {measure: tables.newest(records, suite.name, measure, variants) for measure in MEASURES}
+    chosen = {measure: tables.newest(records, suite.name, measure, variants) for measure in (*MEASURES, *OPTIONAL)}
     frames = {
         "size": tables.size(chosen["build"]),
         "roundtrip": tables.roundtrip(chosen["verify"]),
         "findings": tables.findings(chosen["verify"]),
+        "sensitivity": tables.sensitivity(chosen["sensitivity"]),
         "perplexity": tables.perplexity(chosen["ppl"]),
         "decode": tables.decode(chosen["bench"]),
         "prefill": tables.prefill(chosen["bench"]),
         "memory": tables.memory(chosen["bench"]),
-        "runs": tables.runs([record for measure in MEASURES for record in chosen[measure].values()]),
+        "runs": tables.runs([record for runs in chosen.values() for record in runs.values()]),
     }
     return _Evidence(suite, results_dir, chosen, frames)
 
@@ -173,7 +175,8 @@ def _table(evidence: _Evidence, link: Link, frame: pd.DataFrame) -> str:
 def _no_record(evidence: _Evidence, measure: str) -> str | None:
     """Which variants a measure has no run of, and what to do; None if it has them all."""
     quantized = tuple(evidence.suite.variants)
-    expected = quantized if measure in ("build", "verify") else (SOURCE, *quantized)
+    of_the_source = () if measure in ("build", "verify") else (SOURCE,)
+    expected = of_the_source if measure in OPTIONAL else (*of_the_source, *quantized)
     missing = [variant for variant in expected if variant not in evidence.records[measure]]
     if not missing:
         return None
@@ -200,6 +203,24 @@ def _roundtrip(evidence: _Evidence, link: Link) -> str:
         else None,
         None if findings.empty else _table(evidence, link, findings),
         _no_record(evidence, "verify"),
+    )
+
+
+def _sensitivity(evidence: _Evidence, link: Link) -> str:
+    frame = evidence.frames["sensitivity"]
+    if frame.empty:
+        return _paragraphs(_no_record(evidence, "sensitivity"))
+    folder = f"reports/{evidence.suite.name}"
+    image = "Layer error by layer, projection and format"
+    return _paragraphs(
+        " ".join(tables.sensitivity_words(frame)),
+        f"[![{image}]({link(f'{folder}/sensitivity.png')})]({link(f'{folder}/sensitivity.svg')})",
+        _table(evidence, link, frame),
+        "Round-to-nearest with nothing else quantized, on the calibration samples. The layer error is the energy of "
+        "what one group in that format changes at the end of its half of the decoder layer (attention or DeltaNet; MLP "
+        "or experts), over the energy of what that half adds to the hidden states: the median over layers, and in "
+        "brackets the layer where it is largest. The last column adds up what FP8 would take away from it in all "
+        "layers. How much the loss depends on a half is not in these numbers.",
     )
 
 
@@ -291,11 +312,19 @@ def _figure_files(evidence: _Evidence) -> dict[str, bytes]:
                 tuple(steps),
             )
         )
-    return plots.overview(rows)
+    return {**plots.overview(rows), **_heat_map(evidence)}
+
+
+def _heat_map(evidence: _Evidence) -> dict[str, bytes]:
+    """The figure of the sensitivities, groups in the order of the table; none without a record."""
+    order = {role: place for place, role in enumerate(evidence.frames["sensitivity"].get("role", ()))}
+    samples = [one for record in evidence.records["sensitivity"].values() for one in record.kind("sensitivity")]
+    cells = [plots.Cell(one["index"], one["role"], one["format"], one["layer_error"]) for one in samples]
+    return plots.heat_map(sorted(cells, key=lambda cell: (order[cell.role], cell.layer))) if cells else {}
 
 
 def _reproduce(evidence: _Evidence, link: Link) -> str:
-    chosen = [record for measure in MEASURES for record in evidence.records[measure].values()]
+    chosen = [record for runs in evidence.records.values() for record in runs.values()]
     commands = dict.fromkeys(shlex.join(record.run.command) for record in chosen)
     if not commands:
         return "No record yet."
@@ -328,6 +357,7 @@ BLOCKS: dict[str, tuple[str | None, Callable[[_Evidence, Link], str]]] = {
     "figure": (None, _figure),
     "size": ("What is quantized and what is kept", _size),
     "roundtrip": ("Round-trip error", _roundtrip),
+    "sensitivity": ("Sensitivity", _sensitivity),
     "perplexity": ("Perplexity", _perplexity),
     "decode": ("Decode speed", _decode),
     "prefill": ("Prefill speed", _prefill),
@@ -348,7 +378,9 @@ def _linker(document: str) -> Link:
 def _card(evidence: _Evidence, link: Link) -> str:
     suite = evidence.suite
     sections = [
-        _paragraphs(f"## {heading}" if heading else None, block(evidence, link)) for heading, block in BLOCKS.values()
+        _paragraphs(f"## {heading}" if heading else None, block(evidence, link))
+        for name, (heading, block) in BLOCKS.items()
+        if name not in OPTIONAL or evidence.records[name]
     ]
     source = suite.source.location + (f" at revision {suite.source.revision}" if suite.source.revision else "")
     return (

@@ -1,4 +1,5 @@
-"""One figure per suite: for every variant what it weighs, what it loses, and how long a decode step takes.
+"""Figures: for every variant what it weighs, what it loses, and how long a decode step takes; and, where it was
+measured, a heat map of what each format costs each projection of each layer.
 
 Colours and text are mid-tones on a transparent ground, so one file serves light pages and dark ones. Text in the
 SVG is drawn as outlines: no reader needs the fonts.
@@ -13,7 +14,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,8 +22,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from harness.record.stats import Estimate
 from harness.report import tables
@@ -33,6 +38,7 @@ _INK = "#7b7f86"  # text and axes: contrast 4:1 against white and against GitHub
 _SOURCE_COLOUR = "#8d929a"
 _VARIANT_COLOURS = ("#2f81f7", "#d9730d", "#2da160", "#a855f7", "#d6457b", "#0f9aa8")
 _NUM_DOTS = 200
+_MOST_WRITTEN = 12  # layers of a heat map whose squares have room for their number
 _MARK = re.compile(rb"harness-figure-sha256:([0-9a-f]{64})")
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "harness",
@@ -70,16 +76,36 @@ class Row:
     step_seconds: tuple[float, ...]  # every kept decode step at batch 1
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One square of the heat map. `layer_error` is a share of energy, None where there is nothing to compare with."""
+
+    layer: int
+    role: str
+    format: str
+    layer_error: float | None
+
+
 def overview(rows: Sequence[Row]) -> dict[str, bytes]:
     """The figure as {"overview.svg": ..., "overview.png": ...}; the first row is the source's."""
-    description = f"harness-figure-sha256:{_digest(rows)}"
+    return _files("overview", _digest(rows), lambda: _draw(rows))
+
+
+def heat_map(cells: Sequence[Cell]) -> dict[str, bytes]:
+    """The figure as {"sensitivity.svg": ..., "sensitivity.png": ...}: one panel a format, layers across, roles down
+    in the order in which they first occur."""
+    return _files("sensitivity", _digest(cells), lambda: _draw_heat_map(cells))
+
+
+def _files(name: str, digest: str, draw: Callable[[], Figure]) -> dict[str, bytes]:
+    description = f"harness-figure-sha256:{digest}"
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever the user's own matplotlibrc says
         mpl.rcParams.update(_STYLE)
-        figure = _draw(rows)
+        figure = draw()
         return {
-            "overview.svg": _saved(figure, "svg", {"Date": None, "Creator": None, "Description": description}),
-            "overview.png": _saved(figure, "png", {"Software": None, "Description": description}),
+            f"{name}.svg": _saved(figure, "svg", {"Date": None, "Creator": None, "Description": description}),
+            f"{name}.png": _saved(figure, "png", {"Software": None, "Description": description}),
         }
 
 
@@ -89,7 +115,7 @@ def embedded_digest(image: bytes) -> str | None:
     return found[1].decode() if found else None
 
 
-def _digest(rows: Sequence[Row]) -> str:
+def _digest(rows: Sequence[Row] | Sequence[Cell]) -> str:
     """SHA-256 of what is plotted, to ten digits: the last bits of a sum may differ between processors."""
 
     def rounded(value: object) -> object:
@@ -208,3 +234,49 @@ def _draw_steps(axes: Axes, rows: Sequence[Row], colours: Sequence[str]) -> None
     axes.set_xlim(max(0.0, lowest - 0.15 * (limit - lowest)), limit)
     axes.set_xlabel("ms (dot: 0.5 % of steps, bar: median, ▸: slower)")
     return None
+
+
+def _draw_heat_map(cells: Sequence[Cell]) -> Figure:
+    """Squares on the page's own ground, so that a projection that a layer lacks is simply not there. The ends of the
+    colour map are cut off: its darkest and its brightest would vanish on a dark page or a light one."""
+    roles, formats = (list(dict.fromkeys(getattr(cell, key) for cell in cells)) for key in ("role", "format"))
+    num_layers = 1 + max(cell.layer for cell in cells)
+    errors = [cell.layer_error for cell in cells if cell.layer_error]
+    low, high = (min(errors), max(errors)) if errors else (0.1, 1.0)
+    norm = LogNorm(min(low, high / 10), high, clip=True)  # a decade at least, so that the scale has a number
+    colours = ListedColormap(mpl.colormaps["viridis"](np.linspace(0.15, 0.92, 256)))
+    height = 0.28 * len(roles)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=(10, 0.6 + len(formats) * (height + 0.45)), layout=layout)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(formats), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, form in zip(panels, formats, strict=True):
+        known = [cell for cell in cells if cell.format == form and cell.layer_error is not None]
+        squares = [Rectangle((cell.layer - 0.47, roles.index(cell.role) - 0.44), 0.94, 0.88) for cell in known]
+        drawn = PatchCollection(squares, cmap=colours, norm=norm, linewidth=0)
+        drawn.set_array(np.array([cell.layer_error for cell in known]))
+        axes.add_collection(drawn)
+        if num_layers <= _MOST_WRITTEN:
+            for cell in known:
+                assert cell.layer_error is not None
+                red, green, blue, _ = colours(norm(cell.layer_error))
+                ink = "#101418" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#f4f6f8"
+                words = tables.format_percent(cell.layer_error, ".2g")
+                axes.text(cell.layer, roles.index(cell.role), words, color=ink, ha="center", va="center", fontsize=8)
+        axes.set_title(form)
+        axes.set_xlim(-0.5, num_layers - 0.5)
+        axes.set_ylim(len(roles) - 0.5, -0.5)
+        axes.set_yticks(range(len(roles)), roles, fontsize=8)
+        axes.spines["bottom"].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
+        axes.tick_params(axis="x", length=0)
+    panels[-1].set_xlabel("layer")
+    bar = figure.colorbar(drawn, ax=list(panels), shrink=0.8, aspect=30, pad=0.015)
+    assert bar.solids is not None
+    bar.solids.set_edgecolor("face")  # or viewers of the SVG show seams between its steps
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda error, _: tables.format_percent(error, "g")))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label("layer error: share of the energy that the half layer adds")
+    return figure

@@ -11,6 +11,7 @@ compared with the source only if `results.incomparable` finds nothing; otherwise
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -166,6 +167,82 @@ def findings(records: Records) -> pd.DataFrame:
     )
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Errors over layers: the median, the largest, and the layer of the largest."""
+
+    median: float
+    largest: float
+    layer: int
+
+
+def sensitivity(records: Records) -> pd.DataFrame:
+    """What storing a group of linear layers in each format does to the output of its half of a layer.
+
+    One row a group, the one that NVFP4 hurts most first: the layer errors of each format over the layers, the bytes
+    that FP8 takes more than NVFP4 in all of them, and the error that a gigabyte of those would take away.
+    """
+    rows = []
+    for variant, record in records.items():
+        by_role: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for sample in record.kind("sensitivity"):
+            by_role.setdefault(sample["role"], {}).setdefault(sample["format"], []).append(sample)
+        found = []
+        for role, formats in by_role.items():
+            spreads = {form: _spread(samples) for form, samples in formats.items()}
+            row: dict[str, Any] = {"variant": variant, "role": role, "num_layers": len(formats["NVFP4"]), **spreads}
+            row["run"] = record
+            row["fp8_extra_bytes"] = sum(one["extra_bytes"] for one in formats["FP8_DYNAMIC"])
+            saved = sum(
+                nvfp4["layer_error"] - fp8["layer_error"]
+                for nvfp4, fp8 in zip(formats["NVFP4"], formats["FP8_DYNAMIC"], strict=True)
+                if nvfp4["layer_error"] is not None
+            )
+            row["fp8_gain_per_gb"] = saved / row["fp8_extra_bytes"] * 1e9
+            row["num_tokens"] = (record.run.dataset or {}).get("num_tokens")
+            row["dataset"] = (record.run.dataset or {}).get("name")
+            found.append(row)
+        rows += sorted(found, key=_rank)
+    return _frame(rows)
+
+
+def _rank(row: Mapping[str, Any]) -> float:
+    """Falls with the median error in NVFP4; last where there is none."""
+    return -row["NVFP4"].median if row["NVFP4"] else math.inf
+
+
+def _spread(samples: Sequence[Mapping[str, Any]]) -> Spread | None:
+    known = [(one["layer_error"], one["index"]) for one in samples if one["layer_error"] is not None]
+    if not known:
+        return None
+    largest, layer = max(known, key=lambda pair: pair[0])
+    return Spread(statistics.median(error for error, _ in known), largest, layer)
+
+
+def sensitivity_words(frame: pd.DataFrame) -> list[str]:
+    """What the table of sensitivities says, in sentences: where FP8 pays, and how DeltaNet compares with the rest."""
+    rows = [row for row in frame.to_dict("records") if row["NVFP4"] is not None]
+    if not rows:
+        return []
+
+    def median(row: Mapping[Any, Any], form: str = "NVFP4") -> str:
+        return format_percent(row[form].median, ".2g")
+
+    best = max(rows, key=lambda row: row["fp8_gain_per_gb"])
+    words = [
+        f"FP8 gains most for its bytes in {best['role']}: median layer error {median(best)} in NVFP4 and "
+        f"{median(best, 'FP8_DYNAMIC')} in FP8, for {format_bytes(best['fp8_extra_bytes'])} more in "
+        f"{best['num_layers']} layers."
+    ]
+    worst = f"NVFP4 costs most in {rows[0]['role']} (median layer error {median(rows[0])})"
+    is_deltanet = [row["role"].startswith("linear_attn.") for row in rows]
+    if len(set(is_deltanet)) == 2:
+        other = rows[is_deltanet.index(not is_deltanet[0])]
+        place = "outside of DeltaNet" if is_deltanet[0] else "in DeltaNet"
+        worst += f", and {place} in {other['role']} ({median(other)})"
+    return [*words, f"{worst}."]
+
+
 def runs(records: Sequence[Record]) -> pd.DataFrame:
     """Where every number comes from: the run, its engine, machine, versions and commit."""
     rows = []
@@ -200,6 +277,7 @@ def of_measure(measure: str, records: Records) -> list[pd.DataFrame]:
         "build": (size,),
         "verify": (roundtrip, findings),
         "ppl": (perplexity,),
+        "sensitivity": (sensitivity,),
         "bench": (decode, prefill, memory),
     }[measure]
     return [frame for make in frames if not (frame := make(records)).empty]
@@ -308,6 +386,10 @@ def _plain(value: object) -> str:
     return str(value)
 
 
+def _show_spread(spread: Spread) -> str:
+    return f"{format_percent(spread.median, '.2g')} (layer {spread.layer}: {format_percent(spread.largest, '.2g')})"
+
+
 def _as(spec: str) -> Callable[[Any], str]:
     """A number or an `Estimate` under one format specification."""
     return lambda value: format_estimate(value, spec) if isinstance(value, Estimate) else f"{value:{spec}}"
@@ -353,6 +435,10 @@ COLUMNS: dict[str, Column] = {
     "mean_abs_error": Column("mean abs error", _as(".3g")),
     "relative_l2_error": Column("relative L2 error", _as(".4f")),
     "snr_db": Column("SNR (dB)", _as(".1f")),
+    "num_layers": Column("layers", _as("d")),
+    **{form: Column(f"layer error in {form}", _show_spread) for form in ("NVFP4A16", "NVFP4", "FP8_DYNAMIC")},
+    "fp8_extra_bytes": Column("FP8 takes more", format_bytes),
+    "fp8_gain_per_gb": Column("error saved per GB", _as(".3g")),
     "ppl": Column("PPL", _as(".4f")),
     "delta_ppl": Column("Δ PPL", _as("+.4f")),
     "relative_change_ratio": Column("change", lambda ratio: format_percent(ratio, "+.2f")),
@@ -399,7 +485,7 @@ def rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The frame's rows as JSON values: estimates as objects, runs by their id."""
 
     def plain(value: object) -> object:
-        if isinstance(value, Estimate):
+        if isinstance(value, Estimate | Spread):
             return asdict(value)
         return value.run.run_id if isinstance(value, Record) else value
 

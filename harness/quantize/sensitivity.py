@@ -1,0 +1,383 @@
+"""Sensitivity: what storing one group of layers in a format does to what its half of a decoder layer adds.
+
+    format          NVFP4A16   NVFP4 (W4A4)   FP8_DYNAMIC
+    output_error    |Δy|² / |y|²              at the group's own output y, over all calibration tokens
+    layer_error     |Δf(x)|² / |f(x)|²        at what the half adds to the residual stream, hidden + f(x)
+
+A *group* is what vLLM fuses (q, k and v; gate and up; …) or a projection that stands alone; all routed experts of a
+layer are one. Everything else keeps its 16 bits: the hidden states are those of the source, and one group at a time is
+in another format. Weights are rounded to nearest under absolute-maximum scales, and so are the inputs where the format
+rounds them: with one scale from all calibration tokens in NVFP4, as calibration would choose it, and token by token in
+FP8.
+
+The two errors differ where the half forgives or amplifies: an error in q and k goes through a softmax, one in
+DeltaNet's projections through a recurrent state, one in an output projection arrives as it is. Both are shares of
+energy, so 0.01 is a tenth of the norm; errors of independent groups add up. What an error at the end of a half does to
+the loss is not in it: that is what perplexity and divergence are for.
+
+One layer is in memory, as in calibration, and every half runs once for each group and format. On an accelerator the
+half computes in bfloat16, whose own noise (about 4e-6 in these units) is the least that can be told.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness.engines.emulation import ExpertRounding, Rounding, input_rounding, round_expert_inputs
+from harness.engines.layers import (
+    Batch,
+    Half,
+    HiddenStates,
+    TextModel,
+    batches_of,
+    captured,
+    compute_dtype,
+    device_named,
+)
+from harness.engines.protocol import EngineInfo
+from harness.formats import fp8, nvfp4
+from harness.formats.config import FORMATS, NVFP4, Format
+from harness.model.census import SourceTensor, source_tensors
+from harness.model.checkpoint import Checkpoint
+from harness.model.qwen35 import Linear, layer_of
+from harness.progress import Progress
+from harness.quantize.calibrate import Site
+from harness.quantize.layerwise import Calibration
+from harness.quantize.plan import check_widths
+from harness.quantize.recipes import RECIPES
+
+VERSION = 1
+"""Of the measure: raise it when the same model and samples should give other numbers."""
+
+_ROLES = frozenset(role for recipe in RECIPES.values() for role in recipe.formats)
+"""What any recipe quantizes."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers of one decoder layer that share a format because vLLM fuses them, or because they are experts.
+
+    `role` is the name of what they are together: `self_attn.qkv_proj`, `mlp.down_proj`, `mlp.experts.w13`.
+    """
+
+    role: str
+    linears: tuple[Linear, ...]
+
+    @property
+    def is_experts(self) -> bool:
+        return self.role.startswith("mlp.experts.")
+
+    @property
+    def num_weights(self) -> int:
+        return sum(linear.out_features * linear.in_features for linear in self.linears)
+
+    def num_bytes(self, form: Format) -> int:
+        """What the group takes on the disk, scales included."""
+        stored = (form.stored(linear.out_features, linear.in_features) for linear in self.linears)
+        return sum(tensor.num_bytes for tensors in stored for tensor in tensors)
+
+
+def groups_by_layer(tensors: Sequence[SourceTensor]) -> dict[int, list[Group]]:
+    """The groups of every decoder layer, in the order of the checkpoint. `UserError` for a weight whose rows are no
+    multiple of NVFP4's block."""
+    found: dict[int, dict[str, list[Linear]]] = {}
+    for tensor in tensors:
+        layer = layer_of(tensor.name)
+        if tensor.role is None or tensor.role.name not in _ROLES or layer is None:
+            continue
+        check_widths(tensor, NVFP4)
+        kind, _, projection = tensor.role.name.rpartition(".")
+        role = f"{kind}.{tensor.role.fused or projection}"
+        found.setdefault(layer, {}).setdefault(role, []).extend(tensor.linears)
+    return {
+        layer: [Group(role, tuple(linears)) for role, linears in groups.items()]
+        for layer, groups in sorted(found.items())
+    }
+
+
+def round_trip(w: Tensor, form: Format) -> Tensor:
+    """The matrix `w [out, in]` after it was stored in `form` and read again, float32: absolute-maximum scales, codes
+    rounded to nearest, one global scale."""
+    w = w.float()
+    if form.compressor == "float-quantized":
+        scales = fp8.channel_decode_scales(w)
+        return fp8.decode(fp8.encode(w, scales), scales, torch.float32)
+    return nvfp4.fake_quantize(w, nvfp4.global_encode_scale(w.abs().amax()))
+
+
+def computed_by(calibration: Calibration) -> EngineInfo:
+    """What runs the layers, for the record."""
+    device = device_named(calibration.device)
+    return EngineInfo(
+        name="layers",
+        version=f"transformers {transformers.__version__}, torch {torch.__version__}",
+        device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        dtype=str(compute_dtype(device)).removeprefix("torch."),
+        requested={"device": calibration.device, "batch_tokens": calibration.batch_tokens},
+    )
+
+
+def measure(
+    checkpoint: Checkpoint, calibration: Calibration, folder: Path, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """One sample for every layer, group and format: `index` of the layer, `role`, `format`, `output_error`,
+    `layer_error` (None where there is no output to compare with), `num_weights`, and `extra_bytes`, what the group
+    takes more than in NVFP4.
+
+    Hidden states go through two files in `folder`, which the caller removes. Calibration samples are those of a build.
+    """
+    device = device_named(calibration.device)
+    model = TextModel(checkpoint, device, compute_dtype(device))
+    entries = checkpoint.tensors.values()
+    groups = groups_by_layer(source_tensors((entry.name, entry.shape, entry.num_bytes) for entry in entries))
+    batches = batches_of(calibration.samples.samples, calibration.batch_tokens)
+    passes = 2 * model.num_layers + len(FORMATS) * sum(map(len, groups.values()))
+    done, total = 0, passes * calibration.samples.num_tokens
+
+    def advance(num_tokens: int) -> None:
+        nonlocal done
+        done += num_tokens
+        progress(done, total, "sensitivity")
+
+    advance(0)
+    with contextlib.ExitStack() as stack:
+        memory = calibration.hidden_bytes // 2
+        hidden, added = (
+            HiddenStates(folder / name, batches, model.width, model.dtype, device, memory)
+            for name in ("hidden", "added")
+        )
+        for stream in (hidden, added):
+            stack.callback(stream.close)
+        for number, batch in enumerate(batches):
+            hidden[number] = model.embed(batch.ids)
+        for index in range(model.num_layers):
+            samples: list[dict[str, Any]] = []
+            with torch.inference_mode():  # never around a yield: it would hold for the caller as well
+                for half in model.layer(index):
+                    samples += measure_half(half, groups.get(index, ()), batches, hidden, added, advance)
+            for sample in samples:
+                yield {"kind": "sensitivity", "index": index, **sample}
+
+
+def measure_half(
+    half: Half,
+    groups: Sequence[Group],
+    batches: Sequence[Batch],
+    hidden: HiddenStates,
+    added: HiddenStates,
+    advance: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """The samples (without layer and kind) of those `groups` that are in this half.
+
+    `hidden` is what comes into the half and, afterwards, what comes out of the unquantized one; `added` is scratch.
+    The half itself is left as it was. `advance` is told the tokens of every pass: one, and one a group and format.
+    """
+    mine = [_stand(half, group) for group in groups if _is_in(group, half)]
+    energy = 0.0
+    for number, batch in enumerate(batches):
+        normed = half.norm(hidden[number])
+        valid = batch.valid.to(normed.device)
+        with captured({stand.group.role: stand.reader for stand in mine}) as inputs:
+            exact = half.forward(normed)
+        for stand in mine:
+            stand.observe(_tokens(inputs[stand.group.role], valid))
+        energy += _energy(_tokens(exact, valid))
+        added[number] = exact
+        advance(batch.num_tokens)
+    samples = []
+    for stand in mine:
+        for form in FORMATS:
+            error, own = 0.0, _Share()
+            with stand.stored_in(form) as compare:
+                for number, batch in enumerate(batches):
+                    normed = half.norm(hidden[number])
+                    valid = batch.valid.to(normed.device)
+                    with captured({"input": stand.reader}) as inputs:
+                        changed = half.forward(normed)
+                    error += _energy(_tokens(changed.float() - added[number].float(), valid))
+                    compare(_tokens(inputs["input"], valid), own)
+                    advance(batch.num_tokens)
+            samples.append(
+                {
+                    "role": stand.group.role,
+                    "format": form.name,
+                    "output_error": own.ratio,
+                    "layer_error": _Share(error, energy).ratio,
+                    "num_weights": stand.group.num_weights,
+                    "extra_bytes": stand.group.num_bytes(form) - stand.group.num_bytes(NVFP4),
+                }
+            )
+    for number in range(len(batches)):
+        hidden[number] = hidden[number] + added[number]
+    return samples
+
+
+@dataclass
+class _Share:
+    """The energy of an error and of what it is an error of."""
+
+    error: float = 0.0
+    energy: float = 0.0
+
+    def add(self, changed: Tensor, exact: Tensor) -> None:
+        self.error += _energy(changed.float() - exact.float())
+        self.energy += _energy(exact)
+
+    @property
+    def ratio(self) -> float | None:
+        """None for an error of nothing: an output of zeros has no relative error."""
+        return self.error / self.energy if self.energy else None
+
+
+def _energy(x: Tensor) -> float:
+    """|x|², summed in float64: a float32 sum over millions of tokens would lose the small ones."""
+    return float(x.float().square().sum(dtype=torch.float64))
+
+
+def _tokens(x: Tensor, valid: Tensor) -> Tensor:
+    """The rows `[tokens, width]` of `x [batch, time, width]` (or already flat) that are not padding."""
+    return x.reshape(-1, x.shape[-1])[valid.reshape(-1)]
+
+
+def _is_in(group: Group, half: Half) -> bool:
+    return half.experts is not None if group.is_experts else group.linears[0].module in half.linears
+
+
+def _stand(half: Half, group: Group) -> "_Linears | _Experts":
+    return _Experts(half, group) if group.is_experts else _Linears(half, group)
+
+
+def _rounding(form: Format, site: Site, index: int = 0) -> Rounding | None:
+    """What `form` does to the inputs that the site has seen."""
+    return site.rounding(index) if form.needs_calibration else input_rounding(form)
+
+
+_Compare = Callable[[Tensor, _Share], None]
+"""Adds to a share what a format changes at a group's own output, for inputs `[tokens, in]`."""
+
+
+class _Linears:
+    """A group of 2-D linear layers, which all read the same input."""
+
+    def __init__(self, half: Half, group: Group) -> None:
+        self.group = group
+        self._modules = [half.linears[linear.module] for linear in group.linears]
+        self._site = Site(NVFP4)
+
+    @property
+    def reader(self) -> nn.Module:
+        """A module that is called with the group's input."""
+        return self._modules[0]
+
+    def observe(self, x: Tensor) -> None:
+        self._site.observe(x)
+
+    @contextlib.contextmanager
+    def stored_in(self, form: Format) -> Iterator[_Compare]:
+        """While this runs, the layers compute as if they were stored in `form`."""
+        weights = [module.weight for module in self._modules]
+        decoded = round_trip(torch.cat([weight.float() for weight in weights]), form).to(weights[0].dtype)
+        parts = torch.split(decoded, [weight.shape[0] for weight in weights])
+        rounding = _rounding(form, self._site)
+
+        def forward_with(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+            return lambda x: functional.linear(x if rounding is None else rounding(x), weight, bias)
+
+        def compare(x: Tensor, share: _Share) -> None:
+            rounded = x if rounding is None else rounding(x)
+            for weight, part in zip(weights, parts, strict=True):
+                share.add(functional.linear(rounded, part), functional.linear(x, weight))
+
+        with contextlib.ExitStack() as stack:
+            for module, part in zip(self._modules, parts, strict=True):
+                stack.enter_context(_attributes(module, {"forward": forward_with(part, module.bias)}))
+            yield compare
+
+
+class _Experts:
+    """Gate and up projections, or down projections, of all routed experts of a layer.
+
+    Every expert sees every token for the scale of its inputs, so that one that routing never reaches has a scale too;
+    errors are those of the tokens that are routed to it.
+    """
+
+    def __init__(self, half: Half, group: Group) -> None:
+        assert half.experts is not None
+        self.group = group
+        self._module: Any
+        _, self._module = half.experts
+        self._router: Any = half.body.gate
+        self._first = group.role.endswith("w13")
+        self._num: int = self._module.gate_up_proj.shape[0]
+        self._site = Site(NVFP4, 1 if self._first else self._num)
+
+    @property
+    def reader(self) -> nn.Module:
+        module: nn.Module = self._module
+        return module
+
+    def observe(self, x: Tensor) -> None:
+        if self._first:
+            self._site.observe(x)
+            return
+        for expert in range(self._num):
+            self._site.observe(self._inner(x, expert), expert)
+
+    def _inner(self, x: Tensor, expert: int) -> Tensor:
+        """What the down projection of an expert reads for `x [tokens, H]`: `[tokens, I]`."""
+        gate, up = functional.linear(x, self._module.gate_up_proj[expert].to(x.dtype)).chunk(2, dim=-1)
+        inner: Tensor = self._module.act_fn(gate) * up
+        return inner
+
+    @contextlib.contextmanager
+    def stored_in(self, form: Format) -> Iterator[_Compare]:
+        """While this runs, the experts compute as if their half of the weights were stored in `form`."""
+        name = "gate_up_proj" if self._first else "down_proj"
+        weight: Tensor = getattr(self._module, name)
+        decoded = torch.empty_like(weight)
+        for expert in range(self._num):  # one at a time: experts are most of a layer, and float32 is twice their size
+            decoded[expert] = round_trip(weight[expert], form).to(weight.dtype)
+        roundings = [_rounding(form, self._site, 0 if self._first else expert) for expert in range(self._num)]
+
+        def compare(x: Tensor, share: _Share) -> None:
+            chosen = self._router(x)[2]
+            for expert in torch.unique(chosen).tolist():
+                read = x[(chosen == expert).any(-1)]
+                if not self._first:
+                    read = self._inner(read, expert)
+                rounding = roundings[expert]
+                rounded = read if rounding is None else rounding(read)
+                share.add(
+                    functional.linear(rounded, decoded[expert].to(read.dtype)),
+                    functional.linear(read, weight[expert].to(read.dtype)),
+                )
+
+        stored = nn.Parameter(decoded, requires_grad=False)
+        with _attributes(self._module, {name: stored, "forward": self._module.forward}):
+            pairs = [ExpertRounding(one, None) if self._first else ExpertRounding(None, one) for one in roundings]
+            round_expert_inputs(self._module, pairs)
+            yield compare
+
+
+@contextlib.contextmanager
+def _attributes(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    """Attributes that a module has while this runs; afterwards its own are back, and those it had from its class."""
+    own = {name: vars(module)[name] for name in values if name in vars(module)}
+    own |= {name: module._parameters[name] for name in values if name in module._parameters}
+    for name, value in values.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in own:
+                setattr(module, name, own[name])
+            else:
+                delattr(module, name)
