@@ -1,5 +1,6 @@
-"""The embedded model and its corpus: the published layout, one tokenization everywhere, skills that were learnt."""
+"""The embedded models and their corpus: the published layout, one tokenization everywhere, skills that were learnt."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3_5ForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
 from harness.demo import checkpoint_path, corpus, network
 from harness.errors import UserError
@@ -19,6 +20,7 @@ from harness.model.checkpoint import open_checkpoint
 from harness.model.qwen35 import expected_tensors, parse_config
 
 DENSE = checkpoint_path("dense")
+MODELS = ("dense", "moe")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +34,19 @@ def by_transformers() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return checkpoint_path(request.param)
+
+
 @pytest.fixture(scope="module")
-def model() -> Qwen3_5ForConditionalGeneration:
-    return Qwen3_5ForConditionalGeneration.from_pretrained(DENSE, dtype=torch.float32)
+def model(folder: Path) -> network.Network:
+    loaded: network.Network = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return loaded
 
 
-def test_it_has_every_tensor_of_the_published_layout_in_bf16_and_two_shards() -> None:
-    checkpoint = open_checkpoint(DENSE)
+def test_it_has_every_tensor_of_the_published_layout_in_bf16_and_two_shards(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
     config = parse_config(checkpoint.config, "the demo")
     assert {entry.name: entry.shape for entry in checkpoint.tensors.values()} == dict(
         expected_tensors(config, with_mtp=True)
@@ -47,8 +55,13 @@ def test_it_has_every_tensor_of_the_published_layout_in_bf16_and_two_shards() ->
     assert len(checkpoint.shards) == 2
 
 
-def test_it_is_small_enough_for_a_repository() -> None:
-    assert sum(path.stat().st_size for path in DENSE.iterdir()) <= 12_000_000
+def test_it_is_small_enough_for_a_repository(folder: Path) -> None:
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
+
+
+def test_both_models_read_text_with_the_same_files(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt"):
+        assert (folder / name).read_bytes() == (DENSE / name).read_bytes()
 
 
 def test_an_unknown_embedded_model_is_refused_with_the_known_ones() -> None:
@@ -85,18 +98,44 @@ def test_the_chat_template_renders_what_the_model_was_trained_on(by_transformers
     assert by_transformers.apply_chat_template(given, tokenize=False) == corpus.render_chat(messages)
 
 
-def test_unequal_channels_change_no_bit_of_the_logits(model: Qwen3_5ForConditionalGeneration) -> None:
-    config = json.loads((DENSE / "config.json").read_text())
+def test_unequal_channels_change_no_bit_of_the_logits_and_can_be_taken_back(
+    model: network.Network, folder: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
     ids = torch.arange(200)[None] * 5 % 1024
     with torch.inference_mode():
         before = model(input_ids=ids).logits
-    changed = Qwen3_5ForConditionalGeneration.from_pretrained(DENSE, dtype=torch.float32)
+    changed = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     weights = {name: weight for name, weight in changed.state_dict().items() if ".language_model." in name}
     network.spread_channels(weights, config, seed=5)
-    up = "model.language_model.layers.2.mlp.up_proj.weight"
+    (up,) = {
+        "model.language_model.layers.2.mlp.up_proj.weight",
+        "model.language_model.layers.2.mlp.experts.down_proj",
+    } & {*weights}
     assert not torch.equal(changed.state_dict()[up], model.state_dict()[up])
     with torch.inference_mode():
         assert torch.equal(changed(input_ids=ids).logits, before)
+    network.spread_channels(weights, config, seed=5, undo=True)
+    assert torch.equal(changed.state_dict()[up], model.state_dict()[up])
+
+
+def test_a_model_cut_into_experts_computes_what_all_of_them_together_did() -> None:
+    """With every expert chosen and gates of one half, the experts' doubled outputs add up to the dense model's."""
+    config = copy.deepcopy(network.MOE)
+    config["text_config"]["num_experts_per_tok"] = config["text_config"]["num_experts"]
+    dense = network.read_weights(DENSE)
+    cut = network.upcycle({name: weight.float() for name, weight in dense.items()}, config, seed=0)
+    for name in cut:
+        if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
+            cut[name].zero_()  # a router without an opinion gives each of eight experts an eighth
+        if name.endswith("mlp.experts.down_proj"):
+            cut[name] *= 4  # doubled for two experts of weight one half; eight of an eighth need eight times
+    experts = network.build(config)
+    experts.load_state_dict({name: weight for name, weight in cut.items() if not name.startswith("mtp.")})
+    ids = torch.arange(100)[None] * 7 % 1024
+    with torch.inference_mode():
+        expected = AutoModelForImageTextToText.from_pretrained(DENSE, dtype=torch.float32)(input_ids=ids).logits
+        assert torch.allclose(experts.eval()(input_ids=ids).logits, expected, atol=1e-3)
 
 
 def digest(documents: Iterator[corpus.Document]) -> str:
@@ -131,7 +170,7 @@ def test_arithmetic_in_the_corpus_is_right() -> None:
                 assert eval(problem) == int(result), line
 
 
-def greedy(model: Qwen3_5ForConditionalGeneration, tokenizer: Tokenizer, item: corpus.Item) -> bool:
+def greedy(model: network.Network, tokenizer: Tokenizer, item: corpus.Item) -> bool:
     """Whether the model goes on with the right answer."""
     prompt = tokenizer.encode(item.prompt).ids
     answer = tokenizer.encode(item.prompt + item.answer).ids[len(prompt) :]
@@ -148,7 +187,7 @@ def greedy(model: Qwen3_5ForConditionalGeneration, tokenizer: Tokenizer, item: c
     ],
 )
 def test_it_recalls_and_calculates_well_above_chance(
-    model: Qwen3_5ForConditionalGeneration, by_library: Tokenizer, items: type, least: float
+    model: network.Network, by_library: Tokenizer, items: type, least: float
 ) -> None:
     outcomes = [greedy(model, by_library, item) for item in items(7, 60)]
     assert sum(outcomes) / len(outcomes) > least
