@@ -34,6 +34,7 @@ from harness.formats import fp8, nvfp4
 from harness.formats.config import Format
 from harness.model.qwen35 import Linear
 from harness.quantize import gptq
+from harness.quantize.encode import BadWeightError
 from harness.quantize.plan import EXPERTS_TOGETHER
 from harness.quantize.recipes import Method
 from harness.quantize.search import block_scales
@@ -122,7 +123,7 @@ class Site:
 
 def _check_finite(statistics: Tensor) -> None:
     if not bool(torch.isfinite(statistics).all()):
-        raise UserError(
+        raise BadWeightError(
             "The inputs of a layer overflow on the calibration samples: they hold NaN or infinity.",
             "Run the 16-bit source on these samples; if it gives NaN too, it cannot be quantized.",
         )
