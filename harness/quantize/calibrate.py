@@ -21,6 +21,7 @@ and comparable statistics; what the router did is counted beside it.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from harness.formats import fp8, nvfp4
 from harness.formats.config import Format
 from harness.model.qwen35 import Linear
 from harness.quantize import gptq
-from harness.quantize.encode import BadWeightError
+from harness.quantize.encode import BadWeightError, by_rows
 from harness.quantize.plan import EXPERTS_TOGETHER
 from harness.quantize.recipes import Method
 from harness.quantize.search import block_scales
@@ -406,12 +407,13 @@ def _quantize(name: str, w: Tensor, site: Site, method: Method) -> tuple[dict[st
     amax = target.reshape(num, -1).abs().amax(1)
     global_scales = torch.cat([nvfp4.global_encode_scale(one) for one in amax])
     per_row = global_scales.repeat_interleave(rows).view(-1, 1)
-    scales = torch.cat(
-        [
-            block_scales(part, row_scales, method.scales, None if importance is None else importance[n])
-            for n, (part, row_scales) in enumerate(zip(target, per_row.view(site.num, -1, 1), strict=True))
-        ]
-    )
+    row_scales = per_row.view(site.num, -1, 1)
+
+    def chosen(n: int, rows: slice) -> Tensor:
+        weighted = None if importance is None else importance[n]
+        return block_scales(target[n, rows], row_scales[n, rows], method.scales, weighted)
+
+    scales = torch.cat([by_rows(partial(chosen, n), part) for n, part in enumerate(target)])
     if site.moments is not None and site.shift is not None:
         decode_scales = (scales.float() / per_row).view(*shared.shape[:2], -1)
         rounded = gptq.gptq(shared, target, decode_scales, site.moments, method.damping)
@@ -425,14 +427,16 @@ def _quantize(name: str, w: Tensor, site: Site, method: Method) -> tuple[dict[st
             damping=rounded.damping,
         )
     else:
-        codes = nvfp4.encode(w.view(-1, width), scales, per_row)
+        flat = w.view(-1, width)
+        codes = by_rows(lambda rows: nvfp4.encode(flat[rows], scales[rows], per_row[rows]), flat)
     packed = nvfp4.pack(codes)
+    decoded = by_rows(lambda rows: nvfp4.decode(packed[rows], scales[rows], per_row[rows], torch.float32), codes)
     tensors = {
         "weight_packed": packed.view(num, rows, -1),
         "weight_scale": scales.view(num, rows, -1),
         "weight_global_scale": global_scales.view(num, 1),
     }
-    return tensors, nvfp4.decode(packed, scales, per_row, torch.float32).view(w.shape), report
+    return tensors, decoded.view(w.shape), report
 
 
 class _Experts:

@@ -28,8 +28,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-_CHUNK_ELEMENTS = 1 << 18
-"""Weights encoded at a time: their float32 temporaries stay in the second-level cache."""
+_PIECE_CPU, _PIECE_GPU = 1 << 18, 1 << 26
+"""Weights encoded at a time: the float32 temporaries of a piece stay in a processor's second-level cache, and fill a
+GPU."""
 
 
 class BadWeightError(UserError):
@@ -145,12 +146,26 @@ def _encode(
 ) -> tuple[Tensor, Tensor]:
     """Packed codes `[n, in/2]` and block scales `[n, in/16]` of n rows of a source tensor."""
     weights = checkpoint.rows(name, rows.first, rows.count)
-    step = max(1, _CHUNK_ELEMENTS // weights.shape[1])
-    packed = torch.empty((weights.shape[0], weights.shape[1] // 2), dtype=torch.uint8)
-    chosen = torch.empty((weights.shape[0], weights.shape[1] // nvfp4.BLOCK), dtype=torch.float8_e4m3fn)
-    for first in range(0, weights.shape[0], step):
-        chunk = weights[first : first + step].float()
-        scale = block_scales(chunk, global_scale, scales)
-        packed[first : first + step] = nvfp4.pack(nvfp4.encode(chunk, scale, global_scale))
-        chosen[first : first + step] = scale
-    return packed, chosen
+
+    def encode(part: slice) -> tuple[Tensor, Tensor]:
+        chunk = weights[part].float()
+        chosen = block_scales(chunk, global_scale, scales)
+        return nvfp4.pack(nvfp4.encode(chunk, chosen, global_scale)), chosen
+
+    packed, chosen = zip(*map(encode, row_slices(weights)), strict=True)
+    return torch.cat(packed), torch.cat(chosen)
+
+
+def row_slices(w: Tensor) -> list[slice]:
+    """The rows of `w [rows, in]` in pieces of a size that suits its device."""
+    step = max(1, (_PIECE_CPU if w.device.type == "cpu" else _PIECE_GPU) // w.shape[1])
+    return [slice(first, first + step) for first in range(0, w.shape[0], step)]
+
+
+def by_rows(work: Callable[[slice], Tensor], w: Tensor) -> Tensor:
+    """What `work` makes of the rows of `w [rows, in]`, piece by piece, on all processors where there are many."""
+    slices = row_slices(w)
+    if w.device.type != "cpu" or len(slices) <= num_threads():
+        return torch.cat([work(rows) for rows in slices])
+    with workers() as pool:
+        return torch.cat(list(in_order(pool, work, slices)))

@@ -16,9 +16,6 @@ from torch import Tensor
 from harness.formats import nvfp4
 from harness.quantize.recipes import ABSMAX, WEIGHTED_SEARCH
 
-_CHUNK_CPU, _CHUNK_GPU = 1 << 18, 1 << 26
-"""Weights searched at a time: the temporaries of a chunk stay in a processor's second-level cache, and fill a GPU."""
-
 _OFFSETS = range(-3, 8)
 _SMALLEST, _LARGEST = 1, 126
 """Codes of the least and the greatest positive E4M3 value."""
@@ -37,18 +34,10 @@ def block_scales(w: Tensor, global_scale: Tensor, method: str, importance: Tenso
     if method == WEIGHTED_SEARCH and importance is not None:
         weights = importance.float().view(-1, nvfp4.BLOCK)
         weights = torch.where(weights.amax(1, keepdim=True) > 0, weights, torch.ones_like(weights)).T  # [16, in/16]
-    per_row = global_scale.view(-1, 1).expand(rows, width // nvfp4.BLOCK)
-    codes = torch.empty((rows, width // nvfp4.BLOCK), dtype=torch.uint8, device=w.device)
-    step = max(1, (_CHUNK_CPU if w.device.type == "cpu" else _CHUNK_GPU) // width)
-    for first in range(0, rows, step):
-        part = w[first : first + step].float().abs()
-        height = part.shape[0]
-        x = part.view(height, -1, nvfp4.BLOCK).permute(2, 0, 1).reshape(nvfp4.BLOCK, -1)
-        part_weights = None if weights is None else weights.repeat(1, height)
-        codes[first : first + step] = _search(x, per_row[first : first + step].reshape(-1), part_weights).view(
-            height, -1
-        )
-    return codes.view(torch.float8_e4m3fn)
+    x = w.float().abs().view(rows, -1, nvfp4.BLOCK).permute(2, 0, 1).reshape(nvfp4.BLOCK, -1)
+    per_block = global_scale.view(-1, 1).expand(rows, width // nvfp4.BLOCK).reshape(-1)
+    codes = _search(x, per_block, None if weights is None else weights.repeat(1, rows))
+    return codes.view(torch.float8_e4m3fn).view(rows, -1)
 
 
 def _search(x: Tensor, global_scale: Tensor, weights: Tensor | None) -> Tensor:
