@@ -72,15 +72,17 @@ def encode(w: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
     return code.to(torch.uint8).bitwise_or_(torch.signbit(x).to(torch.uint8).bitwise_left_shift_(3)).flatten(-2)
 
 
-def round_magnitudes(magnitude: Tensor) -> Tensor:
+def round_magnitudes(magnitude: Tensor, *, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
     """E2M1 values nearest to float32 `magnitude` in 0 ... 6, ties to even, without going through codes.
 
     The grid's step is half the largest power of two in the magnitude, and 0.5 below 1. Adding a number whose own last
-    place is that step, and taking it away, rounds to it as the hardware rounds: to nearest, ties to even.
+    place is that step, and taking it away, rounds to it as the hardware rounds: to nearest, ties to even. `out` (which
+    may be `magnitude`) and `scratch`, float32 of the same shape, save a loop its allocations.
     """
-    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0)
+    bits = None if scratch is None else scratch.view(torch.int32)
+    power = torch.bitwise_and(magnitude.view(torch.int32), 0x7F800000, out=bits).view(torch.float32).clamp_(min=1.0)
     shift = power.mul_(0.75 * 2**23)
-    return (magnitude + shift).sub_(shift)
+    return torch.add(magnitude, shift, out=out).sub_(shift)
 
 
 def fake_quantize(x: Tensor, global_scale: Tensor) -> Tensor:

@@ -46,11 +46,13 @@ def _search(x: Tensor, global_scale: Tensor, weights: Tensor | None) -> Tensor:
     middle = nearest.view(torch.uint8).to(torch.int16)
     best = torch.full_like(global_scale, torch.inf)
     chosen = middle.clamp(_SMALLEST, _LARGEST).to(torch.uint8)
+    scaled, rounded, scratch = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
     for offset in _OFFSETS:
         code = (middle + offset).clamp_(_SMALLEST, _LARGEST).to(torch.uint8)
         scale = code.view(torch.float8_e4m3fn).float()
-        scaled = x * (global_scale / scale)
-        error = nvfp4.round_magnitudes(scaled.clamp(max=nvfp4.E2M1_MAX)).sub_(scaled).square_()
+        torch.mul(x, global_scale / scale, out=scaled)
+        torch.clamp(scaled, max=nvfp4.E2M1_MAX, out=rounded)
+        error = nvfp4.round_magnitudes(rounded, out=rounded, scratch=scratch).sub_(scaled).square_()
         if weights is not None:
             error.mul_(weights)
         # In units of the global scale, which all candidates share: squared, its own would leave float32's range.
