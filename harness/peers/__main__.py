@@ -48,7 +48,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of every time ({REPETITIONS}: fewer have no 95 %% interval)",
     )
     parser.add_argument("--model", action="append", metavar="M", help="for quality: an embedded model (dense, moe)")
-    parser.add_argument("--only", action="append", metavar="GROUP", help="for quality: groups whose name begins so")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="GROUP",
+        type=str.lower,
+        help="for quality: only this group (may be repeated)",
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="for quality: only N windows of each text")
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="F", help=f"for speed: true widths ({CONFIG})")
     parser.add_argument("--peers-python", type=Path, default=PYTHON, metavar="P", help=f"({PYTHON})")
@@ -75,9 +81,7 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     for part in options.parts:
         if part not in PARTS:
             raise UserError(f"There is no part '{part}'.", did_you_mean(part, PARTS))
-    groups = [
-        g for g in contest.QUALITY if not options.only or g.name.lower().startswith(tuple(map(str.lower, options.only)))
-    ]
+    groups = [group for group in contest.QUALITY if not options.only or group.name.lower() in options.only]
     if not groups:
         raise UserError(
             f"No group is called '{options.only[0]}'.", did_you_mean(options.only[0], [g.name for g in contest.QUALITY])
