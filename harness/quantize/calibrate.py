@@ -241,8 +241,7 @@ class _HalfPass:
                 self.report.groups.append(done)
             if self.method.needs_moments:  # their inputs are known, and what lies behind them is looked at next
                 for name in stage:
-                    for linear in groups[name]:
-                        round_inputs(self.half.linears[linear.module], sites[name].rounding())
+                    self._round_inputs(groups[name], sites[name].rounding())
             self.report.spend("quantize", start)
         start = time.perf_counter()
         self._propagate(groups, sites, experts, reference_done, advance)
@@ -328,6 +327,11 @@ class _HalfPass:
             first = last
         site.forget()
 
+    def _round_inputs(self, members: Sequence[Linear], rounding: Rounding | None) -> None:
+        shared = None if rounding is None else _once(rounding)
+        for linear in members:
+            round_inputs(self.half.linears[linear.module], shared)
+
     def _propagate(
         self,
         groups: Mapping[str, list[Linear]],
@@ -340,8 +344,7 @@ class _HalfPass:
         current: list[Tensor] = []
         if not self.method.needs_moments:
             for name, members in groups.items():
-                for linear in members:
-                    round_inputs(self.half.linears[linear.module], _watched(sites[name], current))
+                self._round_inputs(members, _observed(sites[name], current))
         if experts is not None:
             experts.round_inputs()
         for number, batch in enumerate(self.batches):
@@ -358,17 +361,25 @@ class _HalfPass:
             self.report.routed = experts.routed.tolist()
 
 
-def _watched(site: Site, current: list[Tensor]) -> Rounding | None:
-    """The site's rounding, which also observes the inputs at the tokens that are not padding. The layers of a site are
-    called with the same tensor one after another: it is rounded once."""
+def _observed(site: Site, current: list[Tensor]) -> Rounding | None:
+    """The site's rounding, which also observes the inputs at the tokens that are not padding."""
     rounding = site.rounding()
     if rounding is None:
         return None
+
+    def rounded(x: Tensor) -> Tensor:
+        site.observe(_tokens(x, current[0]))
+        return rounding(x)
+
+    return rounded
+
+
+def _once(rounding: Rounding) -> Rounding:
+    """The same rounding for layers that are called with the same tensor one after another: done once."""
     last: list[Tensor] = []
 
     def rounded(x: Tensor) -> Tensor:
         if not last or last[0] is not x:
-            site.observe(_tokens(x, current[0]))
             last[:] = [x, rounding(x)]
         return last[1]
 
