@@ -14,6 +14,7 @@ written: it forbids any other key.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from harness.errors import UserError
@@ -127,11 +128,16 @@ class QuantizationConfig:
         """
         if any(_matches(module, pattern) for pattern in self.ignore):
             return None
-        group_of = {target: group for group in self.groups for target in group.targets}
-        for target in sorted(group_of, key=lambda target: (target.startswith("re:"), target)):
+        for target, group in self._by_target.items():
             if _matches(module, target):
-                return group_of[target]
-        return group_of.get("Linear")
+                return group
+        return self._by_target.get("Linear")
+
+    @cached_property
+    def _by_target(self) -> dict[str, Group]:
+        """Groups by target, in the order in which targets are tried."""
+        group_of = {target: group for group in self.groups for target in group.targets}
+        return dict(sorted(group_of.items(), key=lambda item: (item[0].startswith("re:"), item[0])))
 
 
 def _matches(module: str, pattern: str) -> bool:
