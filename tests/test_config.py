@@ -37,7 +37,9 @@ VLLM_NAMES = {
 # What each recipe promises, written down a second time.
 PROMISED = {
     "rtn-a16": dict.fromkeys((ATTENTION, MLP, EXPERTS, SHARED), "NVFP4A16"),
+    "a16": dict.fromkeys((ATTENTION, MLP, EXPERTS, SHARED), "NVFP4A16"),
     "w4a4": dict.fromkeys((ATTENTION, MLP, EXPERTS, SHARED), "NVFP4"),
+    "w4a4-experts": dict.fromkeys((ATTENTION, MLP, EXPERTS), "NVFP4"),
     "w4a4-deltanet": dict.fromkeys((ATTENTION, MLP, EXPERTS, SHARED, DELTANET), "NVFP4"),
     "mixed-fp8": dict.fromkeys((MLP, EXPERTS), "NVFP4") | dict.fromkeys((ATTENTION, SHARED), "FP8_DYNAMIC"),
 }
