@@ -1,6 +1,8 @@
 """Built artifacts: the right bytes, loadable by transformers, and nothing half-made whatever happens."""
 
+import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
@@ -25,8 +28,11 @@ from harness.errors import UserError
 from harness.formats import nvfp4
 from harness.formats.config import NVFP4A16
 from harness.model.checkpoint import INDEX, open_checkpoint
-from harness.quantize.build import MANIFEST, Artifact, build
-from harness.quantize.recipes import RECIPES
+from harness.quantize.build import CALIBRATION, MANIFEST, Artifact, build
+from harness.quantize.layerwise import Calibration
+from harness.quantize.recipes import RECIPES, Recipe
+from harness.quantize.samples import CalibrationSet
+from tests import kill_builds
 from tests.conftest import BESIDE_THE_WEIGHTS, tiny_config
 
 RTN = RECIPES["rtn-a16"]
@@ -295,7 +301,7 @@ def test_a_continued_build_keeps_the_shards_that_are_done(dense_source: Path, tm
     assert {name: (tmp_path / "out" / name).stat().st_ino for name in inodes} == inodes
 
 
-def test_an_unfinished_build_of_another_source_is_begun_again(
+def test_an_unfinished_build_of_another_source_is_refused_and_kept(
     dense_source: Path, damaged: Path, tmp_path: Path
 ) -> None:
     shard = damaged / "model-1.safetensors"
@@ -307,8 +313,12 @@ def test_an_unfinished_build_of_another_source_is_begun_again(
 
     with pytest.raises(KeyboardInterrupt):
         build(damaged, RTN, tmp_path / "out", interrupt)
-    run(dense_source, tmp_path / "out")
-    assert files(tmp_path / "out") == files(run(dense_source, tmp_path / "whole").folder)
+    before = files(tmp_path / "out.partial")
+    with pytest.raises(UserError, match=r"out\.partial holds an unfinished build of another source"):
+        run(dense_source, tmp_path / "out")
+    assert files(tmp_path / "out.partial") == before
+    run(damaged, tmp_path / "out")
+    assert files(tmp_path / "out") == files(run(damaged, tmp_path / "whole").folder)
 
 
 def test_two_builds_of_one_folder_do_not_mix(dense_source: Path, tmp_path: Path) -> None:
@@ -409,7 +419,7 @@ def test_an_output_inside_the_source_is_refused(damaged: Path) -> None:
     "recipe", [recipe for recipe in RECIPES.values() if recipe.needs_calibration], ids=lambda r: r.name
 )
 def test_a_recipe_that_needs_data_is_refused_by_name(dense_source: Path, tmp_path: Path, recipe: Any) -> None:
-    with pytest.raises(UserError, match=rf"Recipe '{recipe.name}' stores scales of activations"):
+    with pytest.raises(UserError, match=rf"Recipe '{recipe.name}' chooses its scales from data"):
         build(dense_source, recipe, tmp_path / "out", lambda *_: None)
     assert list(tmp_path.iterdir()) == []
 
@@ -511,6 +521,161 @@ def test_transformers_loads_an_artifact_and_its_logits_are_those_of_the_decoded_
     assert logits.dtype == torch.bfloat16
     assert torch.equal(logits, expected)
     assert not torch.equal(logits, original)
+
+
+# Calibrated builds: layer by layer, and after any interruption the same bytes.
+
+
+def calibration(seed: int = 0, batch_tokens: int = 64) -> Calibration:
+    """Three samples of random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = tuple(tuple(torch.randint(0, 290, (n,), generator=generator).tolist()) for n in (48, 40, 20))
+    return Calibration(CalibrationSet(samples, {"num_samples": 3}), batch_tokens, 10**6, "cpu")
+
+
+CALIBRATED = RECIPES["w4a4-deltanet"].with_method("search", "gptq")
+
+
+def interrupt_at(layer: float) -> Callable[[int, int, str], None]:
+    """A progress bar that interrupts once so many of the four layers are behind it."""
+
+    def progress(done: int, total: int, description: str) -> None:
+        if description == "calibrate" and done >= total * layer / 4:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def calibrated(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    return build(source, CALIBRATED, out, lambda *_: None, calibration())
+
+
+@pytest.mark.parametrize("layers", [0, 0.4, 1, 2.7, 4])
+def test_a_calibrated_build_continues_in_the_layer_it_was_in_and_ends_with_the_same_bytes(
+    source: Path, calibrated: Artifact, tmp_path: Path, layers: float
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(source, CALIBRATED, tmp_path / "out", interrupt_at(layers), calibration())
+    partial = tmp_path / "out.partial"
+    with pytest.raises(UserError):
+        open_checkpoint(partial)
+    finished = {path.name: path.stat().st_ino for path in partial.glob("layer-*.safetensors")}
+    # The last tokens of a layer are told before its file is closed.
+    assert len(finished) == max(0, math.ceil(layers) - 1)
+    kept = []
+
+    def look(done: int, total: int, description: str) -> None:
+        if description == "build" and not kept:
+            kept.append({name: (partial / name).stat().st_ino for name in finished})
+
+    again = build(source, CALIBRATED, tmp_path / "out", look, calibration())
+    assert kept == [finished], "finished layers are not made again"
+    assert not again.reused
+    assert again.digest == calibrated.digest
+    assert files(tmp_path / "out") == files(calibrated.folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_calibrated_artifact_says_what_it_was_calibrated_on(calibrated: Artifact) -> None:
+    said = json.loads((calibrated.folder / CALIBRATION).read_text())
+    assert said["calibration"] == calibration().samples.manifest
+    assert [layer["index"] for layer in said["layers"]] == [0, 1, 2, 3]
+    identity = json.loads((calibrated.folder / MANIFEST).read_text())["identity"]
+    assert identity["calibration"]["samples"] == calibration().samples.digest
+    assert calibrated.num_calibration_tokens == 48 + 40 + 20
+
+
+def test_memory_for_hidden_states_changes_no_byte(source: Path, calibrated: Artifact, tmp_path: Path) -> None:
+    little = dataclasses.replace(calibration(), hidden_bytes=0)
+    assert build(source, CALIBRATED, tmp_path / "out", lambda *_: None, little).digest == calibrated.digest
+
+
+OTHERS: dict[str, tuple[Recipe, Calibration | None, str]] = {
+    "calibration set": (CALIBRATED, calibration(seed=1), "on another calibration set"),
+    "batches": (CALIBRATED, calibration(batch_tokens=1), "on another calibration set"),
+    "scales": (
+        CALIBRATED.with_method("absmax"),
+        calibration(),
+        "'w4a4-deltanet' with scales 'search' and codes 'gptq'",
+    ),
+    "codes": (CALIBRATED.with_method(codes="rtn"), calibration(), "with scales 'search' and codes 'gptq'"),
+    "recipe": (RECIPES["w4a4"], calibration(), "recipe 'w4a4-deltanet', not of 'w4a4'"),
+    "no calibration": (RTN, None, "recipe 'w4a4-deltanet', not of 'rtn-a16'"),
+}
+
+
+@pytest.mark.parametrize(("recipe", "other", "words"), OTHERS.values(), ids=list(OTHERS))
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_folder_of_another_build_is_refused_by_what_differs_and_left_alone(
+    dense_source: Path, tmp_path: Path, recipe: Recipe, other: Calibration | None, words: str, finished: bool
+) -> None:
+    if finished:
+        build(dense_source, CALIBRATED, tmp_path / "out", lambda *_: None, calibration())
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            build(dense_source, CALIBRATED, tmp_path / "out", interrupt_at(1.5), calibration())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    what = "an artifact" if finished else "an unfinished build"
+    with pytest.raises(UserError, match=f"holds {what} of .*{words}") as caught:
+        build(dense_source, recipe, tmp_path / "out", lambda *_: None, other)
+    assert caught.value.remedy
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+BAD_WEIGHTS = ["layers.2.mlp.up_proj.weight", "layers.1.input_layernorm.weight", "layers.0.linear_attn.A_log"]
+
+
+@pytest.mark.parametrize("name", [*BAD_WEIGHTS, "layers.3.self_attn.q_norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_calibrated_build_refuses_nan_wherever_it_is(damaged: Path, tmp_path: Path, name: str, value: float) -> None:
+    name = name if name.startswith("lm_head") else f"model.language_model.{name}"
+
+    def damage(weight: Tensor) -> Tensor:
+        weight.view(-1)[-1] = value
+        return weight
+
+    change_weight(name, damage)(damaged)
+    with pytest.raises(UserError, match=rf"{name} in model-\d\.safetensors holds NaN or infinite weights"):
+        build(damaged, CALIBRATED, tmp_path / "out", lambda *_: None, calibration())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_nan_in_one_expert_is_refused(moe_source: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(moe_source, tmp_path / "source"))
+    name = "model.language_model.layers.1.mlp.experts.down_proj"
+    change_weight(name, fill(float("nan")))(source)
+    with pytest.raises(UserError, match=rf"{name} in .* holds NaN"):
+        build(source, RECIPES["w4a4-experts"], tmp_path / "out", lambda *_: None, calibration())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_calibration_that_does_not_fit_into_memory_is_refused_before_anything_is_written(
+    dense_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=500 * 10**6))
+    with pytest.raises(UserError, match=r"Calibrating takes about 0\.7 GB of memory .* and 0\.5 GB are free"):
+        build(dense_source, CALIBRATED, tmp_path / "out", lambda *_: None, calibration())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hidden_states_and_layers_count_as_disk(
+    dense_source: Path, calibrated: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(count.output_bytes for count in calibrated.counts)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size + 10_000))
+    with pytest.raises(UserError, match="GB free"):
+        build(dense_source, CALIBRATED, tmp_path / "out", lambda *_: None, calibration())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibrated_build_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    outcome = kill_builds.kill_builds(tmp_path, points=2, seed=1, codes="rtn")
+    assert len(outcome) == 2
+    assert all(one.identical for one in outcome), outcome
 
 
 PEAK_MEMORY = """
