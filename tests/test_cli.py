@@ -175,9 +175,45 @@ def unknown_engine(place: Path) -> list[str]:
     return ["ppl", "--engine", "torhc", "--variant", "source"]
 
 
+def unknown_scales(place: Path) -> list[str]:
+    return [*BUILD, "--scales", "serch"]
+
+
+def unknown_codes(place: Path) -> list[str]:
+    return [*BUILD, "--codes", "gtpq"]
+
+
+def method_without_a_source(place: Path) -> list[str]:
+    return ["build", "--codes", "rtn"]
+
+
+def method_without_a_recipe(place: Path) -> list[str]:
+    return ["plan", "source", "--codes", "rtn"]
+
+
+def calibration_that_is_nowhere(place: Path) -> list[str]:
+    return ["build", "source", "--recipe", "w4a4", "--out", "out", "--calibration", "nowhere.toml"]
+
+
+def calibration_with_a_misspelt_key(place: Path) -> list[str]:
+    (place / "set.toml").write_text('batch_tokns = 1\n[[sources]]\ndemo = "train"\nsamples = 1\nmax_tokens = 9\n')
+    return ["build", "source", "--recipe", "w4a4", "--out", "out", "--calibration", "set.toml"]
+
+
+def plan_of_too_little_memory(place: Path) -> list[str]:
+    return ["plan", "source", "--recipe", "w4a4", "--memory-gb", "0.1"]
+
+
 @pytest.mark.parametrize(
     ("situation", "sentence"),
     [
+        (unknown_scales, "Did you mean 'search'?"),
+        (unknown_codes, "Did you mean 'gptq'?"),
+        (method_without_a_source, "go with a SOURCE"),
+        (method_without_a_recipe, "go with a --recipe"),
+        (calibration_that_is_nowhere, "nowhere.toml"),
+        (calibration_with_a_misspelt_key, "Did you mean 'batch_tokens'?"),
+        (plan_of_too_little_memory, "and 0.1 GB are free"),
         (suite_with_a_misspelt_key, "Did you mean 'recipe'?"),
         (suite_with_an_unknown_recipe, "Did you mean 'rtn-a16'?"),
         (unknown_variant, "Did you mean 'a16'?"),
@@ -318,3 +354,50 @@ def test_an_interrupted_command_exits_130_without_a_traceback(place: Path) -> No
 def test_progress_is_silent_where_stderr_is_no_terminal(place: Path) -> None:
     command = [sys.executable, "-m", "harness", *BUILD]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
+
+
+SAMPLES = """
+batch_tokens = 128
+hidden_memory_gb = 0.01
+[[sources]]
+demo = "train"
+samples = 2
+max_tokens = 64
+seed = 0
+"""
+
+
+def test_a_calibrated_build_from_the_command_line_says_what_went_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set.toml").write_text(SAMPLES)
+    command = ["build", "demo:dense", "--recipe", "w4a4", "--scales", "search", "--codes", "rtn"]
+    command += ["--calibration", "set.toml"]
+    assert main([*command, "--out", "one"]) == 0
+    assert "128 calibration tokens through 8 layers" in capsys.readouterr().out
+    assert main([*command, "--out", "two", "--json"]) == 0
+    (built,) = json.loads(capsys.readouterr().out)
+    assert built["num_calibration_tokens"] == 128
+    assert [layer["index"] for layer in built["layers"]] == list(range(8))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    identity = json.loads((tmp_path / "one/harness-build.json").read_text())["identity"]
+    assert (identity["method"]["scales"], identity["method"]["codes"]) == ("search", "rtn")
+
+
+def test_plan_says_what_a_calibration_will_hold(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def memory(*options: str) -> dict[str, int] | None:
+        assert main(["plan", "source", *options, "--json"]) == 0
+        found: dict[str, int] | None = json.loads(capsys.readouterr().out)["calibration_memory"]
+        return found
+
+    assert memory("--recipe", "rtn-a16") is None
+    plain = memory("--recipe", "w4a4", "--scales", "absmax", "--codes", "rtn")
+    both = memory("--recipe", "w4a4", "--codes", "gptq", "--hidden-gb", "2")
+    assert plain is not None
+    assert both is not None
+    assert both["layer"] == 2 * plain["layer"]
+    assert both["hidden"] == 2 * 10**9
+    assert both["total"] == sum(size for name, size in both.items() if name != "total")
+    assert main(["plan", "source", "--recipe", "w4a4"]) == 0
+    assert "one layer at a time" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.model.census import source_tensors
-from harness.quantize.plan import plan, quantized
+from harness.quantize.plan import CalibrationMemory, calibration_memory, check_memory, plan, quantized
 from harness.quantize.recipes import RECIPES, Recipe, recipe_named
 from tests.conftest import census, published_config, tiny_config
 
@@ -95,3 +95,52 @@ def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match="There is no recipe 'rtn-a17'") as caught:
         recipe_named("rtn-a17")
     assert caught.value.remedy.startswith("Did you mean 'rtn-a16'?")
+
+
+# What calibration holds in memory, by hand for a model of hidden width 64.
+
+
+def memory(name: str, codes: str, scales: str = "absmax", model: str = "qwen3.5-9b") -> CalibrationMemory:
+    config, _ = census(tiny_config(model))
+    recipe = RECIPES[name].with_method(scales, codes)
+    return calibration_memory(config, recipe, batch_tokens=100, hidden_bytes=5000, item_bytes=4)
+
+
+def test_one_layer_is_the_largest_once_or_twice_where_the_unquantized_one_goes_along() -> None:
+    mlp, norms = 3 * 96 * 64, 2 * 64
+    attention = 64 * (2 * 128 + 2 * 64 + 128) + 2 * 32  # q with its gate, k, v, o; the norms of q and k
+    deltanet = (
+        64 * (128 + 64 + 2 * 4 + 64) + 128 * 4 + 2 * 4 + 16
+    )  # qkv, z, a and b, out; conv1d, A_log and dt_bias, norm
+    layer = 4 * (mlp + norms + max(attention, deltanet))
+    assert memory("w4a4", "rtn").layer == layer
+    assert memory("w4a4", "gptq").layer == 2 * layer
+
+
+def test_experts_stay_in_the_16_bits_they_are_stored_in() -> None:
+    """Of 4 experts of width 32, 3 x 4 x 32 x 64 weights are 2 bytes smaller each than in float32."""
+    wide = memory("w4a4", "rtn", model="qwen3.6-35b-a3b").layer
+    router, shared, gate = 4 * 64, 3 * 48 * 64, 64
+    attention = 64 * (2 * 128 + 2 * 64 + 128) + 2 * 32
+    assert wide == 4 * (router + shared + gate + attention + 2 * 64) + 2 * 3 * 4 * 32 * 64
+
+
+def test_statistics_are_two_matrices_an_input_for_gptq_a_row_for_the_weighted_search_and_else_nothing() -> None:
+    widths = (64, 128, 64, 96)  # into qkv, o, gate and up, down
+    assert memory("w4a4", "gptq").statistics == 2 * 4 * sum(width**2 for width in widths)
+    assert memory("w4a4", "rtn", "weighted-search").statistics == 4 * sum(widths)
+    assert memory("w4a4", "rtn").statistics == 0
+    # Every expert has statistics of its own for its down projection, and all of them one for their input.
+    widths = (64, 128, 64, 64, 48, *[32] * 4)  # qkv, o; experts, shared gate and up, shared down; experts' down
+    assert memory("w4a4", "gptq", model="qwen3.6-35b-a3b").statistics == 2 * 4 * sum(width**2 for width in widths)
+
+
+def test_a_calibration_larger_than_memory_is_refused_and_one_that_fits_is_not() -> None:
+    needed = memory("w4a4", "gptq")
+    assert needed.hidden == 5000
+    parts = needed.layer + needed.statistics + needed.work + needed.activations + needed.hidden + needed.interpreter
+    assert needed.total == parts
+    check_memory(needed, needed.total)
+    with pytest.raises(UserError, match=r"Calibrating takes about 0\.7 GB of memory") as caught:
+        check_memory(needed, needed.total - 1)
+    assert "hidden_memory_gb" in caught.value.remedy
