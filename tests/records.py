@@ -161,6 +161,33 @@ VERIFY: list[dict[str, Any]] = [
 ]
 
 
+def sensitivities(
+    role: str, errors: dict[int, tuple[float | None, float | None, float | None]]
+) -> list[dict[str, Any]]:
+    """Samples of one group: by layer its layer errors in NVFP4A16, NVFP4 and FP8, which takes 1,000 bytes more."""
+    return [
+        {
+            "kind": "sensitivity",
+            "index": layer,
+            "role": role,
+            "format": form,
+            "output_error": error,
+            "layer_error": error,
+            "num_weights": 2048,
+            "extra_bytes": 1000 if form == "FP8_DYNAMIC" else 0,
+        }
+        for layer, row in errors.items()
+        for form, error in zip(("NVFP4A16", "NVFP4", "FP8_DYNAMIC"), row, strict=True)
+    ]
+
+
+SENSITIVITY: list[dict[str, Any]] = [
+    *sensitivities("linear_attn.out_proj", {0: (0.01, 0.02, 0.001), 1: (0.02, 0.04, 0.001), 2: (0.03, 0.03, 0.001)}),
+    *sensitivities("self_attn.o_proj", {3: (0.02, 0.05, 0.002)}),
+    *sensitivities("mlp.down_proj", dict.fromkeys(range(4), (0.001, 0.002, 0.0001))),
+]
+
+
 def demo_records() -> list[Record]:
     """A whole set for the suite 'demo': the source and the variant nvfp4a16."""
     noise = [0.1 * math.sin(i) for i in range(7)]

@@ -12,7 +12,7 @@ from harness.errors import UserError
 from harness.record.results import Record, RunWriter, read_all
 from harness.report import card, plots
 from harness.suite import Suite, load
-from tests.records import BUILD, ENGINE, decodes, demo_records, make_record, windows
+from tests.records import BUILD, ENGINE, SENSITIVITY, decodes, demo_records, make_record, windows
 
 SUITE = """
 name = "demo"
@@ -145,6 +145,35 @@ def test_runs_of_different_artifacts_of_a_variant_are_pointed_out(suite: Suite) 
 def test_the_commands_that_were_run_are_listed_once(suite: Suite) -> None:
     text = text_of(suite, demo_records())
     assert text.count("harness ppl --suite suites/demo.toml\n") == 1
+
+
+def test_sensitivities_have_a_section_and_a_figure_only_where_they_were_measured(suite: Suite) -> None:
+    without = rendered(suite, demo_records())
+    record = make_record("sensitivity", "source", SENSITIVITY)
+    files = rendered(suite, [*demo_records(), record])
+    assert sorted(set(files) - set(without)) == ["reports/demo/sensitivity.png", "reports/demo/sensitivity.svg"]
+    assert "## Sensitivity" not in without[CARD].decode()
+    section = files[CARD].decode().split("## Sensitivity\n\n")[1].split("\n## ")[0]
+    assert section.startswith("FP8 gains most for its bytes in self_attn.o_proj")
+    assert "(sensitivity.png)" in section and f"[{record.run.run_id}](" in section
+    digests = {plots.embedded_digest(files[f"reports/demo/sensitivity.{kind}"]) for kind in ("png", "svg")}
+    assert len(digests) == 1 and digests != {None} and digests != {plots.embedded_digest(files[PNG])}
+    assert without[PNG] == files[PNG]
+
+
+def test_the_heat_map_is_stale_only_if_an_error_changed() -> None:
+    cells = [plots.Cell(layer, "mlp.down_proj", "NVFP4", 0.01 * (layer + 1)) for layer in range(3)]
+    figure = plots.heat_map([*cells, plots.Cell(3, "mlp.down_proj", "NVFP4", None)])
+    assert figure == plots.heat_map([*cells, plots.Cell(3, "mlp.down_proj", "NVFP4", None)])
+    other = plots.heat_map([*cells, plots.Cell(3, "mlp.down_proj", "NVFP4", 0.02)])
+    name = "sensitivity.svg"
+    assert plots.embedded_digest(figure[name]) != plots.embedded_digest(other[name])
+
+
+@pytest.mark.parametrize("errors", [[None], [0.0, 0.01], [0.01], [0.01] * 64])
+def test_a_heat_map_can_be_drawn_of_anything(errors: list[float | None]) -> None:
+    made = plots.heat_map([plots.Cell(layer, "mlp.down_proj", "NVFP4", error) for layer, error in enumerate(errors)])
+    assert made["sensitivity.png"].startswith(b"\x89PNG")
 
 
 def test_findings_are_shown_and_a_clean_artifact_is_said_to_be_clean(suite: Suite) -> None:

@@ -15,10 +15,12 @@ from tests.records import (
     DATASET,
     ENGINE,
     MEMORY,
+    SENSITIVITY,
     VERIFY,
     decodes,
     make_record,
     prefills,
+    sensitivities,
     windows,
 )
 
@@ -208,6 +210,41 @@ def test_an_exact_round_trip_has_no_signal_to_noise_ratio() -> None:
     assert tables.shown("snr_db", row(frame, role="norm")["snr_db"]) == "—"
 
 
+# -- Sensitivity -------------------------------------------------------------------------------------------------
+
+
+def test_sensitivities_are_medians_over_layers_the_worst_group_first() -> None:
+    frame = tables.sensitivity({"source": make_record("sensitivity", "source", SENSITIVITY)})
+    assert list(frame["role"]) == ["self_attn.o_proj", "linear_attn.out_proj", "mlp.down_proj"]
+    deltanet = row(frame, role="linear_attn.out_proj")
+    assert deltanet["NVFP4"] == tables.Spread(median=0.03, largest=0.04, layer=1)
+    assert (deltanet["num_layers"], deltanet["fp8_extra_bytes"]) == (3, 3000)
+    assert deltanet["fp8_gain_per_gb"] == pytest.approx((0.02 + 0.04 + 0.03 - 3 * 0.001) / 3000 * 1e9)
+    assert "3 % (layer 1: 4 %)" in tables.text(frame)
+    assert json.loads(json.dumps(tables.rows(frame)))[0]["NVFP4"] == {"median": 0.05, "largest": 0.05, "layer": 3}
+
+
+def test_sentences_say_where_fp8_pays_and_how_deltanet_compares() -> None:
+    first, second = tables.sensitivity_words(
+        tables.sensitivity({"source": make_record("sensitivity", "source", SENSITIVITY)})
+    )
+    assert "FP8 gains most for its bytes in self_attn.o_proj: median layer error 5 % in NVFP4 and 0.2 % in FP8" in first
+    assert "1.00 kB more in 1 layer." in first
+    assert second == (
+        "NVFP4 costs most in self_attn.o_proj (median layer error 5 %), and in DeltaNet in linear_attn.out_proj (3 %)."
+    )
+
+
+def test_a_group_without_outputs_is_a_dash_and_last() -> None:
+    samples = [*sensitivities("mlp.gate_up_proj", {0: (None, None, None)}), *SENSITIVITY]
+    frame = tables.sensitivity({"source": make_record("sensitivity", "source", samples)})
+    assert list(frame["role"])[-1] == "mlp.gate_up_proj"
+    assert tables.shown("NVFP4", frame["NVFP4"].iloc[-1]) == "—"
+    assert len(tables.sensitivity_words(frame)) == 2
+    nothing = tables.sensitivity({"source": make_record("sensitivity", "source", samples[:3])})
+    assert tables.sensitivity_words(nothing) == []
+
+
 # -- Selection and layout ----------------------------------------------------------------------------------------
 
 
@@ -268,6 +305,7 @@ def test_rows_are_json_with_estimates_as_objects() -> None:
         ("build", BUILD, 1),
         ("verify", VERIFY, 1),
         ("ppl", windows(8.0), 1),
+        ("sensitivity", SENSITIVITY, 1),
         ("bench", decodes(0.1) + prefills(0.1) + MEMORY, 3),
         ("bench", decodes(0.1), 1),
     ],

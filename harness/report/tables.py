@@ -232,7 +232,7 @@ def sensitivity_words(frame: pd.DataFrame) -> list[str]:
     words = [
         f"FP8 gains most for its bytes in {best['role']}: median layer error {median(best)} in NVFP4 and "
         f"{median(best, 'FP8_DYNAMIC')} in FP8, for {format_bytes(best['fp8_extra_bytes'])} more in "
-        f"{best['num_layers']} layers."
+        f"{best['num_layers']} {'layer' if best['num_layers'] == 1 else 'layers'}."
     ]
     worst = f"NVFP4 costs most in {rows[0]['role']} (median layer error {median(rows[0])})"
     is_deltanet = [row["role"].startswith("linear_attn.") for row in rows]
