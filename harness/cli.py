@@ -356,6 +356,7 @@ def _built_as_json(artifact: "Artifact") -> dict[str, Any]:
         "output_bytes": sum(count.output_bytes for count in artifact.counts),
         "stage_seconds": dict(artifact.stage_seconds),
         "num_calibration_tokens": artifact.num_calibration_tokens,
+        "planned_memory_bytes": artifact.planned_memory_bytes,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_vram_bytes": artifact.peak_vram_bytes,
         "layers": list(artifact.layers),
@@ -364,7 +365,10 @@ def _built_as_json(artifact: "Artifact") -> dict[str, Any]:
 
 def _calibration_lines(artifact: "Artifact") -> Iterator[str]:
     """What calibration has to say of a new artifact."""
-    if not artifact.layers:
+    from harness.record.provenance import peak_rss_bytes
+    from harness.report.tables import format_bytes
+
+    if not artifact.layers or artifact.planned_memory_bytes is None:
         return
     seconds = sum(layer["seconds"]["total"] for layer in artifact.layers)
     tokens = artifact.num_calibration_tokens
@@ -372,6 +376,8 @@ def _calibration_lines(artifact: "Artifact") -> Iterator[str]:
         f"{tokens:,} calibration tokens through {len(artifact.layers)} layers: "
         f"{seconds / len(artifact.layers):.1f} s and {tokens * len(artifact.layers) / seconds:,.0f} tokens/s a layer"
     )
+    if (peak := peak_rss_bytes()) is not None:
+        yield f"peak memory {format_bytes(peak)} of {format_bytes(artifact.planned_memory_bytes)} planned"
     groups = [group for layer in artifact.layers for group in layer["groups"] if group["rtn_error"]]
     if groups:
         share = sum(group["error"] for group in groups) / sum(group["rtn_error"] for group in groups)

@@ -157,8 +157,11 @@ def build_variant(job: Job, variant: str) -> builder.Artifact:
                     routed = {"index": layer["index"], "expert": expert, "num_tokens": num_tokens}
                     writer.sample({"kind": "expert", **routed})
             if artifact.layers:
-                vram = {"peak_vram_bytes": artifact.peak_vram_bytes}
-                writer.sample({"kind": "calibration", "num_tokens": artifact.num_calibration_tokens, **vram})
+                memory = {
+                    "planned_memory_bytes": artifact.planned_memory_bytes,
+                    "peak_vram_bytes": artifact.peak_vram_bytes,
+                }
+                writer.sample({"kind": "calibration", "num_tokens": artifact.num_calibration_tokens, **memory})
             writer.finish()
     return artifact
 

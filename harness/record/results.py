@@ -118,7 +118,11 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
         },
         "stage": {"name": _is_text, "seconds": _is_number},
         "totals": {"peak_rss_bytes": _is_count_or_null, "output_bytes": _is_count},
-        "calibration": {"num_tokens": _is_positive_count, "peak_vram_bytes": _is_count_or_null},
+        "calibration": {
+            "num_tokens": _is_positive_count,
+            "planned_memory_bytes": _is_positive_count,
+            "peak_vram_bytes": _is_count_or_null,
+        },
         "layer": {"index": _is_count, "seconds": _are_named_times},
         "group": {
             "index": _is_count,
