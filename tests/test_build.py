@@ -578,6 +578,20 @@ def test_a_calibrated_build_continues_in_the_layer_it_was_in_and_ends_with_the_s
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_calibrated_build_continues_among_its_shards_too(source: Path, calibrated: Artifact, tmp_path: Path) -> None:
+    def interrupt(*_: Any) -> None:
+        if (tmp_path / "out.partial" / "model-2.safetensors").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(source, CALIBRATED, tmp_path / "out", interrupt, calibration())
+    inodes = {path.name: path.stat().st_ino for path in (tmp_path / "out.partial").glob("model-*.safetensors")}
+    assert set(inodes) == {"model-1.safetensors", "model-2.safetensors"}
+    assert build(source, CALIBRATED, tmp_path / "out", lambda *_: None, calibration()).digest == calibrated.digest
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in inodes} == inodes
+    assert files(tmp_path / "out") == files(calibrated.folder)
+
+
 def test_a_calibrated_artifact_says_what_it_was_calibrated_on(calibrated: Artifact) -> None:
     said = json.loads((calibrated.folder / CALIBRATION).read_text())
     assert said["calibration"] == calibration().samples.manifest
