@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.qwen3_5 import modeling_qwen3_5
@@ -114,6 +115,8 @@ class TextModel:
         check: Callable[[TensorEntry, Tensor], object] = lambda _entry, _values: None,
     ) -> None:
         self._checkpoint, self.device, self.dtype, self._check = checkpoint, device, dtype, check
+        # transformers warns on stderr, a line for each layer, that it uses its reference DeltaNet.
+        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True).get_text_config()
         config._attn_implementation = "sdpa"
         self._config: Any = config
