@@ -340,12 +340,12 @@ def test_an_interrupted_command_exits_130_without_a_traceback(place: Path) -> No
         env=environment,
     )
     results = place / "results"
-    for _ in range(600):
+    for _ in range(1800):
         if any(results.rglob(".*.tmp")):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "interrupted" in err

@@ -79,12 +79,16 @@ def gptq(w: Tensor, target: Tensor, decode_scales: Tensor, moments: Tensor, damp
 
 
 def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The upper Cholesky factor of H⁻¹, columns in `order [n, in]`, and the damping it took."""
+    """The upper factor U of H⁻¹ = Uᵀ U, columns in `order [n, in]`, and the damping it took.
+
+    H is factored from its last column to its first, H = R Rᵀ with R upper, and U = R⁻¹: an inverse of H itself may
+    have lost its definiteness to rounding.
+    """
     ordered = moments.gather(1, order[:, :, None].expand_as(moments))
     ordered = ordered.gather(2, order[:, None, :].expand_as(ordered))
-    factor, used = _cholesky(ordered, damping)
-    inverse = torch.cholesky_inverse(factor)
-    return torch.linalg.cholesky(inverse, upper=True), used
+    factor, used = _cholesky(ordered.flip(1, 2), damping)
+    identity = torch.eye(moments.shape[-1], device=moments.device).expand_as(moments)
+    return torch.linalg.solve_triangular(factor.flip(1, 2), identity, upper=True), used
 
 
 def _compensated(target: Tensor, scales: Tensor, order: Tensor, upper: Tensor) -> Tensor:
