@@ -233,9 +233,12 @@ def _plan(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     if not options.recipe and (options.scales or options.codes):
         raise UserError("--scales and --codes go with a --recipe.", "Name one.")
     recipe = recipe_named(options.recipe).with_method(options.scales, options.codes) if options.recipe else None
+    needs_calibration = recipe is not None and recipe.needs_calibration
+    if options.memory_gb and not needs_calibration:
+        raise UserError("--memory-gb is about calibration, and nothing is calibrated.", "Name a calibrated recipe.")
     config, plan = plan_source(options.source, recipe, options.revision)
     memory = None
-    if recipe is not None and recipe.needs_calibration:
+    if recipe is not None and needs_calibration:
         hidden = round(options.hidden_gb * 1e9)
         memory = calibration_memory(
             config, recipe, batch_tokens=options.batch_tokens, hidden_bytes=hidden, item_bytes=COMPUTED_BYTES
@@ -331,7 +334,9 @@ def _build(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
         recipe = recipe_named(options.recipe).with_method(options.scales, options.codes)
         with _progress() as progress:
             source, calibration = find_source(options.source), None
-            if options.calibration and recipe.needs_calibration:
+            if options.calibration and not recipe.needs_calibration:
+                raise UserError(f"Recipe '{recipe.name}' looks at no data.", "Leave --calibration out.")
+            if options.calibration:
                 calibration = read_calibration(*load_calibration(options.calibration), source, progress)
             built = [build(source, recipe, options.out, progress, calibration)]
     if options.json:

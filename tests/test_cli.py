@@ -330,6 +330,24 @@ def test_a_results_file_without_its_end_is_skipped_and_named(place: Path, capsys
     assert "cut.jsonl is not used" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (
+            ["build", "demo:dense", "--recipe", "rtn-a16", "--calibration", "set.toml", "--out", "out"],
+            "looks at no data",
+        ),
+        (["plan", "demo:dense", "--recipe", "rtn-a16", "--memory-gb", "8"], "nothing is calibrated"),
+    ],
+)
+def test_options_of_calibration_are_refused_where_nothing_is_calibrated(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+) -> None:
+    assert main(arguments) == 2
+    assert problem in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
 def test_an_interrupted_command_exits_130_without_a_traceback(place: Path) -> None:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
