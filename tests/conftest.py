@@ -5,6 +5,7 @@ written by safetensors itself, over three shards in turn, so that the layers a g
 """
 
 import json
+import signal
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ BESIDE_THE_WEIGHTS = {
     "generation_config.json": b'{"eos_token_id": [1, 2]}',
 }
 """Files that a build must copy unread; their contents are odd on purpose."""
+
+
+def hear_interruptions() -> None:
+    """For a child process: a shell starts background jobs deaf to SIGINT, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def published_config(name: str) -> dict[str, Any]:

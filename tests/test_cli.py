@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.cli import main
 from harness.model.checkpoint import INDEX
-from tests.conftest import DATA
+from tests.conftest import DATA, hear_interruptions
 
 Situation = Callable[[Path], list[str]]
 """Prepares a folder that holds a copy of a tiny checkpoint as `source`, and says what to run in it."""
@@ -356,6 +356,7 @@ def test_an_interrupted_command_exits_130_without_a_traceback(place: Path) -> No
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        preexec_fn=hear_interruptions,
     )
     results = place / "results"
     for _ in range(1800):

@@ -25,8 +25,8 @@ from harness.peers.contest import COPY, QUALITY, Contestant, Group, Ours, Race, 
 from harness.peers.stopwatch import timed
 from harness.quantize.recipes import recipe_named
 from harness.record.results import Record
+from tests.conftest import census, hear_interruptions, tiny_config
 
-from .conftest import census, tiny_config
 from .records import make_record
 
 FAILING = Theirs("model_free_ptq", "NVFP4A16", "rtn-a16")
@@ -90,12 +90,14 @@ def test_an_interruption_ends_what_is_being_timed(tmp_path: Path) -> None:
     sleeper = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
     code = f"from harness.peers.stopwatch import timed; from pathlib import Path; import sys; \
 timed([sys.executable, '-S', '-c', {sleeper!r}], Path('log'))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL, preexec_fn=hear_interruptions
+    )
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    process.wait()
+    process.wait(timeout=60)
     child = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 20
     while is_running(child):
