@@ -39,7 +39,7 @@ def device_named(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cpu" and not name.startswith("cuda"):
-        raise UserError(f"There is no device '{name}'.", "Use cpu, cuda or auto.")
+        raise UserError(f"torch does not know the device '{name}'.", "Use cpu, cuda or auto.")
     if name != "cpu" and not torch.cuda.is_available():
         raise UserError(f"Device '{name}' was asked for, but torch {torch.__version__} sees none.", "Use cpu.")
     return torch.device(name)

@@ -43,6 +43,7 @@ from transformers.cache_utils import DynamicCache
 
 from harness.engines import decoding
 from harness.engines.decoding import formats_of
+from harness.engines.layers import device_named
 from harness.engines.protocol import Decoded, Engine, EngineInfo, Memory
 from harness.errors import UserError, did_you_mean
 from harness.formats.config import Format, parse
@@ -59,7 +60,7 @@ class TorchEngine(Engine):
     def __init__(self, folder: Path, *, dtype: str = "bfloat16", device: str = "auto") -> None:
         if dtype not in DTYPES:
             raise UserError(f"The torch engine does not compute in '{dtype}'.", did_you_mean(dtype, DTYPES))
-        self._device = _resolve_device(device)
+        self._device = device_named(device)
         _set_threads()
         _reset_peak_memory(self._device)
         # transformers warns on stderr that it uses its reference DeltaNet; `info.kernels` says that instead.
@@ -183,16 +184,6 @@ def _batches(windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list
         equal = list(run)
         for start in range(0, len(equal), batch_size):
             yield equal[start : start + batch_size]
-
-
-def _resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not device.startswith("cuda"):
-        raise UserError(f"The torch engine does not know the device '{device}'.", "Use cpu, cuda or auto.")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"Device '{device}' was asked for, but torch {torch.__version__} sees none.", "Use cpu.")
-    return torch.device(device)
 
 
 def _set_threads() -> None:
