@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import __version__
+from harness.allocator import keep_freed_memory
 from harness.errors import UserError
 from harness.suite import SOURCE, Suite, load
 
@@ -31,6 +32,7 @@ _MOST_FINDINGS = 20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code."""
+    keep_freed_memory()
     given = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser()
     options = parser.parse_args(given)
@@ -227,7 +229,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _plan(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     from harness.quantize.plan import COMPUTED_BYTES, calibration_memory, check_memory
     from harness.quantize.recipes import recipe_named
-    from harness.report.tables import format_bytes
+    from harness.report.numbers import format_bytes
     from harness.stages import plan_source
 
     if not options.recipe and (options.scales or options.codes):
@@ -312,7 +314,7 @@ def _plan(options: argparse.Namespace, _: tuple[str, ...]) -> int:
 def _build(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from harness.quantize.build import build
     from harness.quantize.recipes import recipe_named
-    from harness.report.tables import format_bytes
+    from harness.report.numbers import format_bytes
     from harness.stages import build_variant, chosen_variants, find_source, read_calibration
     from harness.suite import load_calibration
 
@@ -371,7 +373,7 @@ def _built_as_json(artifact: "Artifact") -> dict[str, Any]:
 def _calibration_lines(artifact: "Artifact") -> Iterator[str]:
     """What calibration has to say of a new artifact."""
     from harness.record.provenance import peak_rss_bytes
-    from harness.report.tables import format_bytes
+    from harness.report.numbers import format_bytes
 
     if not artifact.layers or artifact.planned_memory_bytes is None:
         return
@@ -562,7 +564,7 @@ def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
 def _synthesize(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     from harness.demo.synthesize import synthesize
     from harness.model.checkpoint import read_json
-    from harness.report.tables import format_bytes
+    from harness.report.numbers import format_bytes
 
     with _progress() as progress:
         total = synthesize(

@@ -11,7 +11,7 @@ import harness
 
 ROOT = Path(harness.__file__).parent
 FLOORS = {
-    0: ("harness", "errors", "progress"),
+    0: ("harness", "allocator", "errors", "progress"),
     1: ("formats",),
     2: ("model", "record", "suite"),
     3: ("engines",),

@@ -9,7 +9,7 @@ import pytest
 
 from harness.record import stats
 from harness.record.results import Record
-from harness.report import tables
+from harness.report import numbers, tables
 from tests.records import (
     BUILD,
     DATASET,
@@ -329,7 +329,7 @@ def test_the_runs_table_names_engine_machine_versions_and_commit() -> None:
     ("num_bytes", "words"), [(0, "0.00 B"), (999, "999.00 B"), (11_034_000, "11.03 MB"), (18.82e9, "18.82 GB")]
 )
 def test_bytes_are_decimal(num_bytes: float, words: str) -> None:
-    assert tables.format_bytes(num_bytes) == words
+    assert numbers.format_bytes(num_bytes) == words
 
 
 def test_paths_in_records_do_not_matter_to_a_frame() -> None:

@@ -21,11 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers.models.qwen3_5 import modeling_qwen3_5
-from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 from harness.engines.emulation import ExpertRounding, round_expert_inputs
 from harness.errors import UserError
@@ -114,10 +110,15 @@ class TextModel:
         dtype: torch.dtype,
         check: Callable[[TensorEntry, Tensor], object] = lambda _entry, _values: None,
     ) -> None:
+        # Here, since they take seconds to import, and most of what imports this module builds no layer.
+        import transformers
+        from transformers.models.qwen3_5 import modeling_qwen3_5
+        from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+
         self._checkpoint, self.device, self.dtype, self._check = checkpoint, device, dtype, check
         # transformers warns on stderr, a line for each layer, that it uses its reference DeltaNet.
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True).get_text_config()
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True).get_text_config()
         config._attn_implementation = "sdpa"
         self._config: Any = config
         self._is_moe = "moe" in config.model_type

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import struct
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -88,12 +89,10 @@ class Checkpoint:
         total = entry.num_elements // max(width, 1)
         count = total - first if count is None else count
         row_bytes = num_bytes(entry.dtype, (width,))
-        data = bytearray(count * row_bytes)
+        read = torch.empty((count, width), dtype=TORCH_DTYPE[entry.dtype])
         with (self.folder / entry.shard).open("rb") as file:
-            _read_into(file, memoryview(data), entry.offset + first * row_bytes, self.folder / entry.shard)
-        if not data:
-            return torch.empty((count, width), dtype=TORCH_DTYPE[entry.dtype])
-        return torch.frombuffer(data, dtype=TORCH_DTYPE[entry.dtype]).view(count, width)
+            _read_into(file, _bytes_of(read), entry.offset + first * row_bytes, self.folder / entry.shard)
+        return read
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor in its own shape."""
@@ -302,7 +301,7 @@ def header_bytes(tensors: Sequence[NewTensor]) -> tuple[bytes, dict[str, int]]:
 class ShardWriter:
     """Writes one safetensors file whose tensors are known beforehand, in any order and in pieces.
 
-    A second thread writes and hashes while the caller computes. `close` checks that every tensor is complete,
+    One thread writes and one hashes while the caller computes. `close` checks that every tensor is complete,
     flushes the file to disk and renames it into place, so a file of the final name is a whole one.
     """
 
@@ -316,17 +315,12 @@ class ShardWriter:
         self._head_hash = hashlib.sha256(head).hexdigest()
         self._file = self._partial.open("wb")
         total = len(head) + sum(self._sizes.values())
-        # Claims the space now, so that a full disk is found before the work and not after it.
-        try:
-            os.posix_fallocate(self._file.fileno(), 0, total)
-        except OSError:
-            self._file.close()
-            self._partial.unlink()
-            raise
-        self._file.write(head)
-        self._file.flush()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
-        self._pending: list[Future[None]] = []
+        # One each: the pieces of a tensor are hashed in their order.
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="shard-hasher")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        # Claims the space first, so that a full disk is found at the beginning of the work and not at its end.
+        claim = self._writer.submit(os.posix_fallocate, self._file.fileno(), 0, total)
+        self._pending: deque[Future[None]] = deque([claim, self._writer.submit(self._put, head, 0)])
 
     def write(self, name: str, data: Tensor | bytearray) -> None:
         """Appends the next piece of tensor `name`: its elements in order, of its dtype."""
@@ -336,12 +330,12 @@ class ShardWriter:
             raise ValueError(f"{name}: {size} bytes to write, {self._left[name]} left")
         offset = self._offsets[name] + self._sizes[name] - self._left[name]
         self._left[name] -= size
-        if len(self._pending) >= _MAX_PENDING:
-            self._pending.pop(0).result()
-        self._pending.append(self._pool.submit(self._put, name, view, offset))
+        while len(self._pending) >= 2 * _MAX_PENDING:
+            self._pending.popleft().result()
+        self._pending.append(self._hasher.submit(self._hashes[name].update, view))
+        self._pending.append(self._writer.submit(self._put, view, offset))
 
-    def _put(self, name: str, view: bytearray | memoryview, offset: int) -> None:
-        self._hashes[name].update(view)
+    def _put(self, view: bytes | bytearray | memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
             done += os.pwrite(self._file.fileno(), view[done:], offset + done)
@@ -362,7 +356,8 @@ class ShardWriter:
                 future.result()
         finally:
             self._pending.clear()
-            self._pool.shutdown(wait=True)
+            for pool in (self._hasher, self._writer):
+                pool.shutdown(wait=True)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -371,7 +366,8 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._file.closed:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            for pool in (self._hasher, self._writer):
+                pool.shutdown(wait=True, cancel_futures=True)
             self._file.close()
             self._partial.unlink(missing_ok=True)
 

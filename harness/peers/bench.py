@@ -264,7 +264,8 @@ def _interleaved(
     with_copy: bool,
 ) -> list[Record]:
     about |= {"repetitions": bench.repetitions}
-    source_digest = open_checkpoint(source).fingerprint()
+    checkpoint = open_checkpoint(source)
+    source_digest = checkpoint.fingerprint()
     entries: list[Contestant | None] = [*contestants, *([None] if with_copy else [])]
     original = folder / contestants[0].name
     records = []
@@ -280,6 +281,7 @@ def _interleaved(
                 bench.progress(0, 1, f"{part}, repetition {repetition + 1} of {bench.repetitions}: {name}")
                 out = folder / name
                 shutil.rmtree(out, ignore_errors=True)
+                _warm(folder, checkpoint.num_bytes)
                 made = quantize(bench, entry, source, out, data) if entry else _copy(original, out)
                 bench.progress(1, 1, f"{part}, repetition {repetition + 1} of {bench.repetitions}: {name}")
                 if name not in writers:
@@ -297,6 +299,16 @@ def _interleaved(
         for writer in writers.values():
             records.append(results.read(writer.finish()))
     return records
+
+
+def _warm(folder: Path, num_bytes: int) -> None:
+    """Writes and removes so many bytes, so that every run finds memory that the machine really has: a virtual one
+    gives what is free back to its host after seconds, and pays several times the cost of a write to get it again."""
+    path, piece = folder / "warm", bytes(16 << 20)
+    with path.open("wb") as file:
+        for _ in range(num_bytes // len(piece)):
+            file.write(piece)
+    path.unlink()
 
 
 def _copy(original: Path, out: Path) -> Made:

@@ -9,7 +9,7 @@ from harness.peers.contest import COPY, Group, Ours, Race, Theirs
 from harness.record import stats
 from harness.record.results import Record
 from harness.record.stats import Estimate
-from harness.report.tables import format_bytes, format_estimate
+from harness.report.numbers import format_bytes, format_estimate
 
 TEXTS = ("near", "far")
 NONE = "–"

@@ -160,9 +160,10 @@ def build(
     with _claimed(unfinished, identity) as state:
         seconds: dict[str, float] = {}
         if calibration is not None:
+            model = layerwise.text_model(checkpoint, calibration)
             started = time.perf_counter()
             layerwise.quantize_layers(
-                checkpoint,
+                model,
                 tensors,
                 recipe.formats,
                 recipe.method,

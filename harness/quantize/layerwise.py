@@ -72,8 +72,14 @@ def layer_file(index: int) -> str:
     return f"layer-{index:05}.safetensors"
 
 
+def text_model(checkpoint: Checkpoint, calibration: Calibration) -> TextModel:
+    """The source as calibration runs it. Loads transformers' model classes, which takes seconds."""
+    device = device_named(calibration.device)
+    return TextModel(checkpoint, device, compute_dtype(device), finite_amax)
+
+
 def quantize_layers(
-    checkpoint: Checkpoint,
+    model: TextModel,
     tensors: Sequence[SourceTensor],
     formats: Mapping[str, Format],
     method: Method,
@@ -88,8 +94,6 @@ def quantize_layers(
     `finished` holds the reports of the layers that an earlier run finished, as JSON; the others are added, and `save`
     is called after each.
     """
-    device = device_named(calibration.device)
-    model = TextModel(checkpoint, device, compute_dtype(device), finite_amax)
     linears: dict[int, list[Linear]] = {index: [] for index in range(model.num_layers)}
     for tensor in tensors:
         if tensor.role is not None and tensor.role.name in formats and (index := layer_of(tensor.name)) is not None:

@@ -22,11 +22,11 @@ half computes in bfloat16, whose own noise (about 4e-6 in these units) is the le
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -117,7 +117,7 @@ def computed_by(calibration: Calibration) -> EngineInfo:
     device = device_named(calibration.device)
     return EngineInfo(
         name="layers",
-        version=f"transformers {transformers.__version__}, torch {torch.__version__}",
+        version=f"transformers {metadata.version('transformers')}, torch {torch.__version__}",
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         dtype=str(compute_dtype(device)).removeprefix("torch."),
         requested={"device": calibration.device, "batch_tokens": calibration.batch_tokens},

@@ -30,7 +30,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from harness.record.stats import Estimate
-from harness.report import tables
+from harness.report.numbers import byte_unit, format_bytes, format_percent
 
 VERSION = 1  # of the drawing: raise it when the same data should look different
 
@@ -165,12 +165,12 @@ def _draw_sizes(axes: Axes, rows: Sequence[Row], colours: Sequence[str]) -> None
     known = [row.num_bytes for row in rows if row.num_bytes is not None]
     if not known:
         return _nothing_yet(axes, "build")
-    unit, scale = tables.byte_unit(max(known))
+    unit, scale = byte_unit(max(known))
     for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         if row.num_bytes is not None:
             axes.barh(y, row.num_bytes / scale, height=0.5, color=colour, alpha=0.85)
             axes.annotate(
-                tables.format_bytes(row.num_bytes),
+                format_bytes(row.num_bytes),
                 (row.num_bytes / scale, y),
                 xytext=(4, 0),
                 textcoords="offset points",
@@ -261,7 +261,7 @@ def _draw_heat_map(cells: Sequence[Cell]) -> Figure:
                 assert cell.layer_error is not None
                 red, green, blue, _ = colours(norm(cell.layer_error))
                 ink = "#101418" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#f4f6f8"
-                words = tables.format_percent(cell.layer_error, ".2g")
+                words = format_percent(cell.layer_error, ".2g")
                 axes.text(cell.layer, roles.index(cell.role), words, color=ink, ha="center", va="center", fontsize=8)
         axes.set_title(form)
         axes.set_xlim(-0.5, num_layers - 0.5)
@@ -275,7 +275,7 @@ def _draw_heat_map(cells: Sequence[Cell]) -> Figure:
     assert bar.solids is not None
     bar.solids.set_edgecolor("face")  # or viewers of the SVG show seams between its steps
     bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda error, _: tables.format_percent(error, "g")))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda error, _: format_percent(error, "g")))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     bar.ax.tick_params(labelsize=8)
     bar.set_label("layer error: share of the energy that the half layer adds")
