@@ -11,7 +11,8 @@ from pathlib import Path
 
 from harness.errors import UserError, did_you_mean
 
-PARTS = ("speed", "quality")
+PARTS = ("speed", "quality", "report")
+PAGE = "reports/peers/README.md"
 PYTHON = Path(".nox/peers-llmcompressor/bin/python")
 CONFIG = Path("tests/data/qwen3.5-9b.json")
 REPETITIONS = 6
@@ -39,7 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m harness.peers", description="llm-compressor and the harness, side by side on the same inputs."
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="speed, quality (both)")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help="speed, quality (both); or report, which writes the page of the records that are there",
+    )
     parser.add_argument(
         *("--repetitions", "-n"),
         type=_positive,
@@ -62,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--artifacts", type=Path, default=Path("artifacts/peers"), metavar="DIR", help="(artifacts/peers)"
     )
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
+    parser.add_argument("--check", action="store_true", help=f"for report: only tell whether {PAGE} is up to date")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else")
     return parser
 
@@ -81,6 +88,10 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     for part in options.parts:
         if part not in PARTS:
             raise UserError(f"There is no part '{part}'.", did_you_mean(part, PARTS))
+    if "report" in options.parts:
+        if len(options.parts) > 1:
+            raise UserError("'report' goes alone.", "Measure first, then report.")
+        return _report(options)
     groups = [group for group in contest.QUALITY if not options.only or group.name.lower() in options.only]
     if not groups:
         raise UserError(
@@ -113,24 +124,13 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
                 print(f"\n{table.title}\n\n{_text(table)}", flush=True)
 
     if "speed" in wanted:
-        for title, races, measured in (
-            (
-                f"RTN A16, {bench.LAYERS} layers of 9B width",
-                contest.RACES_A16,
-                bench.speed_a16(session, options.config),
-            ),
-            (
-                f"W4A4, demo:dense, {contest.SPEED_SAMPLES} × {contest.CALIBRATION_TOKENS} tokens",
-                contest.RACES_W4A4,
-                bench.speed_w4a4(session, checkpoint_path("dense")),
-            ),
-        ):
+        for measured in (bench.speed_a16(session, options.config), bench.speed_w4a4(session, checkpoint_path("dense"))):
             records += measured
-            show(*tables.speed(title, measured, races))
+            show(*tables.of_part(measured))
     for model in models:
         measured = bench.quality(session, model, groups)
         records += measured
-        show(*(tables.quality(f"demo:{model.name}", measured, group) for group in groups))
+        show(*tables.of_part(measured))
     remarks = tables.remarks(records)
     if options.json:
         document = {
@@ -144,6 +144,19 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
         print("\nRecords:", *(f"  {record.path}" for record in records), sep="\n")
     failed = [r for r in records if r.kind("failure") and not str(r.run.variant["name"]).startswith("llmcompressor")]
     return 1 if failed else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from harness.peers import page
+    from harness.record import results
+    from harness.report import card
+
+    records, _ = results.read_all(options.results)
+    text = Path(PAGE).read_bytes()
+    rendered = {PAGE: page.render(records, options.results.as_posix(), PAGE, text)}
+    changed = card.stale(rendered, Path.cwd()) if options.check else card.write(rendered, Path.cwd())
+    print(f"{'stale' if options.check else 'written'}: {PAGE}" if changed else f"up to date: {PAGE}")
+    return 1 if options.check and changed else 0
 
 
 def _text(table: "tables.Table") -> str:  # type: ignore[name-defined]  # noqa: F821

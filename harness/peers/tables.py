@@ -5,7 +5,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.peers.contest import COPY, Group, Ours, Race, Theirs
+from harness.peers.contest import (
+    CALIBRATION_TOKENS,
+    COPY,
+    QUALITY,
+    RACES_A16,
+    RACES_W4A4,
+    SPEED_SAMPLES,
+    Group,
+    Ours,
+    Race,
+    Theirs,
+)
 from harness.record import stats
 from harness.record.results import Record
 from harness.record.stats import Estimate
@@ -22,6 +33,19 @@ class Table:
     title: str
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+def of_part(records: Sequence[Record]) -> list[Table]:
+    """The tables of one part's records, by what their `suite` says of it."""
+    about = records[0].run.suite
+    if about["name"] == "speed-a16":
+        return [*speed(f"RTN A16, {about['layers']} layers of {about['source']} width", records, RACES_A16)]
+    if about["name"] == "speed-w4a4":
+        samples = f"{SPEED_SAMPLES} × {CALIBRATION_TOKENS} tokens"
+        return [*speed(f"W4A4, demo:{about['source']}, {samples}", records, RACES_W4A4)]
+    present = {record.run.variant["name"] for record in records}
+    groups = [group for group in QUALITY if present & {one.name for one in group.contestants[1:]}]
+    return [quality(f"demo:{about['source']}", records, group) for group in groups]
 
 
 def by_name(records: Iterable[Record]) -> dict[str, Record]:

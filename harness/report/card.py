@@ -24,14 +24,15 @@ import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from harness.errors import UserError, did_you_mean
 from harness.record.results import Record
 from harness.record.stats import RESAMPLES, Estimate
 from harness.report import plots, tables
+from harness.report.blocks import filled
 from harness.suite import SOURCE, Suite
 
 MEASURES = ("build", "verify", "ppl", "bench")  # in the order in which they run; each is also a nox session
@@ -67,7 +68,7 @@ def render(
     return {
         card: _card(evidence, _linker(card)).encode(),
         **{f"{folder}/{name}": data for name, data in _figure_files(evidence).items()},
-        **{page: _filled(page, text, evidence) for page, text in pages.items()},
+        **{page: filled(page, text, suite.name, _blocks(evidence, _linker(page))) for page, text in pages.items()},
     }
 
 
@@ -367,6 +368,10 @@ BLOCKS: dict[str, tuple[str | None, Callable[[_Evidence, Link], str]]] = {
 }
 
 
+def _blocks(evidence: _Evidence, link: Link) -> dict[str, Callable[[], str]]:
+    return {name: partial(block, evidence, link) for name, (_, block) in BLOCKS.items()}
+
+
 # -- Pages -------------------------------------------------------------------------------------------------------
 
 
@@ -409,67 +414,3 @@ def _front_matter(suite: Suite) -> str:
     # JSON strings and lists are YAML, whatever characters they hold.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items() if value]
     return "\n".join(("---", *lines, "---"))
-
-
-_MARKER = re.compile(r"<!--\s*harness:(begin|end)\b(.*)-->")
-_BEGIN = re.compile(r"(\S+)\s+suite=(\S+)")
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-
-
-def _filled(page: str, data: bytes, evidence: _Evidence) -> bytes:
-    """The page with the blocks of this suite replaced; every other byte stays."""
-    try:
-        lines = data.decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{page} is not UTF-8 text.", "Save it as UTF-8.") from error
-    output: list[str] = []
-    opened: tuple[int, str, str] | None = None  # line, block and suite of the block we are in
-    fence: str | None = None  # what opened the code block we are in, outside of blocks
-    for number, line in enumerate(lines, start=1):
-        if opened is None and (ticks := _FENCE.match(line)):
-            if fence is None:
-                fence = ticks[1]
-            elif line.strip().startswith(fence) and set(line.strip()) == {fence[0]}:
-                fence = None
-        marker = None if fence else _MARKER.fullmatch(line.strip())
-        if marker is None:
-            if opened is None or opened[2] != evidence.suite.name:
-                output.append(line)
-            continue
-        output.append(line)
-        if marker[1] == "begin":
-            if opened is not None:
-                raise UserError(
-                    f"{page}, line {number}: a block begins inside '{opened[1]}' of line {opened[0]}.",
-                    f"End that one first with <!-- harness:end {opened[1]} -->.",
-                )
-            opened = (number, *_begun(page, number, marker[2]))
-            if opened[2] == evidence.suite.name:
-                output += ["", BLOCKS[opened[1]][1](evidence, _linker(page)), ""]
-        elif opened is None or marker[2].strip() != opened[1]:
-            inside = f"'{opened[1]}' of line {opened[0]} is open" if opened else "no block is open"
-            raise UserError(
-                f"{page}, line {number}: the end of '{marker[2].strip()}', where {inside}.",
-                "Make the markers match.",
-            )
-        else:
-            opened = None
-    if opened is not None:
-        raise UserError(
-            f"{page}, line {opened[0]}: the block '{opened[1]}' has no end.",
-            f"Add <!-- harness:end {opened[1]} -->.",
-        )
-    return "\n".join(output).encode()
-
-
-def _begun(page: str, number: int, words: str) -> tuple[str, str]:
-    """Block and suite from the words of a begin marker."""
-    parts = _BEGIN.fullmatch(words.strip())
-    if parts is None:
-        raise UserError(
-            f"{page}, line {number}: this marker does not say which block of which suite begins.",
-            "Write <!-- harness:begin BLOCK suite=SUITE -->.",
-        )
-    if parts[1] not in BLOCKS:
-        raise UserError(f"{page}, line {number}: unknown block '{parts[1]}'.", did_you_mean(parts[1], BLOCKS))
-    return parts[1], parts[2]

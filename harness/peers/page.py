@@ -1,0 +1,72 @@
+"""The page of the comparison: what the committed records say, in the blocks of a page whose prose people write."""
+
+import posixpath
+from collections.abc import Sequence
+from functools import partial
+
+from tabulate import tabulate
+
+from harness.peers import tables
+from harness.record.results import Record
+from harness.report.blocks import filled
+from harness.report.tables import escape
+
+SUITE = "peers"
+"""What the page's markers call this comparison."""
+
+
+def render(records: Sequence[Record], results_dir: str, page: str, text: bytes) -> bytes:
+    """The page with its blocks filled: one block for each part that has records, named as the part.
+
+    `results_dir` and `page` are POSIX paths from the project's root.
+    """
+    folder = posixpath.relpath(results_dir, posixpath.dirname(page))
+    return filled(
+        page,
+        text,
+        SUITE,
+        {part: partial(_block, of_part, folder) for part, of_part in newest(records).items()},
+    )
+
+
+def newest(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records that speak for each part, one for each variant: the newest of those that were measured on the same
+    things as the part's newest one, and for a speed in the same session. `records` are in the order of their time."""
+    parts: dict[str, list[Record]] = {}
+    for record in records:
+        if record.run.measure == "peers":
+            parts.setdefault(record.run.suite["name"], []).append(record)
+    chosen = {}
+    for part, members in parts.items():
+        last = members[-1].run
+        alike = [
+            one
+            for one in members
+            if one.run.suite_digest == last.suite_digest
+            and (not part.startswith("speed") or one.run.session_id == last.session_id)
+        ]
+        chosen[part] = list(tables.by_name(alike).values())
+    return chosen
+
+
+def _block(records: Sequence[Record], folder: str) -> str:
+    first = records[0].run
+    machine = first.machine
+    packages = {name: version for record in records for name, version in record.run.packages.items()}
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("llmcompressor", "torch", "transformers"))
+    parts = [f"`{' '.join(first.command)}` on {machine['cpu']}, {machine['cores']} cores; {versions}."]
+    for table in tables.of_part(records):
+        rows = [[escape(cell) for cell in row] for row in table.rows]
+        align = ("left", *("right" for _ in table.headers[1:]))
+        parts += [
+            f"**{table.title}**",
+            tabulate(rows, headers=table.headers, tablefmt="pipe", colalign=align, disable_numparse=True),
+        ]
+    if remarks := tables.remarks(records):
+        parts.append("\n".join(f"- {escape(line)}" for line in remarks))
+    links = (
+        f"[{record.run.variant['name']}]({posixpath.join(folder, record.path.parent.name, record.path.name)})"
+        for record in records
+    )
+    parts.append(f"Records: {', '.join(links)}.")
+    return "\n\n".join(parts)
