@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from harness.errors import UserError
@@ -311,8 +312,8 @@ class ShardWriter:
         self._partial = path.with_name(path.name + ".partial")
         self._left = {tensor.name: tensor.num_bytes for tensor in tensors}
         self._sizes = dict(self._left)
-        self._hashes = {tensor.name: hashlib.sha256() for tensor in tensors}
-        self._head_hash = hashlib.sha256(head).hexdigest()
+        self._hashes = {tensor.name: blake3() for tensor in tensors}
+        self._head_hash = blake3(head).hexdigest()
         self._file = self._partial.open("wb")
         total = len(head) + sum(self._sizes.values())
         # One each: the pieces of a tensor are hashed in their order.
@@ -341,7 +342,7 @@ class ShardWriter:
             done += os.pwrite(self._file.fileno(), view[done:], offset + done)
 
     def close(self) -> dict[str, str]:
-        """Finishes the file; returns the SHA-256 of the head (under the empty name) and of every tensor."""
+        """Finishes the file; returns the BLAKE3 digest of the head (under the empty name) and of every tensor."""
         self._drain()
         if any(self._left.values()):
             raise ValueError(f"unfinished tensors: {[name for name, left in self._left.items() if left][:3]}")

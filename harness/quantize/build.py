@@ -55,7 +55,7 @@ from harness.quantize.layerwise import Calibration
 from harness.quantize.plan import Plan, check_memory, plan, quantized
 from harness.quantize.recipes import Recipe
 
-VERSION = 2
+VERSION = 3
 """Bumped when the same source and recipe give other bytes."""
 
 MANIFEST = "harness-build.json"
@@ -406,7 +406,7 @@ def _finish(
         "harness": __version__,
         "identity": state.identity,
         "digest": digest,
-        "files": {name: {"bytes": sizes[name], "sha256": one} for name, one in digests.items()},
+        "files": {name: {"bytes": sizes[name], "digest": one} for name, one in digests.items()},
     }
     write_file(folder / MANIFEST, _json(manifest))
     sync_folder(folder)

@@ -1,8 +1,8 @@
 """Marked blocks of Markdown pages: what stands between two markers is written from records, all else by people.
 
-    <!-- harness:begin perplexity suite=demo -->
-    …
-    <!-- harness:end perplexity -->
+<!-- harness:begin perplexity suite=demo -->
+…
+<!-- harness:end perplexity -->
 """
 
 import re
