@@ -321,7 +321,7 @@ class ShardWriter:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         # Claims the space first, so that a full disk is found at the beginning of the work and not at its end.
         claim = self._writer.submit(os.posix_fallocate, self._file.fileno(), 0, total)
-        self._pending: deque[Future[None]] = deque([claim, self._writer.submit(self._put, head, 0)])
+        self._pending: deque[Future[Any]] = deque([claim, self._writer.submit(self._put, head, 0)])
 
     def write(self, name: str, data: Tensor | bytearray) -> None:
         """Appends the next piece of tensor `name`: its elements in order, of its dtype."""
