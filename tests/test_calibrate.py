@@ -23,8 +23,8 @@ from harness.cli import main
 from harness.demo import checkpoint_path
 from harness.engines.emulation import ExpertRounding, round_expert_inputs
 from harness.engines.protocol import open_engine
+from harness.errors import UserError
 from harness.formats import nvfp4
-from harness.quantize import calibrate
 from harness.quantize.build import Artifact, build
 from harness.quantize.recipes import ABSMAX, RECIPES, ROUND_TO_NEAREST
 from tests.artifacts import load, quiet
@@ -322,6 +322,6 @@ def test_inputs_that_overflow_are_a_user_error_that_leaves_nothing(tmp_path: Pat
     save_file(tensors | {name: torch.full_like(tensors[name], 3e38)}, folder / shard, metadata={"format": "pt"})
     calibration = demo_calibration(lengths=(32,))
     for what in (recipe("w4a4", ABSMAX, ROUND_TO_NEAREST), RECIPES["w4a4"], RECIPES["a16"]):
-        with pytest.raises(calibrate.UserError, match="inputs of a layer overflow"):
+        with pytest.raises(UserError, match="inputs of a layer overflow"):
             build(folder, what, tmp_path / "out", quiet, calibration)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]

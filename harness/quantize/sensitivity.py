@@ -48,10 +48,11 @@ from harness.model.census import SourceTensor, source_tensors
 from harness.model.checkpoint import Checkpoint
 from harness.model.qwen35 import Linear, layer_of
 from harness.progress import Progress
-from harness.quantize.calibrate import Site
+from harness.quantize.encode import finite_amax
 from harness.quantize.layerwise import Calibration
 from harness.quantize.plan import check_widths
 from harness.quantize.recipes import RECIPES
+from harness.quantize.sites import Site
 
 VERSION = 1
 """Of the measure: raise it when the same model and samples should give other numbers."""
@@ -134,7 +135,7 @@ def measure(
     Hidden states go through two files in `folder`, which the caller removes. Calibration samples are those of a build.
     """
     device = device_named(calibration.device)
-    model = TextModel(checkpoint, device, compute_dtype(device))
+    model = TextModel(checkpoint, device, compute_dtype(device), finite_amax)
     entries = checkpoint.tensors.values()
     groups = groups_by_layer(source_tensors((entry.name, entry.shape, entry.num_bytes) for entry in entries))
     batches = batches_of(calibration.samples.samples, calibration.batch_tokens)
