@@ -25,6 +25,7 @@ from harness.engines.emulation import ExpertRounding, round_expert_inputs
 from harness.engines.protocol import open_engine
 from harness.errors import UserError
 from harness.formats import nvfp4
+from harness.quantize import experts
 from harness.quantize.build import Artifact, build
 from harness.quantize.recipes import ABSMAX, RECIPES, ROUND_TO_NEAREST
 from tests.artifacts import load, quiet
@@ -176,7 +177,7 @@ def test_rounding_to_nearest_is_the_same_from_the_layers_as_from_the_shards(buil
 def test_experts_quantized_a_few_at_a_time_have_the_same_bytes(
     built: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "EXPERTS_TOGETHER", 3 * 32 * 256)  # three down projections of eight
+    monkeypatch.setattr(experts, "EXPERTS_TOGETHER", 3 * 32 * 256)  # three down projections of eight
     whole = built("moe", "w4a4-experts")
     few = build_demo(tmp_path / "out", recipe("w4a4-experts", ABSMAX, ROUND_TO_NEAREST), "moe")
     assert few.digest == whole.digest
