@@ -6,6 +6,7 @@ llm-compressor itself is not needed here; where it would run, an interpreter wit
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from compressed_tensors.utils import match_name
+from safetensors.torch import load_file, save_file
 
+from harness.cli import main as main_harness
 from harness.demo import checkpoint_path
 from harness.errors import UserError
 from harness.measure import perplexity
-from harness.peers import bench, contest, tables
+from harness.peers import bench, contest, page, tables
 from harness.peers.__main__ import main
+from harness.peers.agreement import compare
 from harness.peers.contest import COPY, QUALITY, Contestant, Group, Ours, Race, Theirs
 from harness.peers.stopwatch import timed
 from harness.quantize.recipes import recipe_named
@@ -242,6 +247,44 @@ def test_quality_is_measured_once_built_and_reused_the_next_time(session: bench.
     assert any(step.endswith("rtn-a16: reused") for step in steps)
     assert again[0].samples == first[0].samples
     assert [row[1] for row in tables.quality("test", first, group).rows] == ["passed", "failed"]
+
+
+def test_agreement_counts_every_byte_and_scale_that_differs(dense_source: Path, tmp_path: Path) -> None:
+    ours = tmp_path / "ours"
+    assert main_harness(["build", str(dense_source), "--recipe", "rtn-a16", "--out", str(ours)]) == 0
+    theirs = Path(shutil.copytree(ours, tmp_path / "theirs"))
+    same = compare(dense_source, ours, theirs)
+    assert same["num_bytes_equal"] == same["num_bytes"] > 0
+    assert same["num_scales_equal"] == same["num_scales"] == same["num_bytes"] // 8
+    assert same["weight_global_scale_low"] == same["weight_global_scale_high"] == 1.0
+    assert same["input_global_scale_low"] is None
+    shard = min(path for path in theirs.glob("*.safetensors") if any("down_proj" in name for name in load_file(path)))
+    tensors = load_file(shard)
+    module = next(name for name in tensors if name.endswith("down_proj.weight_packed")).removesuffix(".weight_packed")
+    tensors[f"{module}.weight_packed"][0, 0] ^= 0x11
+    scales = tensors[f"{module}.weight_scale"].view(torch.uint8)
+    row = scales[1, 0].item()
+    scales[1, 0] = row - 1 if row > 1 else row + 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    other = compare(dense_source, ours, theirs)
+    assert other["num_scales"] - other["num_scales_equal"] == 1
+    # One byte was changed; those of the block whose scale was changed may now be others.
+    assert 1 <= other["num_bytes"] - other["num_bytes_equal"] <= 9
+
+
+def test_a_page_is_written_from_the_newest_records_of_each_part(tmp_path: Path) -> None:
+    old, new = taken("rtn-a16", 4.0, 2.0, 10**8), taken("rtn-a16", 6.0, 3.0, 10**8)
+    text = b"before\n<!-- harness:begin speed-a16 suite=peers -->\nstale\n<!-- harness:end speed-a16 -->\nafter"
+    about = {"name": "speed-a16", "layers": 4, "source": "9b"}
+    records = [
+        dataclasses.replace(one, run=dataclasses.replace(one.run, suite=about, session_id=session))
+        for one, session in ((old, "0"), (new, "1"))
+    ]
+    filled = page.render(records, "results", "reports/peers/README.md", text).decode()
+    assert filled.startswith("before\n") and filled.endswith("after") and "stale" not in filled
+    assert "6.01" in filled and "4.01" not in filled
+    assert "](../../results/" in filled
+    assert page.render(records, "results", "reports/peers/README.md", filled.encode()).decode() == filled
 
 
 # -- Arithmetic of the tables ------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from harness.errors import UserError, did_you_mean
 
-PARTS = ("speed", "quality", "report")
+MEASURED = ("speed", "quality", "agreement")
+PARTS = (*MEASURED, "report")
 PAGE = "reports/peers/README.md"
 PYTHON = Path(".nox/peers-llmcompressor/bin/python")
 CONFIG = Path("tests/data/qwen3.5-9b.json")
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "parts",
         nargs="*",
         metavar="PART",
-        help="speed, quality (both); or report, which writes the page of the records that are there",
+        help=f"{', '.join(MEASURED)} (all of them); or report, which writes the page of the records that are there",
     )
     parser.add_argument(
         *("--repetitions", "-n"),
@@ -112,7 +113,7 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
         command=("python", "-m", "harness.peers", *given),
         session_id=new_id(),
     )
-    wanted = options.parts or PARTS
+    wanted = options.parts or MEASURED
     models = [checkpoint_path(name) for name in options.model or ("dense", "moe")] if "quality" in wanted else []
     records: list[Record] = []
     shown: list[tables.Table] = []
@@ -129,6 +130,10 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
             show(*tables.of_part(measured))
     for model in models:
         measured = bench.quality(session, model, groups)
+        records += measured
+        show(*tables.of_part(measured))
+    if "agreement" in wanted:
+        measured = bench.agreement(session, checkpoint_path("dense"))
         records += measured
         show(*tables.of_part(measured))
     remarks = tables.remarks(records)

@@ -35,6 +35,7 @@ from harness.errors import UserError
 from harness.measure import fidelity, perplexity
 from harness.model.checkpoint import open_checkpoint, read_json
 from harness.peers import contest
+from harness.peers.agreement import compare
 from harness.peers.contest import Contestant, Ours, Theirs
 from harness.peers.stopwatch import timed
 from harness.progress import Progress
@@ -396,6 +397,27 @@ def quality(bench: Bench, source: Path, groups: Sequence[contest.Group] = contes
                     progress = _named(told.progress, text)
                     for sample in fidelity.measure(reference[text], variant, cut, batch_size=_BATCH, progress=progress):
                         writer.sample({**sample, "text": text})
+            records.append(results.read(writer.finish()))
+    return records
+
+
+def agreement(bench: Bench, source: Path) -> list[Record]:
+    """Our rounding to nearest against theirs on an embedded model, tensor by tensor."""
+    part = f"agreement-{source.name}"
+    folder = bench.artifacts / source.name
+    data = write_calibration(source, folder, contest.QUALITY_SAMPLES, bench.progress)
+    source_digest = open_checkpoint(source).fingerprint()
+    about = {"source": source.name, "calibration_digest": data.digest}
+    records = []
+    for ours, theirs in contest.AGREEMENTS:
+        told = replace(bench, progress=_named(bench.progress, f"{part}: {theirs.name}"))
+        for one in (ours, theirs):
+            made = _made(told, one, source, folder / one.name, data, source_digest)
+        with RunWriter(bench.results, _header(bench, part, about, theirs.name, theirs, made, source_digest)) as writer:
+            if made.failure:
+                writer.sample({"kind": "failure", "reason": made.failure})
+            else:
+                writer.sample(compare(source, folder / ours.name, folder / theirs.name))
             records.append(results.read(writer.finish()))
     return records
 

@@ -121,6 +121,14 @@ QUALITY = (
 )
 
 
+AGREEMENTS = (
+    (Ours("rtn-a16"), Theirs("model_free_ptq", "NVFP4A16", "rtn-a16")),
+    (Ours("rtn-a16"), Theirs("QuantizationModifier", "NVFP4A16", "rtn-a16")),
+    (Ours("w4a4", "absmax", "rtn"), Theirs("QuantizationModifier", "NVFP4", "w4a4")),
+)
+"""Pairs that both round to nearest and should mean the same by it."""
+
+
 @dataclass(frozen=True)
 class Race:
     """How the times of two contestants are to stand: `loser` / `winner` is at least `times`. A `memory_share` is what

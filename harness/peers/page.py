@@ -1,7 +1,7 @@
 """The page of the comparison: what the committed records say, in the blocks of a page whose prose people write."""
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from tabulate import tabulate
@@ -52,9 +52,8 @@ def newest(records: Sequence[Record]) -> dict[str, list[Record]]:
 def _block(records: Sequence[Record], folder: str) -> str:
     first = records[0].run
     machine = first.machine
-    packages = {name: version for record in records for name, version in record.run.packages.items()}
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("llmcompressor", "torch", "transformers"))
-    parts = [f"`{' '.join(first.command)}` on {machine['cpu']}, {machine['cores']} cores; {versions}."]
+    sides = dict.fromkeys(filter(None, (_side(record.run.packages) for record in records)))
+    parts = [f"`{' '.join(first.command)}` on {machine['cpu']}, {machine['cores']} cores. {'; '.join(sides)}."]
     for table in tables.of_part(records):
         rows = [[escape(cell) for cell in row] for row in table.rows]
         align = ("left", *("right" for _ in table.headers[1:]))
@@ -70,3 +69,12 @@ def _block(records: Sequence[Record], folder: str) -> str:
     )
     parts.append(f"Records: {', '.join(links)}.")
     return "\n\n".join(parts)
+
+
+def _side(packages: Mapping[str, str]) -> str | None:
+    """A quantizer's version and those of what it computes with."""
+    tool = next((name for name in ("llmcompressor", "harness") if name in packages), None)
+    if tool is None:
+        return None
+    under = (f"{name} {packages[name]}" for name in ("torch", "transformers", "compressed-tensors") if name in packages)
+    return f"{tool} {packages[tool]} with {', '.join(under)}"

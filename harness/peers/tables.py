@@ -43,6 +43,8 @@ def of_part(records: Sequence[Record]) -> list[Table]:
     if about["name"] == "speed-w4a4":
         samples = f"{SPEED_SAMPLES} × {CALIBRATION_TOKENS} tokens"
         return [*speed(f"W4A4, demo:{about['source']}, {samples}", records, RACES_W4A4)]
+    if about["name"].startswith("agreement"):
+        return [agreement(f"Rounding to nearest, demo:{about['source']}", records)]
     present = {record.run.variant["name"] for record in records}
     groups = [group for group in QUALITY if present & {one.name for one in group.contestants[1:]}]
     return [quality(f"demo:{about['source']}", records, group) for group in groups]
@@ -158,6 +160,29 @@ def quality(title: str, records: Sequence[Record], group: Group) -> Table:
     for text in TEXTS:
         heads += [f"KLD {text}, nats/token", "top-1", "/ RTN", "/ best peer"]
     return Table(f"{title}: {group.name}{wanted}", tuple(heads), tuple(rows))
+
+
+def agreement(title: str, records: Sequence[Record]) -> Table:
+    """How far their rounding to nearest is ours."""
+    rows = []
+    for record in records:
+        for sample in record.kind("agreement"):
+            cells = [str(record.run.variant["name"]), sample["against"]]
+            for key in ("bytes", "scales"):
+                cells.append(f"{sample[f'num_{key}_equal']:,} of {sample[f'num_{key}']:,}")
+            for key in ("weight_global_scale", "input_global_scale"):
+                low, high = sample[f"{key}_low"], sample[f"{key}_high"]
+                cells.append(NONE if low is None else f"{low:.4f} … {high:.4f}")
+            rows.append(tuple(cells))
+    heads = (
+        "theirs",
+        "ours",
+        "equal bytes of codes",
+        "equal block scales",
+        "global scales / ours",
+        "input scales / ours",
+    )
+    return Table(title, heads, tuple(rows))
 
 
 def _samples(record: Record, text: str) -> list[dict[str, Any]]:

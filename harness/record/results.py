@@ -173,6 +173,17 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
         "verdict": {"passed": _is_flag, "num_errors": _is_count, "num_warnings": _is_count},
         "warning": {"text": _is_text},
         "failure": {"reason": _is_text},
+        "agreement": {
+            "against": _is_text,
+            "num_bytes": _is_positive_count,
+            "num_bytes_equal": _is_count,
+            "num_scales": _is_positive_count,
+            "num_scales_equal": _is_count,
+            "weight_global_scale_low": _is_time,
+            "weight_global_scale_high": _is_time,
+            "input_global_scale_low": _is_time_or_null,
+            "input_global_scale_high": _is_time_or_null,
+        },
         "window": {
             "text": _is_text,
             "index": _is_count,
