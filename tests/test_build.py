@@ -670,7 +670,7 @@ def test_a_calibration_that_does_not_fit_into_memory_is_refused_before_anything_
 ) -> None:
     free = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=500 * 10**6))
-    with pytest.raises(UserError, match=r"Calibrating takes about 0\.7 GB of memory .* and 0\.5 GB are free"):
+    with pytest.raises(UserError, match=r"Calibrating takes about 1\.1 GB of memory .* and 0\.5 GB are free"):
         build(dense_source, CALIBRATED, tmp_path / "out", lambda *_: None, calibration())
     assert list(tmp_path.iterdir()) == []
 
