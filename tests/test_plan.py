@@ -141,6 +141,6 @@ def test_a_calibration_larger_than_memory_is_refused_and_one_that_fits_is_not() 
     parts = needed.layer + needed.statistics + needed.work + needed.activations + needed.hidden + needed.interpreter
     assert needed.total == parts
     check_memory(needed, needed.total)
-    with pytest.raises(UserError, match=r"Calibrating takes about 0\.7 GB of memory") as caught:
+    with pytest.raises(UserError, match=r"Calibrating takes about 1\.1 GB of memory") as caught:
         check_memory(needed, needed.total - 1)
     assert "hidden_memory_gb" in caught.value.remedy
