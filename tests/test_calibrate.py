@@ -4,8 +4,10 @@ The oracle decodes weights by the format's equation, rounds inputs by hooks of i
 into each module; experts, which transformers computes in one piece, are computed here from their weights.
 """
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from harness.audit.verify import verify
 from harness.cli import main
 from harness.demo import checkpoint_path
 from harness.engines.emulation import ExpertRounding, round_expert_inputs
+from harness.engines.layers import Half, TextModel
 from harness.engines.protocol import open_engine
 from harness.errors import UserError
 from harness.formats import nvfp4
@@ -326,3 +329,26 @@ def test_inputs_that_overflow_are_a_user_error_that_leaves_nothing(tmp_path: Pat
         with pytest.raises(UserError, match="inputs of a layer overflow"):
             build(folder, what, tmp_path / "out", quiet, calibration)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_a_layer_leaves_memory_before_the_next_one_is_read(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its last reference alone: the garbage collector may come gigabytes too late."""
+    taken: dict[int, list[weakref.ref[torch.nn.Module]]] = {}
+    original = TextModel.layer
+
+    def layer(self: TextModel, index: int) -> tuple[Half, Half]:
+        assert not [body for body in taken.get(index - 1, []) if body() is not None]
+        halves = original(self, index)
+        taken.setdefault(index, []).extend(weakref.ref(half.body) for half in halves)
+        return halves
+
+    monkeypatch.setattr(TextModel, "layer", layer)
+    gc.disable()
+    try:
+        build_demo(tmp_path / "out", RECIPES["w4a4"], model)
+    finally:
+        gc.enable()
+    assert [len(bodies) for bodies in taken.values()] == [4] * 8  # two halves, of the quantized and unquantized layer

@@ -10,6 +10,7 @@ or one grouped matrix product over all of them), chosen when the module is calle
 comes before that choice, so rounded experts are computed here whatever the configuration says.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -86,7 +87,8 @@ def round_expert_inputs(experts: nn.Module, roundings: Sequence[ExpertRounding])
             output.index_add_(0, tokens, answer.to(output.dtype))
         return output
 
-    experts.forward = MethodType(forward, experts)
+    # By a weak reference: a module that held itself would keep gigabytes until the garbage collector came by.
+    experts.forward = MethodType(forward, weakref.proxy(experts))
 
 
 def _rounded(x: Tensor, rounding: Rounding | None) -> Tensor:

@@ -14,7 +14,6 @@ build continues from the last boundary on the disk.)
 """
 
 import contextlib
-import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,7 +149,6 @@ class TextModel:
         Weights are in the model's compute dtype, but the fused experts stay as they are stored: they are most of a
         layer and are widened one at a time.
         """
-        gc.collect()  # the modules of a layer refer to themselves; the last one must not stay beside this one
         prefix = f"{_TEXT}layers.{index}."
         with torch.device("meta"):
             layer = getattr(self._classes, f"{self._prefix}DecoderLayer")(self._config, index)
