@@ -272,6 +272,11 @@ def test_agreement_counts_every_byte_and_scale_that_differs(dense_source: Path, 
     assert 1 <= other["num_bytes"] - other["num_bytes_equal"] <= 9
 
 
+def test_the_committed_page_follows_from_the_committed_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert main(["report", "--check"]) == 0
+
+
 def test_a_page_is_written_from_the_newest_records_of_each_part(tmp_path: Path) -> None:
     old, new = taken("rtn-a16", 4.0, 2.0, 10**8), taken("rtn-a16", 6.0, 3.0, 10**8)
     text = b"before\n<!-- harness:begin speed-a16 suite=peers -->\nstale\n<!-- harness:end speed-a16 -->\nafter"

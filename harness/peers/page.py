@@ -11,22 +11,19 @@ from harness.record.results import Record
 from harness.report.blocks import filled
 from harness.report.tables import escape
 
+PARTS = ("speed-a16", "speed-w4a4", "quality-dense", "quality-moe", "agreement-dense")
 SUITE = "peers"
 """What the page's markers call this comparison."""
 
 
 def render(records: Sequence[Record], results_dir: str, page: str, text: bytes) -> bytes:
-    """The page with its blocks filled: one block for each part that has records, named as the part.
+    """The page with its blocks filled: one block for each part, named as the part.
 
     `results_dir` and `page` are POSIX paths from the project's root.
     """
     folder = posixpath.relpath(results_dir, posixpath.dirname(page))
-    return filled(
-        page,
-        text,
-        SUITE,
-        {part: partial(_block, of_part, folder) for part, of_part in newest(records).items()},
-    )
+    measured = newest(records)
+    return filled(page, text, SUITE, {part: partial(_block, measured.get(part, []), folder) for part in PARTS})
 
 
 def newest(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -50,6 +47,8 @@ def newest(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _block(records: Sequence[Record], folder: str) -> str:
+    if not records:
+        return "No record yet: run `nox -s peers`."
     first = records[0].run
     machine = first.machine
     sides = dict.fromkeys(filter(None, (_side(record.run.packages) for record in records)))
