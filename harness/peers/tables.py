@@ -65,7 +65,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
         for sample in record.kind("verdict"):
             if not sample["passed"]:
                 lines.append(f"{name}: verify finds {sample['num_errors']:,} errors, first: {sample['first_error']}")
-        warned.update({sample["text"].partition("\n")[0] for sample in record.kind("warning")})
+        warned.update(dict.fromkeys((sample["text"].partition("\n")[0] for sample in record.kind("warning")), 1))
     return lines + [f"llm-compressor warned in {num} of {len(records)} runs: {text}" for text, num in warned.items()]
 
 
