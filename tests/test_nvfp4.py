@@ -213,3 +213,8 @@ def test_what_we_write_the_reference_reads_as_we_do(w: Tensor) -> None:
     decoded = nvfp4.decode(packed, scales, global_scale)
     assert same_bits(decoded, reference_decode(packed, scales, global_scale))
     assert not decoded.isnan().any()
+
+
+def test_no_tokens_at_all_are_rounded_to_no_tokens() -> None:
+    for shape in ((0, 32), (2, 0, 32)):
+        assert nvfp4.fake_quantize(torch.empty(shape), torch.ones(1)).shape == shape

@@ -277,6 +277,14 @@ def test_the_committed_page_follows_from_the_committed_records(monkeypatch: pyte
     assert main(["report", "--check"]) == 0
 
 
+def test_a_missing_page_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report"]) == 2
+    assert "reports/peers/README.md cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
 def test_a_page_is_written_from_the_newest_records_of_each_part(tmp_path: Path) -> None:
     old, new = taken("rtn-a16", 4.0, 2.0, 10**8), taken("rtn-a16", 6.0, 3.0, 10**8)
     text = b"before\n<!-- harness:begin speed-a16 suite=peers -->\nstale\n<!-- harness:end speed-a16 -->\nafter"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from harness.engines.emulation import ExpertRounding, round_expert_inputs
 from harness.errors import UserError
-from harness.model.checkpoint import Checkpoint, TensorEntry
+from harness.model.checkpoint import Checkpoint, TensorEntry, bytes_of
 
 _TEXT = "model.language_model."
 
@@ -45,6 +45,14 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16, the models' own, on an accelerator. float32 on a CPU: few multiply bfloat16, and those that do not
     emulate it ten times slower."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def silence_transformers() -> None:
+    """No more warnings of transformers on stderr, a line for each layer that computes DeltaNet by its reference: the
+    record of a run says what computed."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,7 @@ class TextModel:
         from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
         self._checkpoint, self.device, self.dtype, self._check = checkpoint, device, dtype, check
-        # transformers warns on stderr, a line for each layer, that it uses its reference DeltaNet.
-        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        silence_transformers()
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True).get_text_config()
         config._attn_implementation = "sdpa"
         self._config: Any = config
@@ -227,7 +234,7 @@ class HiddenStates:
             return self._kept[index].to(self._device)
         shape = self._shapes[index]
         flat = torch.empty(shape, dtype=self._dtype)
-        view = _bytes_of(flat)
+        view = bytes_of(flat)
         done = 0
         while done < len(view):
             read = os.preadv(self._file, [view[done:]], self._offsets[index] + done)
@@ -238,7 +245,7 @@ class HiddenStates:
 
     def __setitem__(self, index: int, hidden: Tensor) -> None:
         host = hidden.detach().to("cpu", self._dtype).contiguous()
-        view = _bytes_of(host)
+        view = bytes_of(host)
         done = 0
         while done < len(view):
             done += os.pwrite(self._file, view[done:], self._offsets[index] + done)
@@ -259,10 +266,6 @@ class HiddenStates:
         if remove:
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ from transformers.cache_utils import DynamicCache
 
 from harness.engines import decoding
 from harness.engines.decoding import formats_of
-from harness.engines.layers import device_named
+from harness.engines.layers import device_named, silence_transformers
 from harness.engines.protocol import Decoded, Engine, EngineInfo, Memory
 from harness.errors import UserError, did_you_mean
 from harness.formats.config import Format, parse
@@ -63,8 +63,7 @@ class TorchEngine(Engine):
         self._device = device_named(device)
         _set_threads()
         _reset_peak_memory(self._device)
-        # transformers warns on stderr that it uses its reference DeltaNet; `info.kernels` says that instead.
-        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        silence_transformers()
         model = load_model(folder, dtype, self._device)
         self._model: Any = model
         self._trunk: Any = model.get_decoder()

@@ -92,7 +92,7 @@ class Checkpoint:
         row_bytes = num_bytes(entry.dtype, (width,))
         read = torch.empty((count, width), dtype=TORCH_DTYPE[entry.dtype])
         with (self.folder / entry.shard).open("rb") as file:
-            _read_into(file, _bytes_of(read), entry.offset + first * row_bytes, self.folder / entry.shard)
+            _read_into(file, bytes_of(read), entry.offset + first * row_bytes, self.folder / entry.shard)
         return read
 
     def tensor(self, name: str) -> Tensor:
@@ -325,7 +325,7 @@ class ShardWriter:
 
     def write(self, name: str, data: Tensor | bytearray) -> None:
         """Appends the next piece of tensor `name`: its elements in order, of its dtype."""
-        view = _bytes_of(data) if isinstance(data, Tensor) else data
+        view = bytes_of(data) if isinstance(data, Tensor) else data
         size = len(view)
         if size > self._left[name]:
             raise ValueError(f"{name}: {size} bytes to write, {self._left[name]} left")
@@ -373,7 +373,8 @@ class ShardWriter:
             self._partial.unlink(missing_ok=True)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's elements in order: its own memory, where that is contiguous and the CPU's."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return flat.numpy().data
 

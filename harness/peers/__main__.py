@@ -156,8 +156,15 @@ def _report(options: argparse.Namespace) -> int:
     from harness.record import results
     from harness.report import card
 
-    records, _ = results.read_all(options.results)
-    text = Path(PAGE).read_bytes()
+    records, skipped = results.read_all(options.results)
+    for one in skipped:
+        print(f"harness.peers: {one.path} is not used: {one.reason}", file=sys.stderr)
+    try:
+        text = Path(PAGE).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{PAGE} cannot be read ({error.strerror}).", "Run this in the project's own folder."
+        ) from error
     rendered = {PAGE: page.render(records, options.results.as_posix(), PAGE, text)}
     changed = card.stale(rendered, Path.cwd()) if options.check else card.write(rendered, Path.cwd())
     print(f"{'stale' if options.check else 'written'}: {PAGE}" if changed else f"up to date: {PAGE}")

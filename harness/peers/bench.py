@@ -411,11 +411,10 @@ def agreement(bench: Bench, source: Path) -> list[Record]:
     records = []
     for ours, theirs in contest.AGREEMENTS:
         told = replace(bench, progress=_named(bench.progress, f"{part}: {theirs.name}"))
-        for one in (ours, theirs):
-            made = _made(told, one, source, folder / one.name, data, source_digest)
+        mine, made = (_made(told, one, source, folder / one.name, data, source_digest) for one in (ours, theirs))
         with RunWriter(bench.results, _header(bench, part, about, theirs.name, theirs, made, source_digest)) as writer:
-            if made.failure:
-                writer.sample({"kind": "failure", "reason": made.failure})
+            if failure := mine.failure or made.failure:
+                writer.sample({"kind": "failure", "reason": failure})
             else:
                 writer.sample(compare(source, folder / ours.name, folder / theirs.name))
             records.append(results.read(writer.finish()))

@@ -35,7 +35,6 @@ from harness.engines.layers import (
     Batch,
     Half,
     HiddenStates,
-    TextModel,
     batches_of,
     captured,
     compute_dtype,
@@ -48,8 +47,7 @@ from harness.model.census import SourceTensor, source_tensors
 from harness.model.checkpoint import Checkpoint
 from harness.model.qwen35 import Linear, layer_of
 from harness.progress import Progress
-from harness.quantize.encode import finite_amax
-from harness.quantize.layerwise import Calibration
+from harness.quantize.layerwise import Calibration, text_model
 from harness.quantize.plan import check_widths
 from harness.quantize.recipes import RECIPES
 from harness.quantize.sites import Site
@@ -134,8 +132,7 @@ def measure(
 
     Hidden states go through two files in `folder`, which the caller removes. Calibration samples are those of a build.
     """
-    device = device_named(calibration.device)
-    model = TextModel(checkpoint, device, compute_dtype(device), finite_amax)
+    model = text_model(checkpoint, calibration)
     entries = checkpoint.tensors.values()
     groups = groups_by_layer(source_tensors((entry.name, entry.shape, entry.num_bytes) for entry in entries))
     batches = batches_of(calibration.samples.samples, calibration.batch_tokens)
@@ -151,7 +148,7 @@ def measure(
     with contextlib.ExitStack() as stack:
         memory = calibration.hidden_bytes // 2
         hidden, added = (
-            HiddenStates(folder / name, batches, model.width, model.dtype, device, memory)
+            HiddenStates(folder / name, batches, model.width, model.dtype, model.device, memory)
             for name in ("hidden", "added")
         )
         for stream in (hidden, added):
