@@ -2,7 +2,7 @@
 
     nox -s ppl bench                 build what is missing, measure, print
     nox -s ppl -- --limit 20         arguments after -- go to the subcommand
-    nox -s peers -- speed            beside llm-compressor, which has an environment of its own
+    nox -s peers -- speed-a16        beside llm-compressor, which has an environment of its own
     nox                              tests, lint, typing
 
 The measuring sessions share one environment, `.nox/measure`, which is made once and reused until

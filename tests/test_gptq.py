@@ -1,6 +1,7 @@
 """GPTQ against a plain loop written from the paper's equations, against least squares, and against rounding."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -222,3 +223,49 @@ def test_a_row_that_gptq_makes_worse_is_rounded_to_nearest_and_counted() -> None
         same = (decoded(rounded, scales) - nearest(w, scales)).abs().amax(2) < 1e-9
         assert same.sum() >= rounded.num_rows_rtn
     assert counted > 0
+
+
+def damped_error(found: Tensor, w: Tensor, x: Tensor, damping: float) -> Tensor:
+    """What GPTQ minimizes, `[n, rows]`, in float64: the output error and the damping's share of the weights'."""
+    h = moments_of(x.double())
+    h = h + damping * h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(h.shape[1], dtype=torch.float64)
+    difference = found - w.double()
+    return ((difference @ h) * difference).sum(2)
+
+
+@pytest.mark.parametrize("width", [64, 144, 272])
+def test_visiting_the_columns_again_lowers_the_error_and_more_visits_never_raise_it(width: int) -> None:
+    w, scales, x = problem(width + 1, num=2, rows=24, width=width, tokens=3 * width)
+    errors = [
+        damped_error(decoded(gptq(w, w, scales, moments_of(x), DAMPING, sweeps), scales), w, x, DAMPING)
+        for sweeps in (0, 1, 2, 6)
+    ]
+    for fewer, more in pairwise(errors):
+        assert (more <= fewer * (1 + 1e-5)).all()
+    assert errors[1].sum() < errors[0].sum()
+
+
+def test_inputs_that_are_mixed_at_random_leave_visits_something_to_gain() -> None:
+    generator = torch.Generator().manual_seed(20)
+    x = torch.randn(1, 600, 128, generator=generator) @ torch.randn(1, 128, 128, generator=generator)
+    w, scales, _ = problem(20, rows=48, width=128)
+    once, again = (gptq(w, w, scales, moments_of(x), DAMPING, sweeps).error for sweeps in (0, 2))
+    assert again < 0.85 * once
+
+
+def test_after_enough_visits_no_single_code_can_be_changed_for_the_better() -> None:
+    w, scales, x = problem(21, rows=6, width=32, tokens=200)
+    found = decoded(gptq(w, w, scales, moments_of(x), DAMPING, 50), scales)
+    least = damped_error(found, w, x, DAMPING)
+    for column in range(32):
+        for value in torch.cat((GRID, -GRID)):
+            changed = found.clone()
+            changed[:, :, column] = value * scales.double()[:, :, column // 16]
+            assert (damped_error(changed, w, x, DAMPING) >= least * (1 - 1e-5)).all()
+
+
+def test_a_dead_column_stays_rounded_to_nearest_however_often_it_is_visited() -> None:
+    w, scales, x = problem(22, rows=16, width=160)
+    x[:, :, 17] = 0
+    found = decoded(gptq(w, w, scales, moments_of(x), DAMPING, 2), scales)
+    torch.testing.assert_close(found[:, :, 17], nearest(w, scales)[:, :, 17])

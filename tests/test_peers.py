@@ -189,7 +189,7 @@ def test_the_measured_text_is_not_the_calibrations(tmp_path: Path) -> None:
 
 
 def test_a_missing_environment_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["speed", "--peers-python", str(tmp_path / "python"), "--results", str(tmp_path)]) == 2
+    assert main(["speed-a16", "--peers-python", str(tmp_path / "python"), "--results", str(tmp_path)]) == 2
     assert "There is no environment of llm-compressor at" in capsys.readouterr().err
 
 
@@ -200,7 +200,7 @@ def test_an_environment_without_llm_compressor_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(["sped"], "Did you mean 'speed'"), (["quality", "--only", "w8"], "No group is called 'w8'")],
+    [(["qualty"], "Did you mean 'quality'"), (["quality", "--only", "w8"], "No group is called 'w8'")],
 )
 def test_a_misspelt_argument_is_named(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2

@@ -1,17 +1,18 @@
-"""`python -m harness.peers [speed] [quality]`: tables on stdout, progress on stderr, records under results/."""
+"""`python -m harness.peers [PART ...]`: tables on stdout, progress on stderr, records under results/."""
 
 import argparse
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from harness.errors import UserError, did_you_mean
 
-MEASURED = ("speed", "quality", "agreement")
+MEASURED = ("speed-a16", "speed-w4a4", "quality", "agreement")
 PARTS = (*MEASURED, "report")
 PAGE = "reports/peers/README.md"
 PYTHON = Path(".nox/peers-llmcompressor/bin/python")
@@ -114,7 +115,7 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
         session_id=new_id(),
     )
     wanted = options.parts or MEASURED
-    models = [checkpoint_path(name) for name in options.model or ("dense", "moe")] if "quality" in wanted else []
+    models = [checkpoint_path(name) for name in options.model or ("dense", "moe")]
     records: list[Record] = []
     shown: list[tables.Table] = []
 
@@ -124,18 +125,18 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
             for table in new:
                 print(f"\n{table.title}\n\n{_text(table)}", flush=True)
 
-    if "speed" in wanted:
-        for measured in (bench.speed_a16(session, options.config), bench.speed_w4a4(session, checkpoint_path("dense"))):
+    dense = checkpoint_path("dense")
+    runs: list[tuple[str, Callable[[], list[Record]]]] = [
+        ("speed-a16", lambda: bench.speed_a16(session, options.config)),
+        ("speed-w4a4", lambda: bench.speed_w4a4(session, dense)),
+        *(("quality", partial(bench.quality, session, model, groups)) for model in models),
+        ("agreement", lambda: bench.agreement(session, dense)),
+    ]
+    for part, run in runs:
+        if part in wanted:
+            measured = run()
             records += measured
             show(*tables.of_part(measured))
-    for model in models:
-        measured = bench.quality(session, model, groups)
-        records += measured
-        show(*tables.of_part(measured))
-    if "agreement" in wanted:
-        measured = bench.agreement(session, checkpoint_path("dense"))
-        records += measured
-        show(*tables.of_part(measured))
     remarks = tables.remarks(records)
     if options.json:
         document = {

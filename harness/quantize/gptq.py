@@ -13,6 +13,10 @@ that earlier layers have already changed, and should still give W X. The best fu
 and GPTQ then rounds W* under H = X̂ X̂ᵀ (asymmetric calibration, arXiv 2504.02692). With X̂ rounded as the kernel will
 round it, that repairs a part of the activations' error too.
 
+GPTQ decides each column once, before it knows what the later ones will do. Afterwards the columns are visited again
+(coordinate descent): each moves to the grid point that is best while all others stay, so no visit makes the output
+error worse (damping included).
+
 No row comes out worse than rounded to nearest: where it would, it is rounded to nearest, and counted.
 """
 
@@ -51,15 +55,17 @@ def aimed(w: Tensor, moments: Tensor, shift: Tensor, damping: float) -> Tensor:
     return w + w @ torch.cholesky_solve(shift, factor).mT
 
 
-def gptq(w: Tensor, target: Tensor, decode_scales: Tensor, moments: Tensor, damping: float) -> Rounded:
+def gptq(w: Tensor, target: Tensor, decode_scales: Tensor, moments: Tensor, damping: float, sweeps: int = 0) -> Rounded:
     """Rounds `target [n, rows, in]` on `decode_scales [n, rows, in/16]` (block scale over global scale) under
-    `moments [n, in, in]`; rows that come out worse are `w [n, rows, in]` rounded to nearest.
+    `moments [n, in, in]` and visits every column `sweeps` times again; rows that come out worse are `w [n, rows, in]`
+    rounded to nearest.
 
     `damping` is added to the diagonal of H, as a share of its mean; where the Cholesky decomposition fails it is
     repeated with ten times as much until it succeeds.
     """
     order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     upper, used = _inverse_factor(moments, order, damping)
+    damped = _damped(moments, used)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     num_rows_rtn, sums = 0, torch.zeros(3, dtype=torch.float64)
     step = max(1, ROUNDED_TOGETHER // (w.shape[0] * w.shape[2]))
@@ -67,6 +73,8 @@ def gptq(w: Tensor, target: Tensor, decode_scales: Tensor, moments: Tensor, damp
         rows = slice(first, first + step)
         scales = decode_scales[:, rows].repeat_interleave(nvfp4.BLOCK, dim=2)
         values = _compensated(target[:, rows], scales, order, upper)
+        for _ in range(sweeps):
+            _descend(values, target[:, rows], scales, damped)
         nearest = _nearest(w[:, rows], scales)
         error, rtn_error = (_row_errors(x - target[:, rows], moments) for x in (values, nearest))
         worse = error > rtn_error
@@ -117,6 +125,27 @@ def _compensated(target: Tensor, scales: Tensor, order: Tensor, upper: Tensor) -
     return ordered(rounded, order.argsort(dim=1))
 
 
+def _descend(values: Tensor, target: Tensor, scales: Tensor, moments: Tensor) -> None:
+    """Moves each column of `values` to the point on the grid of `scales` (all `[n, rows, in]`) that minimizes
+    d H dᵀ, d = values - target, with H = `moments [n, in, in]` and the other columns as they are, one after another."""
+    width = values.shape[2]
+    gradient = (values - target) @ moments
+    diagonal = moments.diagonal(dim1=1, dim2=2)
+    for first in range(0, width, _PANEL):
+        last = min(first + _PANEL, width)
+        panel, panel_scales, slope = (x[:, :, first:last].mT.contiguous() for x in (values, scales, gradient))
+        moved = torch.empty_like(panel)
+        for column in range(last - first):
+            best = panel[:, column] - slope[:, column] / diagonal[:, first + column, None]
+            quantized = _nearest(best, panel_scales[:, column])
+            step = moved[:, column] = quantized - panel[:, column]
+            coupling = moments[:, first + column, first + column : last]
+            slope[:, column:] += coupling[:, :, None] * step[:, None, :]
+            panel[:, column] = quantized
+        values[:, :, first:last] = panel.mT
+        gradient[:, :, last:].baddbmm_(moved.mT, moments[:, first:last, last:])
+
+
 def _nearest(x: Tensor, scales: Tensor) -> Tensor:
     """`x` rounded to the grid of `scales`, elementwise."""
     magnitude = (x / scales).abs_().clamp_(max=nvfp4.E2M1_MAX)
@@ -137,18 +166,21 @@ def _row_errors(difference: Tensor, moments: Tensor) -> Tensor:
 
 
 def _cholesky(moments: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The lower factor of `moments [n, in, in]` with damping, and the damping that it took.
-
-    An input that never was anything but zero has no moment: its diagonal becomes 1, which rounds it to nearest.
-    """
-    diagonal = moments.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    dead = diagonal == 0
+    """The lower factor of `moments [n, in, in]` with damping, and the damping that it took."""
     while True:
-        filled = moments + torch.diag_embed(torch.where(dead, torch.ones_like(diagonal), damping * mean))
-        factor, info = torch.linalg.cholesky_ex(filled)
+        factor, info = torch.linalg.cholesky_ex(_damped(moments, damping))
         if not info.any() and bool(torch.isfinite(factor).all()):
             return factor, damping
         if damping >= _MOST_DAMPING:
             raise ArithmeticError(f"the input moments have no Cholesky factor even with damping {damping:g}")
         damping = max(10 * damping, _LEAST_DAMPING)
+
+
+def _damped(moments: Tensor, damping: float) -> Tensor:
+    """`moments [n, in, in]` with `damping` times the mean of the diagonal added to it.
+
+    An input that never was anything but zero has no moment: its diagonal becomes 1, which rounds it to nearest.
+    """
+    diagonal = moments.diagonal(dim1=1, dim2=2)
+    added = damping * diagonal.mean(1, keepdim=True)
+    return moments + torch.diag_embed(torch.where(diagonal == 0, torch.ones_like(diagonal), added))

@@ -27,11 +27,12 @@ CODES = (ROUND_TO_NEAREST, GPTQ)
 @dataclass(frozen=True)
 class Method:
     """How block scales (`SCALES`, see search.py) and codes (`CODES`, see gptq.py) are chosen. `damping` is added to
-    the diagonal of GPTQ's matrix, as a share of its mean."""
+    the diagonal of GPTQ's matrix, as a share of its mean; `sweeps` are the visits to every column after GPTQ's own."""
 
     scales: str
     codes: str
     damping: float = 0.01
+    sweeps: int = 0
 
     @property
     def two_streams(self) -> bool:
@@ -86,7 +87,7 @@ def _patterns(roles: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(target for role in roles if (target := ROLE[role].target) is not None))
 
 
-CALIBRATED = Method(WEIGHTED_SEARCH, GPTQ, damping=0.2)
+CALIBRATED = Method(WEIGHTED_SEARCH, GPTQ, damping=0.2, sweeps=2)
 
 RECIPES = {
     recipe.name: recipe

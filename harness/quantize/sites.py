@@ -154,7 +154,7 @@ def quantize_matrices(
     scales = torch.cat([by_rows(partial(chosen, n), part) for n, part in enumerate(target)])
     if site.moments is not None and site.shift is not None:
         decode_scales = (scales.float() / per_row).view(*shared.shape[:2], -1)
-        rounded = gptq.gptq(shared, target, decode_scales, site.moments, method.damping)
+        rounded = gptq.gptq(shared, target, decode_scales, site.moments, method.damping, method.sweeps)
         codes = rounded.codes.view(-1, width)
         report = replace(
             report,
