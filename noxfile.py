@@ -114,7 +114,8 @@ def peers(session: nox.Session) -> None:
     """llm-compressor and the harness on the same inputs: time, memory, divergence (`python -m harness.peers -h`)."""
     ours = shared_python(session)
     theirs = made_environment(session, "peers-llmcompressor", PEERS_CONSTRAINTS, *PEERS)
-    arguments = ("--peers-python", theirs, *session.posargs)
+    # From the root: a record keeps its command, and a place of this machine has no business there.
+    arguments = ("--peers-python", str(Path(theirs).relative_to(ROOT)), *session.posargs)
     session.run(ours, "-m", "harness.peers", *arguments, env=OFFLINE, external=True)
 
 
