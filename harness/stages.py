@@ -18,10 +18,10 @@ import harness
 from harness import suite as suites
 from harness.audit import verify as audit
 from harness.demo import checkpoint_path, corpus
-from harness.engines.protocol import ENGINES, Engine, open_engine
+from harness.engines.protocol import ENGINES, Engine, EngineDied, EngineInfo, Purpose, open_engine
 from harness.errors import UserError, did_you_mean
 from harness.formats.config import num_bytes
-from harness.measure import decode, perplexity, texts
+from harness.measure import decode, perplexity, texts, vllm_bench
 from harness.model.census import SourceTensor, kv_bytes_per_token, source_tensors, state_bytes
 from harness.model.checkpoint import SINGLE, open_checkpoint, read_index, read_json
 from harness.model.qwen35 import ModelConfig, expected_tensors, parse_config
@@ -64,6 +64,8 @@ class Job:
     progress: Progress
     command: tuple[str, ...]
     session_id: str
+    server: str | None = None
+    """The URL of the server that is measured in place of an engine."""
 
     def artifact(self, variant: str) -> Path:
         return self.artifacts / self.suite.name / variant
@@ -140,7 +142,7 @@ def build_variant(job: Job, variant: str) -> builder.Artifact:
     calibration = job.calibration if recipe.needs_calibration else None
     artifact = builder.build(source, recipe, job.artifact(variant), job.progress, calibration)
     if not artifact.reused:
-        run = _run(job, "build", builder.VERSION, variant, artifact.digest)
+        run = _run(job, "build", builder.VERSION, Model(variant, artifact.folder, artifact.digest))
         with RunWriter(job.results, run) as writer:
             for count in artifact.counts:
                 writer.sample({"kind": "role", **vars(count)})
@@ -170,7 +172,7 @@ def verify_variant(job: Job, variant: str) -> audit.Verification:
     """Checks a variant of the suite against its source, and records what was found."""
     artifact = build_variant(job, variant)
     verification = audit.verify(artifact.folder, _suite_source(job.suite), job.progress)
-    run = _run(job, "verify", audit.VERSION, variant, artifact.digest)
+    run = _run(job, "verify", audit.VERSION, Model(variant, artifact.folder, artifact.digest))
     with RunWriter(job.results, run) as writer:
         for trip in verification.round_trips:
             snr = trip.snr_db if trip.relative_l2_error > 0 else None
@@ -183,20 +185,35 @@ def verify_variant(job: Job, variant: str) -> audit.Verification:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint to be measured; `reused` is None for the source, which is never built."""
+    """A checkpoint to be measured, and the setup that it is measured in. `digest` is None where it is only said to be
+    that checkpoint, `reused` for the source, which is never built."""
 
+    variant: str
     folder: Path
-    digest: str
+    digest: str | None
     reused: bool | None = None
+    setup: str | None = None
+
+    @property
+    def row(self) -> str:
+        return suites.row_name(self.variant, self.setup)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a measure needs: the checkpoints by variant, and one tokenization of the text for all of them."""
+    """What a measure needs: the checkpoints in their setups, and one tokenization of the text for all of them."""
 
-    models: dict[str, Model]
+    models: list[Model]
     ids: list[int]
     dataset: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measure gave, by row: records, and the reasons of those that failed."""
+
+    records: dict[str, Record]
+    failures: dict[str, str]
 
 
 def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
@@ -213,6 +230,7 @@ def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
         protocol = perplexity.get_protocol(wanted.protocol)
         ids, dataset = _tokens(job.suite, wanted.text)
         windows = perplexity.windows(protocol, len(ids))
+        setups, longest = wanted.setups, max(window.num_tokens for window in windows) + 1
         dataset |= {
             "protocol": protocol.name,
             "num_windows": len(windows),
@@ -221,20 +239,54 @@ def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
     else:
         bench = _required(job.suite, "bench", job.suite.bench)
         ids, dataset = _tokens(job.suite, bench.text)
-        decode.prompts(ids, 1, bench.prefill_tokens)
-        decode.prompts(ids, max(bench.batch_sizes), bench.prompt_tokens)
+        for shape in _shapes(bench):
+            decode.prompts(ids, shape.batch, shape.prompt_tokens)
+        setups = bench.setups
+        longest = max(2 * decode.COHERENCE_TOKENS + 1, *(one.prompt_tokens + one.new_tokens for one in _shapes(bench)))
         if bench.variants is not None and names is None:
             chosen_variants(job.suite, bench.variants, with_source=True)
             variants = [name for name in variants if name in (SOURCE, *bench.variants)]
-    models = {}
+    wanted_setups = [None, *(setups or ())] if engine == "vllm" else [None]
+    for setup in wanted_setups:
+        most = job.suite.vllm_options(setup).get("max_model_len") if engine == "vllm" else None
+        if most is not None and most < longest:
+            where = "[engine.vllm]" if setup is None else f"[setups.{setup}]"
+            raise UserError(
+                f"Suite '{job.suite.name}' has max_model_len = {most:,} in {where}, and {measure} needs {longest:,}.",
+                "Raise it, or measure shorter pieces.",
+            )
+    models = []
     for name in variants:
         if name == SOURCE:
             folder = _suite_source(job.suite)
-            models[name] = Model(folder, _fingerprint(folder))
+            models.append(Model(name, folder, _fingerprint(folder)))
         else:
             artifact = build_variant(job, name)
-            models[name] = Model(artifact.folder, artifact.digest, artifact.reused)
-    return Work(models, ids, dataset)
+            models.append(Model(name, artifact.folder, artifact.digest, artifact.reused))
+    # Setups are options of vLLM; another engine measures the variants as they are.
+    return Work([replace(model, setup=setup) for setup in wanted_setups for model in models], ids, dataset)
+
+
+def prepare_server(job: Job, variant: str) -> tuple[Job, Work]:
+    """The job and the work of measuring a server, which serves `variant` by its owner's word: nothing is built, and it
+    is not started anew."""
+    chosen_variants(job.suite, [variant], with_source=True)
+    bench = _required(job.suite, "bench", job.suite.bench)
+    ids, dataset = _tokens(job.suite, bench.text)
+    for shape in _shapes(bench):
+        decode.prompts(ids, shape.batch, shape.prompt_tokens)
+    suite = replace(job.suite, engine=suites.Engine("server"), bench=replace(bench, starts=1))
+    return replace(job, suite=suite), Work([Model(variant, _suite_source(job.suite), None)], ids, dataset)
+
+
+def _shapes(bench: suites.Bench) -> list[decode.Shape]:
+    """What `harness bench` times, in the order in which it does."""
+    return [
+        decode.Shape("prefill", 1, bench.prefill_tokens, 1),
+        *(decode.Shape("decode", batch, bench.prompt_tokens, bench.new_tokens) for batch in bench.batch_sizes),
+        # There is no empty prompt: depth 0 is the text's first token.
+        *(decode.Shape("decode", 1, max(depth, 1), bench.depth_tokens) for depth in bench.depths or ()),
+    ]
 
 
 @cache
@@ -242,62 +294,140 @@ def _fingerprint(source: Path) -> str:
     return open_checkpoint(source).fingerprint()
 
 
-def measure_perplexity(job: Job, work: Work, limit: int | None) -> dict[str, Record]:
-    """One run a variant, all on the same token ids."""
+def measure_perplexity(job: Job, work: Work, limit: int | None) -> Measured:
+    """One run a variant and setup, all on the same token ids."""
     wanted = _required(job.suite, "ppl", job.suite.ppl)
     protocol = perplexity.get_protocol(wanted.protocol)
-    records = {}
-    for variant, model in work.models.items():
-        with _engine(job, variant, model) as engine:
-            run = _run(job, "ppl", perplexity.VERSION, variant, model.digest, engine, work.dataset)
-            with RunWriter(job.results, run, expected=work.dataset["num_windows"]) as writer:
+    measured = Measured({}, {})
+    for model in work.models:
+        with _failures(job, "ppl", perplexity.VERSION, model, work, measured), _engine(job, model, "score") as engine:
+            run = _run(job, "ppl", perplexity.VERSION, model, engine=engine, dataset=work.dataset)
+            with RunWriter(job.results, run, expected=work.dataset["num_windows"]) as writer, _said_in(writer):
                 samples = perplexity.measure(
                     engine,
                     work.ids,
                     protocol,
                     batch_size=wanted.batch_size,
                     limit=limit,
-                    progress=_named(job.progress, variant),
+                    progress=_named(job.progress, model.row),
                 )
                 for sample in samples:
                     writer.sample(sample)
-                records[variant] = results.read(writer.finish())
-    return records
+                measured.records[model.row] = results.read(writer.finish())
+    return measured
 
 
-def measure_decode(job: Job, work: Work, limit: int | None) -> dict[str, Record]:
+def measure_decode(job: Job, work: Work, limit: int | None) -> Measured:
     """Decode and prefill times. The engine is started anew for every variant and round, and the order of the variants
     turns round after each (A B, B A, …), so that a machine that slows down slows all of them alike."""
     wanted = _required(job.suite, "bench", job.suite.bench)
-    repetitions = wanted.repetitions if limit is None else min(limit, wanted.repetitions)
-    expected = wanted.starts * ((wanted.warmups + wanted.repetitions) * (1 + len(wanted.batch_sizes)) + 1)
-    records = {}
+    shapes = _shapes(wanted)
+    expected = 1 + wanted.starts * ((wanted.warmups + wanted.repetitions) * len(shapes) + 1)
+    measured = Measured({}, {})
     with ExitStack() as stack:
         writers: dict[str, RunWriter] = {}
         for start in range(wanted.starts):
-            for variant in list(work.models)[:: 1 if start % 2 == 0 else -1]:
-                model = work.models[variant]
-                with _engine(job, variant, model) as engine:
-                    if variant not in writers:
-                        run = _run(job, "bench", decode.VERSION, variant, model.digest, engine, work.dataset)
-                        writers[variant] = stack.enter_context(RunWriter(job.results, run, expected=expected))
-                    samples = decode.measure(
-                        engine,
-                        work.ids,
-                        start=start,
-                        prompt_tokens=wanted.prompt_tokens,
-                        new_tokens=wanted.new_tokens,
-                        prefill_tokens=wanted.prefill_tokens,
-                        batch_sizes=wanted.batch_sizes,
-                        repetitions=repetitions,
-                        warmups=wanted.warmups,
-                        progress=_named(job.progress, f"{variant}, start {start + 1} of {wanted.starts}"),
-                    )
-                    for sample in samples:
-                        writers[variant].sample(sample)
-        for variant, writer in writers.items():
-            records[variant] = results.read(writer.finish())
-    return records
+            for model in work.models[:: 1 if start % 2 == 0 else -1]:
+                if model.row in measured.failures:
+                    continue
+                with (
+                    _failures(job, "bench", decode.VERSION, model, work, measured),
+                    _engine(job, model, "decode") as engine,
+                ):
+                    is_new = model.row not in writers
+                    if is_new:
+                        run = _run(job, "bench", decode.VERSION, model, engine=engine, dataset=work.dataset)
+                        writers[model.row] = stack.enter_context(RunWriter(job.results, run, expected=expected))
+                    writer = writers[model.row]
+                    with _said_in(writer):
+                        if is_new and engine.info.can_score:
+                            writer.sample(_coherent(job, engine, work, model))
+                        samples = decode.measure(
+                            engine,
+                            work.ids,
+                            shapes,
+                            start=start,
+                            repetitions=wanted.repetitions if limit is None else min(limit, wanted.repetitions),
+                            warmups=wanted.warmups,
+                            progress=_named(job.progress, f"{model.row}, start {start + 1} of {wanted.starts}"),
+                        )
+                        for sample in samples:
+                            writer.sample(sample)
+        for row, writer in writers.items():
+            if row not in measured.failures:
+                measured.records[row] = results.read(writer.finish())
+    return measured
+
+
+def _coherent(job: Job, engine: Engine, work: Work, model: Model) -> dict[str, Any]:
+    """The sample of the check that comes before any speed; `EngineDied` where the model writes gibberish."""
+    source = _suite_source(job.suite)
+    vocabulary = parse_config(read_json(source / "config.json"), str(source)).vocab_size
+    sample = decode.coherence(engine, work.ids, vocabulary)
+    accepted = sample["acceptance_share"]
+    if accepted is not None and accepted < decode.LEAST_ACCEPTANCE:
+        raise EngineDied(
+            f"{model.row} accepts {accepted:.0%} of what its MTP head drafts.",
+            "The head's weights were not loaded or never trained: run `harness verify`, or leave speculation out.",
+        )
+    if not sample["coherent"]:
+        raise EngineDied(
+            f"{model.row} writes gibberish: its own text costs it {sample['generated_nll_nats']:.2f} nats a token and "
+            f"real text {sample['text_nll_nats']:.2f}, where at most {sample['limit_nats']:.2f} is sense.",
+            "Its speed means nothing. Look at its perplexity, and at the kernels that ran.",
+        )
+    return sample
+
+
+@contextmanager
+def _failures(job: Job, measure: str, version: int, model: Model, work: Work, measured: Measured) -> Iterator[None]:
+    """Notes an engine that does not start or dies, so that the other variants go on. One that did not start has no
+    record yet and gets one."""
+    try:
+        yield
+    except EngineDied as error:
+        measured.failures[model.row] = error.problem
+        if not error.recorded:
+            with RunWriter(job.results, _run(job, measure, version, model, dataset=work.dataset)) as writer:
+                _write_failure(writer, error)
+
+
+@contextmanager
+def _said_in(writer: RunWriter) -> Iterator[None]:
+    """Keeps in the run's record what an engine said as it died."""
+    try:
+        yield
+    except EngineDied as error:
+        _write_failure(writer, error)
+        error.recorded = True
+        raise
+
+
+def _write_failure(writer: RunWriter, error: EngineDied) -> None:
+    writer.sample({"kind": "failure", "reason": error.problem, "log": list(error.log)})
+    writer.finish("failed")
+
+
+def import_benchmark(
+    job: Job, variant: str, path: Path, shape: vllm_bench.BatchShape | None, machine: str, version: str
+) -> Record:
+    """The record of a run of `vllm bench` on another machine, which is named by the user's word."""
+    chosen_variants(job.suite, [variant], with_source=True)
+    found = vllm_bench.read(path, shape)
+    source = _suite_source(job.suite)
+    run = _run(job, "served", vllm_bench.VERSION, Model(variant, source, None))
+    engine = EngineInfo(
+        name="vllm bench",
+        version=version,
+        device="unknown",
+        dtype="unknown",
+        requested={"benchmark": found.benchmark, "model": found.model, **found.settings},
+    )
+    elsewhere = {"name": machine, "cpu": "unknown", "cores": None, "gpu": None, "os": None}
+    with RunWriter(job.results, replace(run, engine=engine.as_dict(), machine=elsewhere, packages={})) as writer:
+        for sample in found.samples:
+            writer.sample(sample)
+        return results.read(writer.finish())
 
 
 def measure_sensitivity(job: Job) -> Record:
@@ -311,7 +441,7 @@ def measure_sensitivity(job: Job) -> Record:
         "num_samples": len(calibration.samples.samples),
         "num_tokens": calibration.samples.num_tokens,
     }
-    run = _run(job, "sensitivity", sensitivity.VERSION, SOURCE, _fingerprint(source), dataset=dataset)
+    run = _run(job, "sensitivity", sensitivity.VERSION, Model(SOURCE, source, _fingerprint(source)), dataset=dataset)
     run = replace(run, engine=sensitivity.computed_by(calibration).as_dict())
     job.artifacts.mkdir(parents=True, exist_ok=True)
     with (
@@ -323,13 +453,12 @@ def measure_sensitivity(job: Job) -> Record:
         return results.read(writer.finish())
 
 
-def with_stored_source(job: Job, measured: Mapping[str, Record]) -> dict[str, Record]:
+def with_stored_source(job: Job, measure: str, measured: Mapping[str, Record]) -> dict[str, Record]:
     """The measured runs beside the newest stored one of the source, where this command measured none."""
     from harness.report import tables
 
     if SOURCE in measured:
         return dict(measured)
-    measure = next(iter(measured.values())).run.measure
     stored, _ = results.read_all(job.results)
     return {**tables.newest(stored, job.suite.name, measure, (SOURCE,)), **measured}
 
@@ -371,11 +500,18 @@ def _text(suite: Suite, text: Text) -> tuple[str, str]:
 
 
 @contextmanager
-def _engine(job: Job, variant: str, model: Model) -> Iterator[Engine]:
-    options = job.suite.engine
-    job.progress(0, 1, f"{variant}: load")
-    with closing(open_engine(options.name, model.folder, dtype=options.dtype, device=options.device)) as engine:
-        job.progress(1, 1, f"{variant}: load")
+def _engine(job: Job, model: Model, purpose: Purpose) -> Iterator[Engine]:
+    wanted = job.suite.engine
+    options = job.suite.vllm_options(model.setup) if wanted.name == "vllm" else None
+    if job.server is not None:
+        options = {"url": job.server}
+    job.progress(0, 1, f"{model.row}: load")
+    with closing(
+        open_engine(
+            wanted.name, model.folder, dtype=wanted.dtype, device=wanted.device, purpose=purpose, options=options
+        )
+    ) as engine:
+        job.progress(1, 1, f"{model.row}: load")
         yield engine
 
 
@@ -387,8 +523,8 @@ def _run(
     job: Job,
     measure: str,
     version: int,
-    variant: str,
-    digest: str,
+    model: Model,
+    *,
     engine: Engine | None = None,
     dataset: dict[str, Any] | None = None,
 ) -> Run:
@@ -396,8 +532,11 @@ def _run(
     info = None
     if engine is not None:
         gpu = machine["gpu"]
-        on_gpu = gpu is not None and engine.info.device != "cpu"
+        on_gpu = gpu is not None and engine.info.device not in ("cpu", "unknown")
         bandwidth = provenance.bandwidth_bytes_per_second(gpu["name"]) if on_gpu else None
+        if bandwidth is not None:
+            # GPUs that share a layer read it together; those of another pipeline stage or copy wait for them.
+            bandwidth *= engine.info.effective.get("tensor_parallel", 1)
         # The variant's state and cache are the source's: only its weights differ.
         config = parse_config(read_json(source / "config.json"), str(source))
         effective = {
@@ -407,7 +546,7 @@ def _run(
             "bandwidth_bytes_per_second": bandwidth,
         }
         info = replace(engine.info, effective=effective).as_dict()
-    recipe = None if variant == SOURCE else job.suite.variants[variant].recipe
+    recipe = None if model.variant == SOURCE else job.suite.variants[model.variant].recipe
     return Run(
         measure=measure,
         measure_version=version,
@@ -415,9 +554,10 @@ def _run(
         suite=job.suite.resolved(),
         suite_digest=job.suite.digest,
         variant={
-            "name": variant,
+            "name": model.row,
             "recipe": recipe,
-            "artifact_digest": digest,
+            "setup": model.setup,
+            "artifact_digest": model.digest,
             "source_digest": _fingerprint(source),
             "source_revision": fetched_revision(source),
         },

@@ -21,9 +21,13 @@
     protocol = "wikitext2-512"
     text = { demo = "heldout" }         # or { path = "wiki.txt" }, or { dataset = "Salesforce/wikitext", ... }
 
+    [setups.mtp1]                       # options of vLLM that are measured beside the suite's own
+    speculative_tokens = 1
+
     [bench]
     text = { demo = "heldout" }
     batch_sizes = [1, 2, 4]
+    setups = ["mtp1"]
 
 The dataclasses below *are* the schema: one reader walks their fields, so a key is documented, typed, defaulted
 and checked in one place. Every key that is not a field is an error with the nearest known one. A suite file never
@@ -50,7 +54,14 @@ from typing import Any
 from harness.errors import UserError, did_you_mean
 
 SOURCE = "source"  # the name that the unquantized model has among the variants of a run
+_SETUP = "+"  # between a variant and the setup that it was measured in
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+def row_name(variant: str, setup: str | None) -> str:
+    """How a variant in a setup is called: `w4a4+mtp1`."""
+    return variant if setup is None else f"{variant}{_SETUP}{setup}"
+
 
 # A check returns what is wrong with a value, to be read after its key ("must be ..."), or None.
 _Check = Callable[[Any], str | None]
@@ -83,6 +94,10 @@ def _are_variant_names(value: Mapping[str, "Variant"]) -> str | None:
     if SOURCE in value:
         return f"must not use '{SOURCE}', which always means the unquantized model"
     return next((f"has a variant that {wrong}" for name in value if (wrong := _is_name(name))), None)
+
+
+def _are_setup_names(value: Mapping[str, "VllmOptions"]) -> str | None:
+    return next((f"has a setup that {wrong}" for name in value if (wrong := _is_name(name))), None)
 
 
 def _say_what_a_sample_is(value: tuple["Samples", ...]) -> str | None:
@@ -215,6 +230,27 @@ class Variant:
     codes: str | None = _checked(_one_of("rtn", "gptq"), default=None)  # None: the recipe's own
 
 
+@dataclass(frozen=True, kw_only=True)
+class VllmOptions:
+    """What is asked of vLLM beyond its defaults; which argument of which release says it is the engine's to know."""
+
+    tensor_parallel: int | None = _checked(_at_least(1), default=None)  # GPUs that share every layer
+    pipeline_parallel: int | None = _checked(_at_least(1), default=None)  # groups of GPUs, each with some layers
+    data_parallel: int | None = _checked(_at_least(1), default=None)  # copies of the model
+    executor: str | None = None  # "mp", "ray" (across machines) or "uni"
+    max_model_len: int | None = _checked(_at_least(1), default=None)
+    max_num_seqs: int | None = _checked(_at_least(1), default=None)
+    max_num_batched_tokens: int | None = _checked(_at_least(1), default=None)
+    gpu_memory_utilization: float | None = None
+    kv_cache_gb: float | None = None  # 10⁹ bytes, instead of what is left of the memory
+    kv_cache_dtype: str | None = None  # "fp8": measured where it is asked for, never a default
+    enforce_eager: bool | None = None
+    prefix_caching: bool | None = None  # off unless asked for: a cached prompt costs nothing
+    text_only: bool | None = None  # without the vision tower
+    speculative_tokens: int | None = _checked(_at_least(1), default=None)  # by the MTP head
+    emulate: bool | None = None  # 4-bit activations in software where the GPU has no such kernel (Hopper)
+
+
 @dataclass(frozen=True)
 class Engine:
     """What runs the model; 'requested' in the run header, where 'effective' stands beside it."""
@@ -222,6 +258,7 @@ class Engine:
     name: str = "torch"
     dtype: str = "bfloat16"
     device: str = "auto"
+    vllm: VllmOptions | None = None  # not looked at by any other engine
 
 
 @dataclass(frozen=True)
@@ -231,6 +268,7 @@ class Perplexity:
     protocol: str
     text: Text
     batch_size: int = _checked(_at_least(1), default=4)  # windows per forward pass
+    setups: tuple[str, ...] | None = None  # measured too, each with every variant
 
 
 @dataclass(frozen=True)
@@ -246,6 +284,9 @@ class Bench:
     warmups: int = _checked(_at_least(0), default=1)  # stored and marked, never averaged
     starts: int = _checked(_at_least(1), default=2)  # times the engine is loaded anew
     variants: tuple[str, ...] | None = None  # only these and the source; all where it is left out
+    depths: tuple[int, ...] | None = _checked(_at_least(0), default=None)  # tokens in front, as llama-bench's tg @ d
+    depth_tokens: int = _checked(_at_least(2), default=33)  # new tokens there
+    setups: tuple[str, ...] | None = None  # measured too, each with every variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,9 +300,25 @@ class Suite:
     description: str | None = None
     calibration: Calibration | None = None
     engine: Engine = Engine()
+    setups: Mapping[str, VllmOptions] = _checked(_are_setup_names, default_factory=dict)  # options over [engine.vllm]
     ppl: Perplexity | None = None
     bench: Bench | None = None
     folder: Path = field(default=Path(), metadata={"in_file": False})  # where the file lies
+
+    def vllm_options(self, setup: str | None = None) -> dict[str, Any]:
+        """What is asked of vLLM, by option: the suite's own, and over them those of a setup; None is left out."""
+        over = VllmOptions() if setup is None else self.setups[setup]
+        return {
+            name: value
+            for options in (self.engine.vllm or VllmOptions(), over)
+            for name, value in dataclasses.asdict(options).items()
+            if value is not None
+        }
+
+    def rows(self) -> tuple[str, ...]:
+        """What a table may have a row for: the source and the variants, and each of them again for every setup."""
+        named = (SOURCE, *self.variants)
+        return named + tuple(row_name(name, setup) for setup in self.setups for name in named)
 
     def resolved(self) -> dict[str, Any]:
         """Everything the file says and every default that it leaves open, as JSON values.
@@ -292,6 +349,13 @@ class Suite:
 def load(path: Path) -> Suite:
     """Read and check one suite file."""
     suite: Suite = _Reader(path, "suite").table(Suite, _document(path, "suite", "--suite"), "")
+    for table, wanted in (("ppl", suite.ppl), ("bench", suite.bench)):
+        for setup in (wanted and wanted.setups) or ():
+            if setup not in suite.setups:
+                raise UserError(
+                    f"{path}: '{table}.setups' names '{setup}', and there is no [setups.{setup}].",
+                    did_you_mean(setup, suite.setups),
+                )
     return dataclasses.replace(suite, folder=path.parent)
 
 
@@ -393,7 +457,7 @@ class _Reader:
                 wrong = one.metadata.get("check", lambda _: None)(arguments[key])
                 if wrong:
                     raise self.wrong(prefix + key, wrong)
-            elif one.default is dataclasses.MISSING:
+            elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
                 raise UserError(
                     f"{self.file}: '{prefix}{key}' is missing.",
                     f"Add it{f' to [{dotted}]' if dotted else ''}.",

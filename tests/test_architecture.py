@@ -16,11 +16,11 @@ FLOORS = {
     2: ("model", "record", "suite"),
     3: ("engines",),
     4: ("measure", "quantize", "audit", "report", "demo"),
-    5: ("cli", "stages", "peers", "__main__"),
+    5: ("cli", "stages", "serve", "peers", "__main__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-ON_ONE_FLOOR = {("cli", "stages"), ("__main__", "cli")}
-"""On the top floor `stages` lies under `cli`, which lies under `__main__`."""
+ON_ONE_FLOOR = {("cli", "stages"), ("cli", "serve"), ("__main__", "cli")}
+"""On the top floor `stages` and `serve` lie under `cli`, which lies under `__main__`."""
 
 ONLY_IN = {
     "lm_eval": ("harness/measure/tasks.py",),
@@ -33,6 +33,7 @@ MAY_PRINT = {
     "harness/__main__.py": None,
     "harness/peers/__main__.py": None,
     "harness/demo/train.py": "main",
+    "harness/engines/vllm_engine.py": "capturing",  # it turns both streams aside, and flushes them for that
 }
 """By file, the function that may print and exit; None for the whole file."""
 

@@ -615,6 +615,11 @@ OTHERS: dict[str, tuple[Recipe, Calibration | None, str]] = {
         "'w4a4-deltanet' with scales 'search' and codes 'gptq'",
     ),
     "codes": (CALIBRATED.with_method(codes="rtn"), calibration(), "with scales 'search' and codes 'gptq'"),
+    "settings": (
+        dataclasses.replace(CALIBRATED, method=dataclasses.replace(CALIBRATED.method, damping=0.5)),
+        calibration(),
+        "with scales 'search' and codes 'gptq', which this version of the harness does with other settings",
+    ),
     "recipe": (RECIPES["w4a4"], calibration(), "recipe 'w4a4-deltanet', not of 'w4a4'"),
     "no calibration": (RTN, None, "recipe 'w4a4-deltanet', not of 'rtn-a16'"),
 }

@@ -172,7 +172,7 @@ def test_the_resolved_suite_is_json_with_every_default_and_no_place_of_this_mach
     resolved = suite.resolved()
     assert json.loads(json.dumps(resolved)) == resolved
     assert resolved["bench"]["batch_sizes"] == [1, 2, 4]
-    assert resolved["engine"] == {"name": "torch", "dtype": "bfloat16", "device": "auto"}
+    assert resolved["engine"] == {"name": "torch", "dtype": "bfloat16", "device": "auto", "vllm": None}
     assert resolved["ppl"] is None
     assert str(tmp_path) not in json.dumps(resolved)
 

@@ -168,19 +168,29 @@ def test_the_mixed_card_keeps_19_mtp_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "batch_sizes", "new_tokens", "prefill_tokens"),
+    ("name", "depths", "depth_tokens", "prefill_tokens", "setups"),
     [
-        ("qwen3.5-9b-heretic-a16", (1,), None, None),
-        ("qwen3.5-27b", (1,), 1 + 32, 2048),
-        ("qwen3.6-35b-a3b-mixed", (1,), None, None),
+        ("qwen3.5-9b-heretic-a16", None, None, None, None),
+        ("qwen3.5-27b", (0, 4096, 8192), 1 + 32, 2048, None),
+        ("qwen3.6-35b-a3b-mixed", None, None, None, ("mtp1",)),
     ],
 )
 def test_speed_is_measured_at_the_lengths_of_the_card(
-    name: str, batch_sizes: tuple[int, ...], new_tokens: int | None, prefill_tokens: int | None
+    name: str,
+    depths: tuple[int, ...] | None,
+    depth_tokens: int | None,
+    prefill_tokens: int | None,
+    setups: tuple[str, ...] | None,
 ) -> None:
     bench = suite(name).bench
-    assert bench is not None and bench.batch_sizes == batch_sizes
-    assert new_tokens in (None, bench.new_tokens) and prefill_tokens in (None, bench.prefill_tokens)
+    assert bench is not None and bench.batch_sizes == (1,)
+    assert (bench.depths, bench.setups) == (depths, setups)
+    assert depth_tokens in (None, bench.depth_tokens) and prefill_tokens in (None, bench.prefill_tokens)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_cards_are_measured_with_vllm_as_they_were(name: str) -> None:
+    assert suite(name).engine.name == "vllm"
 
 
 def test_the_mixed_cards_perplexity_is_that_of_windows_of_512() -> None:

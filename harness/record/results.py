@@ -80,6 +80,10 @@ def _are_times(value: object) -> bool:
     return isinstance(value, list) and value != [] and all(map(_is_time, value))
 
 
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
 # The raw samples: measure -> kind -> key -> what its value must be. Units last (seconds, bytes, nats); more keys than
 # these are welcome. `first_token` counts from the start of the text, `nll_nats` is the sum over a window's scored
 # tokens, `step_seconds` has one time per decode step of the whole batch, `snr_db` is null for an exact round trip.
@@ -92,6 +96,8 @@ _TIMED: _Checks = {
     "prompt_tokens": _is_positive_count,
     "prefill_seconds": _is_time,
 }
+# Why an engine did not start or did not survive, and what it said itself.
+_FAILURE: _Checks = {"reason": _is_text, "log": _are_texts}
 SAMPLES: dict[str, dict[str, _Checks]] = {
     "ppl": {
         "window": {
@@ -101,11 +107,37 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
             "num_scored": _is_positive_count,
             "nll_nats": _is_number,
         },
+        "failure": _FAILURE,
     },
     "bench": {
+        "coherence": {
+            "num_tokens": _is_positive_count,
+            "text_nll_nats": _is_number,
+            "generated_nll_nats": _is_number,
+            "limit_nats": _is_number,
+            "coherent": _is_flag,
+        },
         "decode": {**_TIMED, "step_seconds": _are_times},
         "prefill": _TIMED,
         "memory": {"start": _is_count, "weight_bytes": _is_count, "peak_rss_bytes": _is_count_or_null},
+        "failure": _FAILURE,
+    },
+    # By `vllm bench`, elsewhere: times of single requests, of whole batches, or of everything.
+    "served": {
+        "request": {
+            "prompt_tokens": _is_positive_count,
+            "new_tokens": _is_positive_count,
+            "first_token_seconds": _is_time,
+            "decode_seconds": _is_number,
+        },
+        "failed_request": {"reason": _is_text},
+        "generation": {
+            "batch": _is_positive_count,
+            "prompt_tokens": _is_positive_count,
+            "new_tokens": _is_positive_count,
+            "seconds": _is_time,
+        },
+        "throughput": {"num_requests": _is_positive_count, "num_tokens": _is_positive_count, "seconds": _is_time},
     },
     "build": {
         "role": {
@@ -233,6 +265,7 @@ COMPARABLE: dict[str, tuple[str, ...]] = {
         "engine.version",
         "engine.dtype",
     ),
+    "served": ("measure_version", "variant.source_digest", "machine.name", "engine.name", "engine.version"),
     "build": ("measure_version",),
     "verify": ("measure_version",),
 }

@@ -98,7 +98,7 @@ def _says(path: Path, data: bytes) -> bool:
 
 
 def _gather(suite: Suite, records: Sequence[Record], results_dir: str) -> _Evidence:
-    variants = (SOURCE, *suite.variants)
+    variants = suite.rows()
     chosen = {measure: tables.newest(records, suite.name, measure, variants) for measure in (*MEASURES, *OPTIONAL)}
     frames = {
         "size": tables.size(chosen["build"]),
@@ -303,8 +303,9 @@ def _figure_files(evidence: _Evidence) -> dict[str, bytes]:
         speed = _row(evidence.frames["decode"], variant=variant, batch=1)
         steps: list[float] = []
         if speed and not isinstance(speed["speed_ratio"], str):
-            for (batch, _), samples in tables.by_shape(evidence.records["bench"][variant], "decode").items():
-                steps += [seconds for sample in samples for seconds in sample["step_seconds"] if batch == 1]
+            shape = (1, int(str(speed["prompt_tokens"])), int(str(speed["new_tokens"])))
+            for sample in tables.by_shape(evidence.records["bench"][variant], "decode")[shape]:
+                steps += tables.token_seconds(sample)
         rows.append(
             plots.Row(
                 variant,

@@ -66,6 +66,7 @@ def perplexity(records: Records) -> pd.DataFrame:
             "delta_log_ppl": _refusal(records, variant),
             "standard_errors": None,
             "run": record,
+            **_served_as(record),
         }
         if variant != SOURCE and row["delta_log_ppl"] is None:
             base = records[SOURCE].kind("window")
@@ -90,18 +91,26 @@ def decode(records: Records) -> pd.DataFrame:
     the DeltaNet states read and written, and the keys and values of the prompt. A model that does not fit
     into the processor's caches cannot exceed it.
     """
-    rows = _speeds(records, "decode", lambda sample: sample["batch"] * _mean_rate(sample["step_seconds"]))
+    rows = _speeds(records, "decode", _decode_rate)
     for row in rows:
         effective = (row["run"].run.engine or {}).get("effective", {})
         speed, batch = row["tokens_per_second"], row["batch"]
-        steps = by_shape(row["run"], "decode")[batch, row["prompt_tokens"]][0]["step_seconds"]
+        samples = by_shape(row["run"], "decode")[batch, row["prompt_tokens"], row["new_tokens"]]
+        drafted = "num_drafts" in samples[0]
         bandwidth = effective.get("bandwidth_bytes_per_second")
         weights, state, kv = (
             effective.get(key) or 0 for key in ("weight_bytes_per_token", "state_bytes", "kv_bytes_per_token")
         )
         step = weights + 2 * state + row["prompt_tokens"] * kv
-        ceiling = bandwidth / step if batch == 1 and bandwidth and weights else None
-        row["new_tokens"] = len(steps) + 1
+        # A step that speculates gives more than one token: bytes over bandwidth bound the steps, not the tokens.
+        ceiling = bandwidth / step if batch == 1 and bandwidth and weights and not drafted else None
+        if drafted:
+            drafts, proposed, accepted = (
+                sum(sample[key] for sample in samples)
+                for key in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+            )
+            row["acceptance_share"] = accepted / proposed if proposed else None
+            row["mean_accepted_length"] = 1 + accepted / drafts if drafts else None
         row["user_tokens_per_second"] = _scaled(speed, 1 / batch)
         row["ceiling_tokens_per_second"] = ceiling
         row["ceiling_share"] = speed.value / ceiling if ceiling else None
@@ -126,10 +135,40 @@ def memory(records: Records) -> pd.DataFrame:
         starts = record.kind("memory")
         most = {
             key: max((start[key] for start in starts if start.get(key) is not None), default=None)
-            for key in ("weight_bytes", "peak_rss_bytes", "peak_vram_bytes")
+            for key in ("weight_bytes", "kv_cache_tokens", "peak_rss_bytes", "peak_vram_bytes")
         }
         if starts:
             rows.append({"variant": variant, **most, "run": record})
+    return _frame(rows)
+
+
+def served(records: Records) -> pd.DataFrame:
+    """What `vllm bench` measured elsewhere. Per request: the median time to the first token, and the median speed after
+    it; of a batch and of everything: tokens over time, the prompt's with them where the tool counts them."""
+    rows = []
+    for variant, record in records.items():
+        engine = record.run.engine or {}
+        settings = engine.get("requested", {})
+        common = {"variant": variant, "benchmark": settings.get("benchmark"), "run": record}
+        requests = [one for one in record.kind("request") if one["new_tokens"] > 1 and one["decode_seconds"] > 0]
+        if requests:
+            speeds = [(one["new_tokens"] - 1) / one["decode_seconds"] for one in requests]
+            rows.append(
+                {
+                    **common,
+                    "concurrency": settings.get("max_concurrency"),
+                    "num_requests": len(requests),
+                    "num_failed": len(record.kind("failed_request")),
+                    "first_token_seconds": stats.median([one["first_token_seconds"] for one in requests]),
+                    "user_tokens_per_second": stats.median(speeds),
+                }
+            )
+        for kind in ("generation", "throughput"):
+            if found := record.kind(kind):
+                tokens = [one.get("num_tokens") or one["batch"] * one["new_tokens"] for one in found]
+                rates = [count / one["seconds"] for count, one in zip(tokens, found, strict=True)]
+                shape = {key: found[0].get(key) for key in ("batch", "prompt_tokens", "new_tokens", "num_requests")}
+                rows.append({**common, **shape, "tokens_per_second": stats.median(rates)})
     return _frame(rows)
 
 
@@ -280,8 +319,15 @@ def of_measure(measure: str, records: Records) -> list[pd.DataFrame]:
         "ppl": (perplexity,),
         "sensitivity": (sensitivity,),
         "bench": (decode, prefill, memory),
+        "served": (served,),
     }[measure]
     return [frame for make in frames if not (frame := make(records)).empty]
+
+
+def _served_as(record: Record) -> dict[str, str]:
+    """The cell that says what an engine made of a checkpoint whose arithmetic it did not run; none where it did."""
+    found = (record.run.engine or {}).get("served_as")
+    return {"served_as": found} if found else {}
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -292,10 +338,6 @@ def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def _ppl(windows: Sequence[Mapping[str, Any]]) -> float:
     return math.exp(math.fsum(one["nll_nats"] for one in windows) / sum(one["num_scored"] for one in windows))
-
-
-def _mean_rate(seconds: Sequence[float]) -> float:
-    return len(seconds) / math.fsum(seconds)
 
 
 def _scaled(estimate: Estimate, factor: float) -> Estimate:
@@ -338,22 +380,48 @@ def _speeds(records: Records, kind: str, rate: Callable[[Mapping[str, Any]], flo
                     "variant": variant,
                     "batch": shape[0],
                     "prompt_tokens": shape[1],
+                    "new_tokens": shape[2],
                     "num_repetitions": len(rates),
                     "tokens_per_second": stats.median(rates),
                     "speed_ratio": ratio,
                     "run": record,
+                    **_served_as(record),
                 }
             )
     return rows
 
 
-def by_shape(record: Record, kind: str) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    """A bench run's samples of one kind by (batch size, prompt length); warm-ups are left out."""
-    shapes: dict[tuple[int, int], list[dict[str, Any]]] = {}
+def by_shape(record: Record, kind: str) -> dict[tuple[int, int, int], list[dict[str, Any]]]:
+    """A bench run's samples of one kind by (batch size, prompt length, new tokens); warm-ups are left out."""
+    shapes: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
     for sample in record.kind(kind):
         if not sample["warmup"]:
-            shapes.setdefault((sample["batch"], sample["prompt_tokens"]), []).append(sample)
+            shapes.setdefault((sample["batch"], sample["prompt_tokens"], _new_tokens(sample)), []).append(sample)
     return dict(sorted(shapes.items()))
+
+
+def _new_tokens(sample: Mapping[str, Any]) -> int:
+    """Version 1 of the measure had a time for each step and no count."""
+    count: int = sample.get("new_tokens", len(sample.get("step_seconds", ())) + 1)
+    return count
+
+
+def token_seconds(sample: Mapping[str, Any]) -> list[float]:
+    """A decode sample's time of each token: those of its steps, or the mean where the engine gave one for all."""
+    steps, num_tokens = sample["step_seconds"], _new_tokens(sample) - 1
+    return list(steps) if len(steps) == num_tokens else [math.fsum(steps) / num_tokens] * num_tokens
+
+
+def _decode_rate(sample: Mapping[str, Any]) -> float:
+    """Tokens per second of one repetition, over the whole batch."""
+    tokens = sample["batch"] * (_new_tokens(sample) - 1)
+    return float(tokens / math.fsum(sample["step_seconds"]))
+
+
+def warnings(records: Records) -> list[str]:
+    """What the engines said of their settings, each sentence once."""
+    said = (line for record in records.values() for line in (record.run.engine or {}).get("warnings", ()))
+    return list(dict.fromkeys(said))
 
 
 # -- Cells -----------------------------------------------------------------------------------------------------
@@ -398,6 +466,7 @@ COLUMNS: dict[str, Column] = {
     "tensor": Column("tensor", numeric=False),
     "problem": Column("problem", numeric=False),
     "consequence": Column("consequence", numeric=False),
+    "served_as": Column("served as", numeric=False),
     "protocol": _described("protocol"),
     "dataset": _described("dataset"),
     "num_tokens": _described("tokens", _as(","), numeric=True),
@@ -421,16 +490,24 @@ COLUMNS: dict[str, Column] = {
     "relative_change_ratio": Column("change", lambda ratio: format_percent(ratio, "+.2f")),
     "delta_log_ppl": Column("Δ log-PPL, nats [95 %]", _as("+.4f")),
     "standard_errors": Column("standard errors from 0", _as(".1f")),
+    "benchmark": _described("vllm bench"),
+    "concurrency": _described("concurrency", _as("d"), numeric=True),
+    "num_requests": Column("requests", _as("d")),
+    "num_failed": Column("failed", _as("d")),
+    "first_token_seconds": Column("first token, s [95 %]", _as(".3f")),
     "batch": _described("batch", _as("d"), numeric=True),
     "prompt_tokens": _described("prompt tokens", _as(","), numeric=True),
     "new_tokens": _described("new tokens", _as(","), numeric=True),
     "num_repetitions": _described("repetitions", _as("d"), numeric=True),
     "tokens_per_second": Column("tok/s [95 %]", _as(".1f")),
+    "acceptance_share": Column("drafts accepted", format_percent),
+    "mean_accepted_length": Column("mean accepted length", _as(".2f")),
     "user_tokens_per_second": Column("tok/s per user", _as(".1f")),
     "speed_ratio": Column("÷ source [95 %]", _as(".3f")),
     "ceiling_tokens_per_second": Column("ceiling, tok/s", _as(".1f")),
     "ceiling_share": Column("of ceiling", format_percent),
     "weight_bytes": Column("weights", format_bytes),
+    "kv_cache_tokens": Column("KV cache, tokens", _as(",")),
     "peak_rss_bytes": Column("peak RSS", format_bytes),
     "peak_vram_bytes": Column("peak VRAM", format_bytes),
     "engine": _described("engine"),

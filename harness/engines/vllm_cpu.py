@@ -1,0 +1,21 @@
+"""A vLLM plugin: NVFP4 and FP8 on vLLM's CPU backend, so that every variant loads there as it loads on a GPU.
+
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). Its CPU backend has no NVFP4
+kernel, neither for linear layers nor for fused experts, and computes FP8 with a channel scale in an emulation that
+takes minutes a batch. On a CPU the plugin puts its own compressed-tensors configuration in the place of vLLM's, by
+vLLM's own door for that (`register_quantization_config`); on any other platform it does nothing. Nothing of vLLM is
+edited.
+"""
+
+
+def register() -> None:
+    """Called by vLLM, possibly more than once in a process."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from harness.engines.vllm_cpu_layers import CpuCompressedTensorsConfig
+
+    register_quantization_config("compressed-tensors")(CpuCompressedTensorsConfig)

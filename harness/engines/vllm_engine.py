@@ -1,0 +1,447 @@
+"""The vLLM engine: what a server with this checkpoint would do, asked in token ids. The only importer of vllm.
+
+vLLM runs as it does behind its own server (`AsyncLLM`): the model lives in processes of its own, tensor, pipeline and
+data parallelism and their executor are vLLM's, and a crash there is an error here. Times are the engine process's own
+stamps (scheduled, first token, last token), so neither this process nor its event loop is part of a speed.
+
+*What actually ran* is asked for, not assumed: `vllm_worker` looks at the layers of the loaded model, and vLLM's log is
+kept, since it names the kernels. A checkpoint with 4-bit activations that a weight-only kernel serves is another model
+than its card says: `EngineInfo.served_as` says so, and every table shows it.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.engines import vllm_options
+from harness.engines.protocol import Decoded, Drafts, Engine, EngineDied, EngineInfo, Memory, Purpose
+from harness.errors import UserError
+from harness.formats.config import parse
+
+T = TypeVar("T")
+
+_DTYPES = ("bfloat16", "float16", "float32", "auto")
+_SCORED_TOKENS = 2048
+"""Tokens in one forward pass while scoring: vLLM keeps the logits of all of them."""
+_LOG_LINES = 40
+_KERNEL_LINES = re.compile(
+    r"Using .* for NVFP4 GEMM|Using '.*' \w* ?MoE backend|Selected \S+ for \S+|Using \S+ GDN .* kernel"
+)
+_MEMORY_LINES = re.compile(r"Model loading took .*|Available KV cache memory: .*|\S+ KV cache size: .*")
+_ERROR_LINES = re.compile(r"error|exception|traceback|killed|out of memory|refus", re.IGNORECASE)
+
+
+class VllmEngine(Engine):
+    """A checkpoint folder served by vLLM; see `protocol.Engine` for what its methods promise."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "auto",
+        purpose: Purpose = "score",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise UserError(f"The vLLM engine does not compute in '{dtype}'.", f"It does in {', '.join(_DTYPES)}.")
+        asked = dict(options or {})
+        _check_heads(folder, asked)
+        self._log = _Log()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm")
+        self._thread.start()
+        self._numbers = itertools.count()
+        self._engine: Any = None
+        try:
+            with self._log.capturing():
+                vllm = _import_vllm()
+                release = vllm_options.release_of(vllm.__version__)
+                self._arguments = _arguments(folder, dtype, purpose, asked, release)
+                self._engine = self._run(_started(self._arguments))
+                _check_dtype(self._engine.vllm_config)
+                self._info = self._described(vllm.__version__, folder, dtype, device, asked, release)
+        except UserError:
+            self.close()
+            raise
+        except Exception as error:
+            lines = self._log.relevant()
+            self.close()
+            raise EngineDied(
+                f"vLLM does not start on {folder}: {_reason(error, lines)}.",
+                "Run `harness verify` on it, or change the engine's options.",
+                lines,
+            ) from error
+
+    @property
+    def info(self) -> EngineInfo:
+        """What runs, and how."""
+        return self._info
+
+    def score(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float64]]:
+        """Log-probabilities, in nats, of tokens 1 … n - 1 of each window of n tokens, in order."""
+        for batch in _batches(windows, batch_size):
+            for window, output in zip(batch, self._prompt_logprobs(batch, 0), strict=True):
+                found = output.prompt_logprobs
+                # The token itself comes first at each place, whatever the most probable ones are.
+                rows = [found.logprobs[found.start_indices[place]] for place in range(1, len(window))]
+                yield np.array(rows, dtype=np.float64)
+
+    def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
+        """Log-distributions [n - 1, vocabulary], in nats, after the first n - 1 tokens of each window, in order."""
+        for batch in _batches(windows, batch_size):
+            for window, output in zip(batch, self._prompt_logprobs(batch, -1), strict=True):
+                found = output.prompt_logprobs
+                table = None
+                for place in range(1, len(window)):
+                    # The actual token stands before the full list, a second time.
+                    part = slice(found.start_indices[place] + 1, found.end_indices[place])
+                    ids = np.array(found.token_ids[part])
+                    if table is None:
+                        table = np.full((len(window) - 1, len(ids)), np.nan, dtype=np.float32)
+                    table[place - 1, ids] = found.logprobs[part]
+                assert table is not None
+                yield table
+
+    def _prompt_logprobs(self, batch: Sequence[Sequence[int]], num: int) -> list[Any]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=num, flat_logprobs=True, detokenize=False
+        )
+        return self._generate(batch, params)
+
+    def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
+        """Greedy continuation, by vLLM's scheduler; the steps come as one time, since it stamps only the ends."""
+        if num_tokens < 1 or len({len(prompt) for prompt in prompts}) != 1:
+            raise ValueError("decode needs num_tokens >= 1 and prompts of one length")
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            # No min_tokens: it forbids the end of text, where ignore_eos only goes on after it.
+            max_tokens=num_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        before = _drafts()
+        outputs = self._generate(prompts, params)
+        tokens = tuple(tuple(output.outputs[0].token_ids) for output in outputs)
+        stamps = [output.metrics for output in outputs]
+        first = max(one.first_token_ts for one in stamps)
+        return Decoded(
+            token_ids=tokens,
+            prefill_seconds=first - min(one.scheduled_ts for one in stamps),
+            step_seconds=(max(one.last_token_ts for one in stamps) - first,) if num_tokens > 1 else (),
+            drafts=self._drafts_since(before) if self._arguments.get("speculative_config") else None,
+        )
+
+    def _drafts_since(self, before: Drafts) -> Drafts:
+        """The counters are booked by another thread, a moment after the last token."""
+        from time import sleep
+
+        last = None
+        while last != (now := _drafts()):
+            last = now
+            sleep(0.05)
+        return now - before
+
+    def _generate(self, prompts: Sequence[Sequence[int]], params: Any) -> list[Any]:
+        """The final outputs for all prompts, which are in vLLM's hands at the same time."""
+
+        async def one(ids: Sequence[int]) -> Any:
+            last = None
+            prompt = {"prompt_token_ids": list(ids)}
+            async for output in self._engine.generate(prompt, params, f"harness-{next(self._numbers)}"):
+                last = output
+            return last
+
+        async def every() -> list[Any]:
+            answers = asyncio.ensure_future(asyncio.gather(*(one(ids) for ids in prompts)))
+            # A request that arrives while the engine dies is told nothing by vLLM, and would wait for ever.
+            while not (await asyncio.wait({answers}, timeout=1.0))[0]:
+                if self._engine.errored:
+                    answers.cancel()
+                    raise self._engine.dead_error
+            return list(answers.result())
+
+        try:
+            return self._run(every())
+        except Exception as error:
+            lines = self._log.relevant()
+            if "longer than the maximum model length" in str(error) or type(error).__name__ == "VLLMValidationError":
+                raise UserError(
+                    f"vLLM refuses a prompt of {len(prompts[0]):,} tokens: {_first_line(error)}.",
+                    "Raise max_model_len, or use shorter windows.",
+                ) from error
+            raise EngineDied(
+                f"vLLM's engine died over {len(prompts)} × {len(prompts[0]):,} tokens: {_reason(error, lines)}.",
+                "Lower the batch size or max_num_batched_tokens; its last lines are in the record.",
+                lines,
+            ) from error
+
+    def memory(self) -> Memory:
+        """The peaks of vLLM's workers, all of them together."""
+        found = self.ask("harness_memory")
+        vram = [one["vram"] for one in found if one["vram"] is not None]
+        return Memory(sum(one["rss"] for one in found), sum(vram) if vram else None)
+
+    def ask(self, method: str, *arguments: Any) -> list[Any]:
+        """The answers of all workers to a method of `vllm_worker.HarnessWorker`."""
+        return list(self._run(self._engine.collective_rpc(method, args=arguments)))
+
+    def log(self) -> str:
+        """What vLLM's processes have written since this start."""
+        return self._log.text()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        """End vLLM's processes and wait for them."""
+        if self._engine is not None:
+            with self._log.capturing(), contextlib.suppress(Exception):
+                self._engine.shutdown()
+                self._run(_cancelled())
+            self._engine = None
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._log.close()
+
+    def _described(
+        self,
+        version: str,
+        folder: Path,
+        dtype: str,
+        device: str,
+        asked: Mapping[str, Any],
+        release: vllm_options.Release,
+    ) -> EngineInfo:
+        import torch
+
+        config = self._engine.vllm_config
+        layers = self.ask("harness_layers")[0]
+        weights = self.ask("harness_weights")
+        on_cpu = config.device_config.device_type == "cpu"
+        parallel = config.parallel_config
+        lines = self._log.text()
+        kernels = {**layers, "log": " | ".join(dict.fromkeys(_KERNEL_LINES.findall(lines)))}
+        return EngineInfo(
+            name="vllm",
+            version=f"vllm {version}, torch {torch.__version__}",
+            device="cpu" if on_cpu else torch.cuda.get_device_name(0),
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            requested={"folder": folder.name, "dtype": dtype, "device": device, **asked},
+            effective={
+                "arguments": {name: value for name, value in self._arguments.items() if name != "model"},
+                "model_class": config.model_config.architecture,
+                "attention_implementation": layers.get("self_attn.attn") or layers.get("attn.attn"),
+                "tensor_parallel": parallel.tensor_parallel_size,
+                "pipeline_parallel": parallel.pipeline_parallel_size,
+                "data_parallel": parallel.data_parallel_size,
+                "executor": str(parallel.distributed_executor_backend),
+                "num_devices": parallel.world_size * parallel.data_parallel_size,
+                "max_model_len": config.model_config.max_model_len,
+                "max_num_seqs": config.scheduler_config.max_num_seqs,
+                "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+                "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+                "kv_cache_dtype": str(config.cache_config.cache_dtype),
+                "kv_cache_tokens": _kv_tokens(lines),
+                "cuda_graphs": not on_cpu and not config.model_config.enforce_eager,
+                "compiled": not config.model_config.enforce_eager,
+                "memory_lines": list(dict.fromkeys(_MEMORY_LINES.findall(lines))),
+                "weight_bytes_resident": sum(one["resident"] for one in weights),
+                "weight_bytes_per_token": sum(one["per_token"] for one in weights) // parallel.data_parallel_size,
+            },
+            kernels=kernels,
+            served_as=_served_as(folder, layers),
+            warnings=tuple(vllm_options.warnings(asked, release)),
+        )
+
+
+async def _started(arguments: Mapping[str, Any]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+
+async def _cancelled() -> None:
+    """Ends the tasks that vLLM leaves in the loop."""
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _import_vllm() -> Any:
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError(
+            f"vLLM cannot be imported: {_first_line(error)}.",
+            "Install it (`nox -s vllm` makes an environment for CPUs), or use the torch engine.",
+        ) from error
+    return vllm
+
+
+def _arguments(
+    folder: Path, dtype: str, purpose: Purpose, options: Mapping[str, Any], release: vllm_options.Release
+) -> dict[str, Any]:
+    """The arguments of vLLM's `AsyncEngineArgs`: what was asked for, and what every measurement needs."""
+    found = {
+        "model": str(folder),
+        "dtype": dtype,
+        "seed": 0,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "worker_extension_cls": "harness.engines.vllm_worker.HarnessWorker",
+        **vllm_options.arguments(options, release),
+    }
+    if purpose == "score":
+        found.setdefault("max_num_batched_tokens", _SCORED_TOKENS)
+        found["max_logprobs"] = -1
+        if release >= vllm_options.HEAD_DTYPE_SINCE:
+            found["hf_overrides"] = {"head_dtype": "float32"}
+    return found
+
+
+def _check_heads(folder: Path, options: Mapping[str, Any]) -> None:
+    """MTP needs its head: vLLM would speculate with uninitialised memory, or fail with a traceback."""
+    if not options.get("speculative_tokens"):
+        return
+    index = folder / "model.safetensors.index.json"
+    names: list[str] = []
+    if index.is_file():
+        names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not any(name.startswith("mtp.") for name in names):
+        raise UserError(
+            f"{folder} has no MTP head, and speculative_tokens asks for one.",
+            "Keep the source's mtp.* tensors, or leave speculative_tokens at 0.",
+        )
+
+
+def _check_dtype(config: Any) -> None:
+    """vLLM's CPU kernels of DeltaNet assert bfloat16 at the first request (0.32, `qwen_gdn_linear_attn.py`)."""
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    if config.device_config.device_type == "cpu" and dtype != "bfloat16":
+        raise UserError(f"vLLM computes DeltaNet on a CPU in bfloat16 only, not in {dtype}.", "Give --dtype bfloat16.")
+
+
+def _served_as(folder: Path, layers: Mapping[str, str]) -> str | None:
+    """How the checkpoint's activations were really multiplied, where that is not what it says; else None."""
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if raw is None:
+        return None
+    groups = parse(raw, str(folder / "config.json")).groups
+    asks = any(one.format is not None and one.format.name == "NVFP4" for one in groups)
+    weight_only = sorted({how for how in layers.values() if "fp4" in how.lower() and vllm_options.is_weight_only(how)})
+    return f"16-bit activations ({', '.join(weight_only)})" if asks and weight_only else None
+
+
+def _kv_tokens(log: str) -> int | None:
+    found = re.findall(r"KV cache size: ([\d,]+) tokens", log)
+    return int(found[-1].replace(",", "")) if found else None
+
+
+def _drafts() -> Drafts:
+    """vLLM's counters of speculative decoding, from the start of this process."""
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    counters = {metric.name: getattr(metric, "value", 0) for metric in get_metrics_snapshot()}
+    return Drafts(
+        num_drafts=int(counters.get("vllm:spec_decode_num_drafts", 0)),
+        num_draft_tokens=int(counters.get("vllm:spec_decode_num_draft_tokens", 0)),
+        num_accepted_tokens=int(counters.get("vllm:spec_decode_num_accepted_tokens", 0)),
+    )
+
+
+def _batches(windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[Sequence[int]]]:
+    for _, run in groupby(windows, key=len):
+        equal = list(run)
+        for start in range(0, len(equal), batch_size):
+            yield equal[start : start + batch_size]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].strip().rstrip(".")[:300]
+
+
+def _reason(error: BaseException, lines: Sequence[str]) -> str:
+    """The most telling line: the last error that vLLM's processes logged and that does not only point to another, else
+    what reached this one."""
+    found = [match.group(0) for line in lines if (match := re.search(r"(?:\w+\.)*\w*(?:Error|Exception): .+", line))]
+    telling = [line for line in found if not re.search("root cause|initialization failed|EngineDeadError", line)]
+    return (telling or [_first_line(error)])[-1].strip().rstrip(".")[:300]
+
+
+@dataclass
+class _Log:
+    """vLLM's log in a file of its own: its processes write there, and nothing of it reaches the terminal."""
+
+    def __post_init__(self) -> None:
+        handle, name = tempfile.mkstemp(prefix="harness-vllm-", suffix=".log")
+        self._handle = handle
+        self.path = Path(name)
+        handler = {"class": "logging.FileHandler", "filename": name, "mode": "a", "formatter": "plain"}
+        config = {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"plain": {"format": "%(levelname)s %(message)s"}},
+            "handlers": {"file": handler},
+            "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
+        }
+        self._config = self.path.with_suffix(".json")
+        self._config.write_text(json.dumps(config), encoding="utf-8")
+        os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(self._config)  # read by every process as it imports vLLM
+        if "vllm" in sys.modules:  # this process has done so already
+            import logging.config
+
+            logging.config.dictConfig(config)
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Everything that is written to stdout and stderr meanwhile goes to the file, and from the processes that are
+        started meanwhile for all of their lives."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        saved = [(number, os.dup(number)) for number in (1, 2)]
+        try:
+            for number, _ in saved:
+                os.dup2(self._handle, number)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in saved:
+                os.dup2(copy, number)
+                os.close(copy)
+
+    def text(self) -> str:
+        return self.path.read_text(encoding="utf-8", errors="replace")
+
+    def relevant(self) -> tuple[str, ...]:
+        """The last lines that speak of an error; the last lines at all where none does."""
+        lines = [line.strip() for line in self.text().splitlines() if line.strip()]
+        return tuple([line for line in lines if _ERROR_LINES.search(line)][-_LOG_LINES:] or lines[-_LOG_LINES:])
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._handle)
+        self.path.unlink(missing_ok=True)
+        self._config.unlink(missing_ok=True)

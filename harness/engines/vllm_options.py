@@ -1,0 +1,123 @@
+"""What a suite may ask of vLLM, and which argument says it in which release (0.19 to 0.33).
+
+One table. An option that a release has no argument for is refused by name: dropping it would measure something else.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import UserError
+
+Release = tuple[int, int]
+OLDEST: Release = (0, 19)
+NEWEST: Release = (0, 33)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A field of vLLM's `EngineArgs`, with the releases that have it: from `since` to before `until`."""
+
+    name: str
+    since: Release = OLDEST
+    until: Release | None = None
+
+    def exists_in(self, release: Release) -> bool:
+        return self.since <= release and (self.until is None or release < self.until)
+
+
+ARGUMENTS: dict[str, tuple[Argument, ...]] = {
+    "tensor_parallel": (Argument("tensor_parallel_size"),),
+    "pipeline_parallel": (Argument("pipeline_parallel_size"),),
+    "data_parallel": (Argument("data_parallel_size"),),
+    "executor": (Argument("distributed_executor_backend"),),
+    "max_model_len": (Argument("max_model_len"),),
+    "max_num_seqs": (Argument("max_num_seqs"),),
+    "max_num_batched_tokens": (Argument("max_num_batched_tokens"),),
+    "gpu_memory_utilization": (Argument("gpu_memory_utilization"),),
+    "kv_cache_gb": (Argument("kv_cache_memory_bytes"),),
+    "kv_cache_dtype": (Argument("kv_cache_dtype"),),
+    "enforce_eager": (Argument("enforce_eager"),),
+    "prefix_caching": (Argument("enable_prefix_caching"),),
+    "text_only": (Argument("language_model_only"),),
+    "speculative_tokens": (Argument("speculative_config"),),
+    "emulate": (Argument("linear_backend", since=(0, 22)), Argument("moe_backend", since=(0, 22))),
+}
+"""Option of a suite's [engine.vllm] -> the arguments that it becomes, all of them."""
+
+HEAD_DTYPE_SINCE: Release = (0, 26)
+"""From here `hf_overrides={"head_dtype": "float32"}` computes logits in float32; before, they step by 1/8 near 20."""
+
+STALE_ENVIRONMENT: dict[str, Release] = {
+    "VLLM_USE_NVFP4_CT_EMULATIONS": (0, 24),
+    "VLLM_NVFP4_GEMM_BACKEND": (0, 24),
+    "VLLM_USE_FLASHINFER_MOE_FP4": (0, 24),
+}
+"""Variables that older guides set, and the first release that ignores them."""
+
+WEIGHT_ONLY_KERNELS = ("marlin", "humming", "w4a16")
+"""Parts of the names of kernels that leave activations in 16 bits, whatever the checkpoint says."""
+
+
+def release_of(version: str) -> Release:
+    """`0.32.0` -> (0, 32)."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def arguments(options: Mapping[str, Any], release: Release) -> dict[str, Any]:
+    """The arguments of vLLM's `EngineArgs` for a suite's options; those that are None are left to vLLM.
+
+    `UserError` for an option that this release cannot be asked for.
+    """
+    found: dict[str, Any] = {}
+    for option, value in options.items():
+        if value is None or (option in ("emulate", "speculative_tokens") and not value):
+            continue
+        for argument in ARGUMENTS[option]:
+            if not argument.exists_in(release):
+                raise UserError(
+                    f"vLLM {release[0]}.{release[1]} has no {argument.name}, which option '{option}' needs.",
+                    f"Leave the option out, or use vLLM {argument.since[0]}.{argument.since[1]} or newer.",
+                )
+            found[argument.name] = _value(option, value)
+    return found
+
+
+def _value(option: str, value: Any) -> Any:
+    if option == "kv_cache_gb":
+        return round(value * 1e9)
+    if option == "emulate":
+        return "emulation"
+    if option == "speculative_tokens":
+        return {"method": "mtp", "num_speculative_tokens": value}
+    return value
+
+
+def warnings(options: Mapping[str, Any], release: Release, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What these settings cost or fail to do, a sentence each."""
+    found = []
+    if options.get("enforce_eager"):
+        found.append("enforce_eager runs without CUDA graphs: on a GPU a decode step takes about four times as long.")
+    if options.get("prefix_caching") and options.get("speculative_tokens"):
+        found.append(
+            "Prefix caching together with MTP corrupts the state of hybrid models (vLLM issue 53912): answers may be "
+            "wrong."
+        )
+    elif options.get("prefix_caching"):
+        found.append(
+            "Prefix caching is on: a prompt that was seen before costs nothing, and its prefill is not measured."
+        )
+    for variable, since in STALE_ENVIRONMENT.items():
+        if variable in environment and release >= since:
+            found.append(
+                f"{variable} is set and vLLM {release[0]}.{release[1]} ignores it since {since[0]}.{since[1]}: "
+                "ask for emulation in the suite instead."
+            )
+    return found
+
+
+def is_weight_only(kernel: str) -> bool:
+    """Whether a kernel of this name multiplies 16-bit activations."""
+    return any(part in kernel.lower() for part in WEIGHT_ONLY_KERNELS)

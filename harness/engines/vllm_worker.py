@@ -1,0 +1,103 @@
+"""Questions that the harness asks inside vLLM's worker processes (`worker_extension_cls`, called by `collective_rpc`).
+
+vLLM mixes this class into its own worker, so that `self` is one. Answers are plain values: they cross a process
+boundary. Nothing of the model is changed.
+"""
+
+import hashlib
+import resource
+import sys
+from typing import Any
+
+
+class HarnessWorker:
+    """Methods of a worker that holds a part of the model; names carry the prefix `harness_` against clashes."""
+
+    model_runner: Any
+
+    def harness_layers(self) -> dict[str, str]:
+        """Kind of layer (the last two parts of its name) -> the scheme and the kernel that compute it."""
+        found: dict[str, set[str]] = {}
+        for name, module in self._harness_model().named_modules():
+            kind = ".".join(name.split(".")[-2:])
+            if (backend := getattr(module, "attn_backend", None)) is not None:
+                found.setdefault(kind, set()).add(str(getattr(backend, "__name__", backend)))
+            elif getattr(module, "quant_method", None) is not None:
+                found.setdefault(kind, set()).add(_computed_by(module))
+        return {kind: " | ".join(sorted(ways)) for kind, ways in sorted(found.items())}
+
+    def harness_weights(self) -> dict[str, int]:
+        """`resident`: bytes of all parameters and buffers of this worker; `per_token`: of those that one decoded token
+        reads at batch 1, the text model's without the embedding table, routed experts by the share that a token
+        visits."""
+        config = self.model_runner.model_config.hf_text_config
+        share = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_experts", 0) or 1)
+        resident, read = 0, 0
+        for name, module in self._harness_model().named_modules():
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            size = sum(_num_bytes(module, tensor) for _, tensor in tensors)
+            resident += size
+            if "visual" in name or name.endswith("embed_tokens"):
+                continue
+            read += round(size * share) if ".experts" in name else size
+        return {"resident": resident, "per_token": read}
+
+    def harness_memory(self) -> dict[str, int | None]:
+        """Peaks of this process in bytes: `rss`, and `vram` as torch's allocator counts it, None without a GPU."""
+        import torch
+
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        vram = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        return {"rss": rss, "vram": vram}
+
+    def harness_tensor(self, name: str) -> dict[str, Any]:
+        """A parameter as this worker holds it: `shape`, `dtype`, and the SHA-256 of its bytes."""
+        import torch
+
+        tensor = dict(self._harness_model().named_parameters())[name].detach().contiguous().cpu()
+        digest = hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sha256": digest}
+
+    def harness_linear(self, name: str, x: list[list[float]]) -> list[list[float]]:
+        """What the linear layer `name` makes of inputs `x [rows, in]`: a weight that a kernel has moved into a layout
+        of its own can be looked at in no other way."""
+        import torch
+
+        module = self._harness_model().get_submodule(name)
+        dtype = self.model_runner.model_config.dtype
+        with torch.inference_mode():
+            out = module(torch.tensor(x, dtype=dtype, device=self.model_runner.device))
+        found: list[list[float]] = (out[0] if isinstance(out, tuple) else out).float().tolist()
+        return found
+
+    def harness_parameters(self) -> list[str]:
+        """The names of all parameters."""
+        return [name for name, _ in self._harness_model().named_parameters()]
+
+    def _harness_model(self) -> Any:
+        return self.model_runner.get_model()
+
+
+def _num_bytes(module: Any, tensor: Any) -> int:
+    """Bytes of a tensor of `module`. On a CPU vLLM moves weights into a product's own layout and leaves an empty tensor
+    behind; its bytes follow from the layer's shape then."""
+    count = tensor.numel()
+    if count == 0 and hasattr(module, "output_size_per_partition"):
+        count = module.output_size_per_partition * module.input_size_per_partition
+    elif count == 0 and hasattr(module, "num_embeddings_per_partition"):
+        count = module.num_embeddings_per_partition * module.embedding_dim
+    return int(count * tensor.element_size())
+
+
+def _computed_by(module: Any) -> str:
+    """Scheme and kernel of a layer, by the names of their classes."""
+    method = module.quant_method
+    scheme = getattr(module, "scheme", None)
+    parts = [type(method if scheme is None else scheme).__name__]
+    for owner in (scheme, method):
+        for attribute in ("kernel", "fp8_linear", "experts_cls", "nvfp4_backend", "fp8_backend"):
+            kernel = getattr(owner, attribute, None)
+            if kernel is not None:
+                kind = kernel if isinstance(kernel, type) else type(kernel)
+                parts.append(str(getattr(kernel, "value", None) or kind.__name__))
+    return " → ".join(dict.fromkeys(parts))

@@ -1,0 +1,187 @@
+"""How to serve a variant: the commands, and the sizing that model cards do by hand.
+
+    budget   = GPU memory x utilization - weights - overhead
+    KV cache = budget, of which every running sequence takes its DeltaNet states and, token by token, keys and values
+
+The weights are the artifact's, from the census. The overhead is what vLLM keeps for activations, CUDA graphs and its
+own context; it measures that as it starts, so the figure here is a guess that can be given: two published settings of
+one 9B checkpoint on a 32 GiB GPU leave it 6.3 and 6.8 GB with images, far less without.
+
+Arguments with dots (`--speculative-config.method`) are vLLM's own way around JSON, which every shell quotes otherwise.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from harness.errors import UserError
+from harness.model.qwen35 import ModelConfig
+from harness.quantize.plan import Plan
+
+IMAGE = "vllm/vllm-openai:v0.32.0"
+GIB = 2**30
+UTILIZATION = 0.9
+USERS = 64
+OVERHEAD_GB = {True: 6.5, False: 3.0}
+"""By whether images are served, 10⁹ bytes."""
+
+_PORT = 8000
+_MOUNT = "/model"
+_BLOCK = 16
+"""vLLM rounds what a sequence may take to blocks; a length is rounded down to the same."""
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What a GPU leaves to sequences, in bytes and tokens. `max_model_len` is the longest single sequence, and no more
+    than the model was made for; `shared_tokens` is what all `users` together can hold at full use."""
+
+    gpu_bytes: int
+    weight_bytes: int
+    overhead_bytes: int
+    cache_bytes: int
+    state_bytes: int
+    kv_bytes_per_token: int
+    users: int
+    max_model_len: int
+    shared_tokens: int
+
+
+def size(
+    config: ModelConfig,
+    plan: Plan,
+    *,
+    gpu_gib: float,
+    utilization: float = UTILIZATION,
+    overhead_gb: float | None = None,
+    users: int = USERS,
+    images: bool = True,
+    num_gpus: int = 1,
+) -> Sizing:
+    """The sizing of `plan`'s output on `num_gpus` GPUs of `gpu_gib` GiB that share every layer. `UserError` where it
+    does not fit."""
+    weights = plan.output_bytes - (0 if images else _bytes_of(plan, "visual"))
+    overhead = round((OVERHEAD_GB[images] if overhead_gb is None else overhead_gb) * 1e9) * num_gpus
+    total = round(gpu_gib * GIB * utilization) * num_gpus
+    cache = total - weights - overhead
+    state, kv = plan.output_traffic.state_bytes, plan.output_traffic.kv_bytes_per_token
+    longest = (cache - state) // kv // _BLOCK * _BLOCK
+    if config.max_position_embeddings is not None:
+        longest = min(longest, config.max_position_embeddings)
+    if longest < _BLOCK:
+        raise UserError(
+            f"{weights / 1e9:.1f} GB of weights and {overhead / 1e9:.1f} GB of overhead leave no room for a sequence "
+            f"in {total / 1e9:.1f} GB, {utilization:.0%} of {num_gpus} × {gpu_gib:g} GiB.",
+            "Use a larger GPU, more of them, or a smaller recipe.",
+        )
+    return Sizing(
+        gpu_bytes=total,
+        weight_bytes=weights,
+        overhead_bytes=overhead,
+        cache_bytes=cache,
+        state_bytes=state,
+        kv_bytes_per_token=kv,
+        users=users,
+        max_model_len=longest,
+        shared_tokens=max(0, (cache - users * state) // kv),
+    )
+
+
+def _bytes_of(plan: Plan, role: str) -> int:
+    return sum(count.output_bytes for count in plan.counts if count.role == role)
+
+
+def arguments(
+    sizing: Sizing,
+    *,
+    name: str,
+    utilization: float = UTILIZATION,
+    images: bool = True,
+    speculative_tokens: int = 0,
+    num_gpus: int = 1,
+) -> list[str]:
+    """The arguments of `vllm serve` after the model: an option and its value are neighbours."""
+    found = ["--served-model-name", name, "--max-model-len", str(sizing.max_model_len)]
+    found += ["--max-num-seqs", str(sizing.users), "--max-cudagraph-capture-size", str(sizing.users)]
+    found += ["--gpu-memory-utilization", f"{utilization:g}"]
+    if num_gpus > 1:
+        found += ["--tensor-parallel-size", str(num_gpus)]
+    found += ["--reasoning-parser", "qwen3", "--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder"]
+    if not images:
+        found += ["--language-model-only"]
+    if speculative_tokens:
+        found += ["--speculative-config.method", "mtp"]
+        found += ["--speculative-config.num_speculative_tokens", str(speculative_tokens)]
+        found += ["--no-enable-prefix-caching"]  # together they corrupt the state of hybrid models
+    return found
+
+
+def vllm_line(model: str, given: Sequence[str]) -> str:
+    """`vllm serve MODEL …` for a POSIX shell."""
+    return _broken([shlex.join(["vllm", "serve", model]), *_options(given, shlex.quote)], " \\")
+
+
+def docker_bash(model: str, given: Sequence[str]) -> str:
+    """`docker run …` for bash; the checkpoint's folder is mounted, read-only."""
+    return _broken(_docker(f'"$(realpath {shlex.quote(model)})":{_MOUNT}:ro', given, shlex.quote), " \\")
+
+
+def docker_powershell(model: str, given: Sequence[str]) -> str:
+    """The same for PowerShell, whose lines go on after a backtick."""
+    folder = f'"$(Resolve-Path {_powershell(model)}):{_MOUNT}:ro"'
+    return _broken(_docker(folder, given, _powershell), " `")
+
+
+def _powershell(word: str) -> str:
+    """A word that PowerShell takes literally."""
+    return word if re.fullmatch(r"[A-Za-z0-9_./:-]+", word) else "'" + word.replace("'", "''") + "'"
+
+
+def _docker(volume: str, given: Sequence[str], quoted: Callable[[str], str]) -> list[str]:
+    return [
+        "docker run --rm --gpus all --ipc host",
+        f"-p 127.0.0.1:{_PORT}:{_PORT}",
+        f"-v {volume}",
+        f"{IMAGE} {_MOUNT}",
+        *_options(given, quoted),
+    ]
+
+
+def _options(given: Sequence[str], quoted: Callable[[str], str]) -> list[str]:
+    """Each option with its value on one line."""
+    lines: list[str] = []
+    for word in given:
+        if word.startswith("--"):
+            lines.append(word)
+        else:
+            lines[-1] += f" {quoted(word)}"
+    return lines
+
+
+def _broken(lines: Sequence[str], end: str) -> str:
+    return f"{end}\n  ".join(lines)
+
+
+def compose(model: str, given: Sequence[str]) -> str:
+    """A compose file. Every string is quoted as JSON, which is YAML."""
+    command = "\n".join(f"      - {json.dumps(word)}" for word in [_MOUNT, *given])
+    return f"""services:
+  vllm:
+    image: {json.dumps(IMAGE)}
+    ipc: host
+    ports:
+      - "127.0.0.1:{_PORT}:{_PORT}"
+    volumes:
+      - {json.dumps(f"{model}:{_MOUNT}:ro")}
+    command:
+{command}
+    deploy:
+      resources:
+        reservations:
+          devices:
+            - driver: nvidia
+              count: all
+              capabilities: [gpu]
+"""

@@ -1,0 +1,145 @@
+"""What a user sees when vLLM does not start, dies, or is asked for what it does not have."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from harness.cli import main
+from harness.demo import checkpoint_path
+from harness.engines.protocol import EngineDied, open_engine
+from harness.engines.vllm_options import ARGUMENTS
+from harness.errors import UserError
+from harness.record import results
+
+OPTIONS = {"max_model_len": 256, "max_num_seqs": 4, "kv_cache_gb": 0.25, "enforce_eager": True, "text_only": True}
+SUITE = """
+name = "small"
+title = "Two variants"
+[source]
+location = "{source}"
+[variants.nvfp4a16]
+recipe = "rtn-a16"
+[engine]
+name = "vllm"
+dtype = "bfloat16"
+[engine.vllm]
+max_model_len = {max_model_len}
+max_num_seqs = 4
+kv_cache_gb = 0.25
+enforce_eager = true
+text_only = true
+[setups.tiny]
+max_model_len = 128
+[ppl]
+text = {{ demo = "heldout" }}
+protocol = "wikitext2-512"
+setups = ["tiny"]
+[bench]
+text = {{ demo = "heldout" }}
+prompt_tokens = 32
+new_tokens = 9
+batch_sizes = [1, 2]
+prefill_tokens = 64
+repetitions = 1
+starts = 1
+"""
+
+
+def test_this_release_has_every_argument_of_the_table() -> None:
+    fields = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    assert {argument.name for arguments in ARGUMENTS.values() for argument in arguments} <= fields
+
+
+def test_a_checkpoint_that_vllm_refuses_is_one_sentence_with_its_own_words(tmp_path: Path) -> None:
+    shutil.copytree(checkpoint_path("dense"), tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    raw = json.loads(config.read_text())
+    raw["text_config"]["hidden_size"] = 320
+    config.write_text(json.dumps(raw))
+    with pytest.raises(EngineDied, match=f"vLLM does not start on {tmp_path}/model: .*Error: .*") as caught:
+        open_engine("vllm", tmp_path / "model", options=OPTIONS)
+    assert "\n" not in caught.value.problem
+    assert "root cause" not in caught.value.problem
+    assert any("Error" in line for line in caught.value.log)
+
+
+def test_a_dtype_that_vllms_cpu_kernels_refuse_is_told_at_the_start() -> None:
+    with pytest.raises(UserError, match="in bfloat16 only, not in float32"):
+        open_engine("vllm", checkpoint_path("dense"), dtype="float32", options=OPTIONS)
+
+
+def test_a_prompt_longer_than_the_model_takes_is_the_users_error() -> None:
+    engine = open_engine("vllm", checkpoint_path("dense"), options=OPTIONS)
+    with pytest.raises(UserError, match="refuses a prompt of 300 tokens"):
+        engine.decode([[5] * 300], 2)
+    assert len(engine.decode([[5] * 30], 2).token_ids[0]) == 2, "it goes on"
+    engine.close()
+
+
+def test_an_engine_that_is_killed_says_so_and_leaves_no_process() -> None:
+    engine = open_engine("vllm", checkpoint_path("dense"), options=OPTIONS)
+    children = psutil.Process().children(recursive=True)
+    (core,) = [child for child in children if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline())]
+    os.kill(core.pid, signal.SIGKILL)
+    with pytest.raises(EngineDied, match="engine died"):
+        engine.decode([[5] * 30], 64)
+    engine.close()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not [child for child in alive if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+def test_a_setup_that_fails_leaves_the_others_their_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = tmp_path / "small.toml"
+    text = SUITE.format(source="demo:dense", max_model_len=600)
+    suite.write_text(text.replace("max_model_len = 128", "kv_cache_gb = 0.000001"))
+    assert main(["ppl", "--suite", str(suite), "--variant", "source", "--limit", "2"]) == 1
+    shown = capsys.readouterr()
+    assert "source+tiny failed: vLLM does not start on" in shown.err
+    assert "wikitext2-512" in shown.out
+    records = [results.read(path) for path in (tmp_path / "results").rglob("*.jsonl")]
+    status = {record.run.variant["name"]: record.end.status for record in records}
+    assert status == {"source": "complete", "source+tiny": "failed"}
+    (failure,) = [one for record in records for one in record.kind("failure")]
+    assert failure["log"]
+
+
+def test_a_model_length_that_is_too_short_is_told_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = tmp_path / "small.toml"
+    suite.write_text(SUITE.format(source="demo:dense", max_model_len=600))
+    assert main(["ppl", "--suite", str(suite)]) == 2
+    assert "max_model_len = 128 in [setups.tiny], and ppl needs 513." in capsys.readouterr().err
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_ppl_and_bench_run_through_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = tmp_path / "small.toml"
+    suite.write_text(SUITE.format(source="demo:dense", max_model_len=600).replace('setups = ["tiny"]', ""))
+    assert main(["ppl", "--suite", str(suite), "--limit", "4", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document["records"]) == {"source", "nvfp4a16"}
+    assert any("four times" in line for line in document["warnings"])
+    assert main(["bench", "--suite", str(suite)]) == 0
+    out = capsys.readouterr().out
+    assert "tok/s" in out and "KV cache, tokens" in out
+    records, _ = results.read_all(tmp_path / "results")
+    (bench,) = [one for one in records if one.run.measure == "bench" and one.run.variant["name"] == "nvfp4a16"]
+    assert bench.kind("coherence")[0]["coherent"]
+    assert bench.run.engine is not None
+    assert "CpuNvFp4LinearKernel (weight-only)" in bench.run.engine["kernels"]["log"]
+    assert len(bench.kind("decode")) == 4  # a warm-up and a repetition at two batch sizes
