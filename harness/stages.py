@@ -239,10 +239,10 @@ def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
     else:
         bench = _required(job.suite, "bench", job.suite.bench)
         ids, dataset = _tokens(job.suite, bench.text)
-        for shape in _shapes(bench):
-            decode.prompts(ids, shape.batch, shape.prompt_tokens)
+        _check_text(bench, ids)
         setups = bench.setups
-        longest = max(2 * decode.COHERENCE_TOKENS + 1, *(one.prompt_tokens + one.new_tokens for one in _shapes(bench)))
+        checked = max(_depths(bench)) + decode.COHERENCE_TOKENS + 1
+        longest = max(checked, *(one.prompt_tokens + one.new_tokens for one in _shapes(bench)))
         if bench.variants is not None and names is None:
             chosen_variants(job.suite, bench.variants, with_source=True)
             variants = [name for name in variants if name in (SOURCE, *bench.variants)]
@@ -273,10 +273,16 @@ def prepare_server(job: Job, variant: str) -> tuple[Job, Work]:
     chosen_variants(job.suite, [variant], with_source=True)
     bench = _required(job.suite, "bench", job.suite.bench)
     ids, dataset = _tokens(job.suite, bench.text)
-    for shape in _shapes(bench):
-        decode.prompts(ids, shape.batch, shape.prompt_tokens)
+    _check_text(bench, ids)
     suite = replace(job.suite, engine=suites.Engine("server"), bench=replace(bench, starts=1))
     return replace(job, suite=suite), Work([Model(variant, _suite_source(job.suite), None)], ids, dataset)
+
+
+def _check_text(bench: suites.Bench, ids: Sequence[int]) -> None:
+    """`UserError` for a text that is too short for what is timed, or for what is checked before."""
+    for shape in _shapes(bench):
+        decode.prompts(ids, shape.batch, shape.prompt_tokens)
+    decode.prompts(ids, 1, max(_depths(bench)) + decode.COHERENCE_TOKENS)
 
 
 def _shapes(bench: suites.Bench) -> list[decode.Shape]:
@@ -322,7 +328,7 @@ def measure_decode(job: Job, work: Work, limit: int | None) -> Measured:
     turns round after each (A B, B A, …), so that a machine that slows down slows all of them alike."""
     wanted = _required(job.suite, "bench", job.suite.bench)
     shapes = _shapes(wanted)
-    expected = 1 + wanted.starts * ((wanted.warmups + wanted.repetitions) * len(shapes) + 1)
+    timed = wanted.starts * ((wanted.warmups + wanted.repetitions) * len(shapes) + 1)
     measured = Measured({}, {})
     with ExitStack() as stack:
         writers: dict[str, RunWriter] = {}
@@ -335,13 +341,15 @@ def measure_decode(job: Job, work: Work, limit: int | None) -> Measured:
                     _engine(job, model, "decode") as engine,
                 ):
                     is_new = model.row not in writers
+                    depths = _depths(wanted) if is_new and engine.info.can_score else []
                     if is_new:
                         run = _run(job, "bench", decode.VERSION, model, engine=engine, dataset=work.dataset)
-                        writers[model.row] = stack.enter_context(RunWriter(job.results, run, expected=expected))
+                        writer = RunWriter(job.results, run, expected=len(depths) + timed)
+                        writers[model.row] = stack.enter_context(writer)
                     writer = writers[model.row]
                     with _said_in(writer):
-                        if is_new and engine.info.can_score:
-                            writer.sample(_coherent(job, engine, work, model))
+                        for depth in depths:
+                            writer.sample(_coherent(job, engine, work, model, depth))
                         samples = decode.measure(
                             engine,
                             work.ids,
@@ -359,11 +367,17 @@ def measure_decode(job: Job, work: Work, limit: int | None) -> Measured:
     return measured
 
 
-def _coherent(job: Job, engine: Engine, work: Work, model: Model) -> dict[str, Any]:
+def _depths(bench: suites.Bench) -> list[int]:
+    """The prompt lengths after which a model must be coherent: what corrupts a cache may show only after a while."""
+    shortest = decode.COHERENCE_TOKENS
+    return [shortest, *(depth for depth in bench.depths or () if depth > shortest)]
+
+
+def _coherent(job: Job, engine: Engine, work: Work, model: Model, prompt_tokens: int) -> dict[str, Any]:
     """The sample of the check that comes before any speed; `EngineDied` where the model writes gibberish."""
     source = _suite_source(job.suite)
     vocabulary = parse_config(read_json(source / "config.json"), str(source)).vocab_size
-    sample = decode.coherence(engine, work.ids, vocabulary)
+    sample = decode.coherence(engine, work.ids, vocabulary, prompt_tokens)
     accepted = sample["acceptance_share"]
     if accepted is not None and accepted < decode.LEAST_ACCEPTANCE:
         raise EngineDied(
@@ -372,8 +386,9 @@ def _coherent(job: Job, engine: Engine, work: Work, model: Model) -> dict[str, A
         )
     if not sample["coherent"]:
         raise EngineDied(
-            f"{model.row} writes gibberish: its own text costs it {sample['generated_nll_nats']:.2f} nats a token and "
-            f"real text {sample['text_nll_nats']:.2f}, where at most {sample['limit_nats']:.2f} is sense.",
+            f"{model.row} writes gibberish after {prompt_tokens:,} tokens: its own text costs it "
+            f"{sample['generated_nll_nats']:.2f} nats a token and real text {sample['text_nll_nats']:.2f}, where at "
+            f"most {sample['limit_nats']:.2f} is sense.",
             "Its speed means nothing. Look at its perplexity, and at the kernels that ran.",
         )
     return sample

@@ -136,6 +136,14 @@ def test_gibberish_is_found_before_anything_is_timed(text: float, generated: flo
     assert sample["coherent"] is coherent
 
 
+def test_coherence_is_looked_at_as_deep_as_speed_is() -> None:
+    engine = JudgingEngine(2.0, 0.7)
+    sample = coherence(engine, range(1000), vocabulary=1024, prompt_tokens=300)
+    assert sample["prompt_tokens"] == 300 and sample["coherent"]
+    ((prompts_asked, new_tokens),) = engine.asked
+    assert (len(prompts_asked[0]), new_tokens) == (300, COHERENCE_TOKENS)
+
+
 def test_prompts_are_different_pieces_of_the_text() -> None:
     text = list(range(100))
     assert prompts(text, 1, 30) == [text[:30]]

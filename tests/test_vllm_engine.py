@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from harness.engines import vllm_engine
+from harness.engines.protocol import Start
 from harness.errors import UserError
 
 MARLIN = "CompressedTensorsW4A4Fp4 → MarlinNvFp4LinearKernel"
@@ -60,4 +61,4 @@ def test_the_reason_is_the_error_that_does_not_point_to_another() -> None:
 
 def test_without_vllm_the_engine_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"vLLM cannot be imported.*nox -s vllm"):
-        vllm_engine.VllmEngine(checkpoint(tmp_path, activations=False))
+        vllm_engine.VllmEngine(checkpoint(tmp_path, activations=False), Start())

@@ -33,6 +33,19 @@ Purpose = Literal["score", "decode"]
 """What an engine start is for: probabilities want float32 logits, speeds the model as it is served."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """How an engine is to start on a checkpoint."""
+
+    dtype: str = "bfloat16"
+    """Of activations and of weights that are not quantized."""
+    device: str = "auto"
+    """`cpu`, `cuda` (or `cuda:1` …), or `auto`: the accelerator if there is one."""
+    purpose: Purpose = "score"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The engine's own, by name; the torch engine has none."""
+
+
 class EngineDied(UserError):  # noqa: N818 - it is what happened
     """An engine that did not start, did not survive, or writes gibberish; `log` are the lines of its own that say why.
     `recorded`: its run's record says so already."""
@@ -162,14 +175,10 @@ def open_engine(
     purpose: Purpose = "score",
     options: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Start the engine `name` on the checkpoint in `folder`.
-
-    `dtype` is `bfloat16` or `float32`; `device` is `cpu`, `cuda` (or `cuda:1` …), or `auto`: the accelerator if
-    there is one. `options` are the engine's own, by name; the torch engine has none.
-    """
+    """Start the engine `name` on the checkpoint in `folder`; the rest as in `Start`."""
     if name not in ENGINES:
         raise UserError(f"There is no engine '{name}'.", did_you_mean(name, ENGINES))
     module, class_name = ENGINES[name]
-    start = getattr(importlib.import_module(module), class_name)
-    engine: Engine = start(folder, dtype=dtype, device=device, purpose=purpose, options=options)
+    engine_class = getattr(importlib.import_module(module), class_name)
+    engine: Engine = engine_class(folder, Start(dtype, device, purpose, options or {}))
     return engine

@@ -19,7 +19,7 @@ import httpx2
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.engines.protocol import Decoded, Engine, EngineDied, EngineInfo, Memory, Purpose
+from harness.engines.protocol import Decoded, Engine, EngineDied, EngineInfo, Memory, Start
 from harness.errors import UserError
 
 TIMEOUT_SECONDS = 300.0
@@ -39,21 +39,11 @@ class _Answer:
 
 
 class ServerEngine(Engine):
-    """The model that a server at `options["url"]` serves; `folder`, `dtype`, `device` and `purpose` are the server's
-    own business."""
+    """The model that a server at option `url` serves; `folder` and everything else are the server's own business."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        dtype: str = "bfloat16",
-        device: str = "auto",
-        purpose: Purpose = "decode",
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        wanted = dict(options or {})
-        self._url = str(wanted["url"]).rstrip("/").removesuffix("/v1")
-        self._client = httpx2.Client(timeout=wanted.get("timeout_seconds", TIMEOUT_SECONDS))
+    def __init__(self, folder: Path, start: Start) -> None:
+        self._url = str(start.options["url"]).rstrip("/").removesuffix("/v1")
+        self._client = httpx2.Client(timeout=start.options.get("timeout_seconds", TIMEOUT_SECONDS))
         models = self._json("GET", "/v1/models", None).get("data")
         if not isinstance(models, list) or not models or not isinstance(models[0], dict) or "id" not in models[0]:
             raise UserError(

@@ -28,7 +28,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from transformers.cache_utils import DynamicCache
 from harness.engines import decoding
 from harness.engines.decoding import formats_of
 from harness.engines.layers import device_named, silence_transformers
-from harness.engines.protocol import Decoded, Engine, EngineInfo, Memory, Purpose
+from harness.engines.protocol import Decoded, Engine, EngineInfo, Memory, Start
 from harness.errors import UserError, did_you_mean
 from harness.formats.config import Format, parse
 
@@ -57,20 +57,13 @@ LOGITS_BYTES = 2**27
 class TorchEngine(Engine):
     """A checkpoint folder as a transformers model; see `protocol.Engine` for what its methods promise."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        dtype: str = "bfloat16",
-        device: str = "auto",
-        purpose: Purpose = "score",
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        if options:
-            raise UserError(f"The torch engine has no option '{next(iter(options))}'.", "Leave it out.")
+    def __init__(self, folder: Path, start: Start) -> None:
+        dtype = start.dtype
+        if start.options:
+            raise UserError(f"The torch engine has no option '{next(iter(start.options))}'.", "Leave it out.")
         if dtype not in DTYPES:
             raise UserError(f"The torch engine does not compute in '{dtype}'.", did_you_mean(dtype, DTYPES))
-        self._device = device_named(device)
+        self._device = device_named(start.device)
         _set_threads()
         _reset_peak_memory(self._device)
         silence_transformers()
@@ -78,7 +71,7 @@ class TorchEngine(Engine):
         self._model: Any = model
         self._trunk: Any = model.get_decoder()
         self._head: Any = model.get_output_embeddings()
-        self._info = _describe(model, self._trunk, self._head, folder, dtype, device, self._device)
+        self._info = _describe(model, self._trunk, self._head, folder, dtype, start.device, self._device)
 
     @property
     def info(self) -> EngineInfo:

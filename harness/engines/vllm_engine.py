@@ -20,7 +20,6 @@ import tempfile
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.engines import vllm_options
-from harness.engines.protocol import Decoded, Drafts, Engine, EngineDied, EngineInfo, Memory, Purpose
+from harness.engines.protocol import Decoded, Drafts, Engine, EngineDied, EngineInfo, Memory, Start
 from harness.errors import UserError
 from harness.formats.config import parse
 
@@ -48,19 +47,12 @@ _ERROR_LINES = re.compile(r"error|exception|traceback|killed|out of memory|refus
 class VllmEngine(Engine):
     """A checkpoint folder served by vLLM; see `protocol.Engine` for what its methods promise."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        dtype: str = "bfloat16",
-        device: str = "auto",
-        purpose: Purpose = "score",
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        if dtype not in _DTYPES:
-            raise UserError(f"The vLLM engine does not compute in '{dtype}'.", f"It does in {', '.join(_DTYPES)}.")
-        asked = dict(options or {})
-        _check_heads(folder, asked)
+    def __init__(self, folder: Path, start: Start) -> None:
+        if start.dtype not in _DTYPES:
+            raise UserError(
+                f"The vLLM engine does not compute in '{start.dtype}'.", f"It does in {', '.join(_DTYPES)}."
+            )
+        _check_heads(folder, start.options)
         self._log = _Log()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm")
@@ -71,10 +63,10 @@ class VllmEngine(Engine):
             with self._log.capturing():
                 vllm = _import_vllm()
                 release = vllm_options.release_of(vllm.__version__)
-                self._arguments = _arguments(folder, dtype, purpose, asked, release)
+                self._arguments = _arguments(folder, start, release)
                 self._engine = self._run(_started(self._arguments))
                 _check_dtype(self._engine.vllm_config)
-                self._info = self._described(vllm.__version__, folder, dtype, device, asked, release)
+                self._info = self._described(vllm.__version__, folder, start, release)
         except UserError:
             self.close()
             raise
@@ -222,15 +214,7 @@ class VllmEngine(Engine):
         self._thread.join(timeout=10)
         self._log.close()
 
-    def _described(
-        self,
-        version: str,
-        folder: Path,
-        dtype: str,
-        device: str,
-        asked: Mapping[str, Any],
-        release: vllm_options.Release,
-    ) -> EngineInfo:
+    def _described(self, version: str, folder: Path, start: Start, release: vllm_options.Release) -> EngineInfo:
         import torch
 
         config = self._engine.vllm_config
@@ -245,7 +229,7 @@ class VllmEngine(Engine):
             version=f"vllm {version}, torch {torch.__version__}",
             device="cpu" if on_cpu else torch.cuda.get_device_name(0),
             dtype=str(config.model_config.dtype).removeprefix("torch."),
-            requested={"folder": folder.name, "dtype": dtype, "device": device, **asked},
+            requested={"folder": folder.name, "dtype": start.dtype, "device": start.device, **start.options},
             effective={
                 "arguments": {name: value for name, value in self._arguments.items() if name != "model"},
                 "model_class": config.model_config.architecture,
@@ -269,7 +253,7 @@ class VllmEngine(Engine):
             },
             kernels=kernels,
             served_as=_served_as(folder, layers),
-            warnings=tuple(vllm_options.warnings(asked, release)),
+            warnings=tuple(vllm_options.warnings(start.options, release)),
         )
 
 
@@ -299,20 +283,18 @@ def _import_vllm() -> Any:
     return vllm
 
 
-def _arguments(
-    folder: Path, dtype: str, purpose: Purpose, options: Mapping[str, Any], release: vllm_options.Release
-) -> dict[str, Any]:
+def _arguments(folder: Path, start: Start, release: vllm_options.Release) -> dict[str, Any]:
     """The arguments of vLLM's `AsyncEngineArgs`: what was asked for, and what every measurement needs."""
     found = {
         "model": str(folder),
-        "dtype": dtype,
+        "dtype": start.dtype,
         "seed": 0,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
         "worker_extension_cls": "harness.engines.vllm_worker.HarnessWorker",
-        **vllm_options.arguments(options, release),
+        **vllm_options.arguments(start.options, release),
     }
-    if purpose == "score":
+    if start.purpose == "score":
         found.setdefault("max_num_batched_tokens", _SCORED_TOKENS)
         found["max_logprobs"] = -1
         if release >= vllm_options.HEAD_DTYPE_SINCE:
@@ -370,11 +352,10 @@ def _drafts() -> Drafts:
     )
 
 
-def _batches(windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[Sequence[int]]]:
-    for _, run in groupby(windows, key=len):
-        equal = list(run)
-        for start in range(0, len(equal), batch_size):
-            yield equal[start : start + batch_size]
+def _batches(windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Sequence[Sequence[int]]]:
+    """`batch_size` of them at a time; of whatever lengths, since vLLM pads nothing."""
+    for start in range(0, len(windows), batch_size):
+        yield windows[start : start + batch_size]
 
 
 def _first_line(error: BaseException) -> str:

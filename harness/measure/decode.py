@@ -67,11 +67,14 @@ def prompts(ids: Sequence[int], batch: int, prompt_tokens: int) -> list[list[int
     return [list(ids[row * stride : row * stride + prompt_tokens]) for row in range(batch)]
 
 
-def coherence(engine: Engine, ids: Sequence[int], vocabulary: int) -> dict[str, Any]:
-    """The sample {kind: coherence, num_tokens, text_nll_nats, generated_nll_nats, limit_nats, acceptance_share,
-    coherent}: mean negative log-likelihoods of `COHERENCE_TOKENS` tokens of real text and of as many that the engine
-    decodes in their place, and the share of its drafts that it accepted, None where it drafts nothing."""
-    prompt, real = list(ids[:COHERENCE_TOKENS]), list(ids[COHERENCE_TOKENS : 2 * COHERENCE_TOKENS])
+def coherence(
+    engine: Engine, ids: Sequence[int], vocabulary: int, prompt_tokens: int = COHERENCE_TOKENS
+) -> dict[str, Any]:
+    """The sample {kind: coherence, prompt_tokens, num_tokens, text_nll_nats, generated_nll_nats, limit_nats,
+    acceptance_share, coherent}: mean negative log-likelihoods of `COHERENCE_TOKENS` tokens of real text after a prompt
+    and of as many that the engine decodes in their place, and the share of its drafts that it accepted, None where it
+    drafts nothing."""
+    prompt, real = list(ids[:prompt_tokens]), list(ids[prompt_tokens : prompt_tokens + COHERENCE_TOKENS])
     decoded = engine.decode([prompt], len(real))
     text, generated = (
         -float(scores[-len(real) :].mean())
@@ -82,6 +85,7 @@ def coherence(engine: Engine, ids: Sequence[int], vocabulary: int) -> dict[str, 
     accepted = None if drafts is None else drafts.num_accepted_tokens / max(1, drafts.num_draft_tokens)
     return {
         "kind": "coherence",
+        "prompt_tokens": prompt_tokens,
         "num_tokens": len(real),
         "text_nll_nats": text,
         "generated_nll_nats": generated,

@@ -111,6 +111,7 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
     },
     "bench": {
         "coherence": {
+            "prompt_tokens": _is_positive_count,
             "num_tokens": _is_positive_count,
             "text_nll_nats": _is_number,
             "generated_nll_nats": _is_number,
