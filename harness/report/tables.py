@@ -137,6 +137,8 @@ def memory(records: Records) -> pd.DataFrame:
             key: max((start[key] for start in starts if start.get(key) is not None), default=None)
             for key in ("weight_bytes", "kv_cache_tokens", "peak_rss_bytes", "peak_vram_bytes")
         }
+        if most["kv_cache_tokens"] is None:  # only engines that allot it beforehand tell
+            del most["kv_cache_tokens"]
         if starts:
             rows.append({"variant": variant, **most, "run": record})
     return _frame(rows)
@@ -380,7 +382,7 @@ def _speeds(records: Records, kind: str, rate: Callable[[Mapping[str, Any]], flo
                     "variant": variant,
                     "batch": shape[0],
                     "prompt_tokens": shape[1],
-                    "new_tokens": shape[2],
+                    **({"new_tokens": shape[2]} if kind == "decode" else {}),
                     "num_repetitions": len(rates),
                     "tokens_per_second": stats.median(rates),
                     "speed_ratio": ratio,
