@@ -78,6 +78,9 @@ class VllmEngine(Engine):
                 "Run `harness verify` on it, or change the engine's options.",
                 lines,
             ) from error
+        except BaseException:  # Ctrl-C: vLLM's processes must not stay behind
+            self.close()
+            raise
 
     @property
     def info(self) -> EngineInfo:

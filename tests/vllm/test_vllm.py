@@ -6,6 +6,7 @@ is the torch engine on the same folder and the same token ids.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness import stages
@@ -25,7 +26,7 @@ from harness.engines.emulation import input_rounding
 from harness.engines.protocol import Decoded, Engine, EngineInfo, open_engine
 from harness.engines.vllm_engine import VllmEngine
 from harness.formats import fp8, nvfp4
-from harness.formats.config import Format, QuantizationConfig, parse
+from harness.formats.config import FP8_DYNAMIC, Format, QuantizationConfig, parse, quantization_config
 from harness.measure import perplexity
 from harness.suite import SOURCE, load
 from tests.vllm.ties import parted
@@ -326,3 +327,42 @@ def test_as_the_multimodal_class_it_holds_the_files_vision_tower_and_scores_the_
         engine.close()
     expected = np.concatenate([*in_torch(suite, variant).scores.reshape(WINDOWS, -1)[:COMPARED]])
     assert abs(float((scores - expected).mean())) < 0.02  # two windows only
+
+
+def with_fp8_experts(folder: Path) -> Path:
+    """The mixture of experts with its routed experts in FP8, one matrix each, as llm-compressor writes them."""
+    shutil.copytree(checkpoint_path("moe"), folder)
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = {}
+        for name, tensor in load_file(file).items():
+            owner, _, last = name.rpartition(".")
+            parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
+            if tensor.ndim != 3 or not parts:
+                tensors[name] = tensor
+                continue
+            for expert, fused in enumerate(tensor):
+                for part, weight in zip(parts, fused.chunk(len(parts)), strict=True):
+                    scales = fp8.channel_decode_scales(weight)
+                    tensors[f"{owner}.{expert}.{part}.weight"] = fp8.encode(weight, scales)
+                    tensors[f"{owner}.{expert}.{part}.weight_scale"] = scales
+        save_file(tensors, file, metadata={"format": "pt"})
+    files = sorted(folder.glob("*.safetensors"))
+    index = {"metadata": {}, "weight_map": {name: file.name for file in files for name in load_file(file)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    targets = {FP8_DYNAMIC: [r"re:.*layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down|gate_up)_proj$"]}
+    config["quantization_config"] = quantization_config(targets, ["re:.*mtp.*"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_fp8_experts_which_no_recipe_has_score_as_in_torch(tmp_path: Path) -> None:
+    folder = with_fp8_experts(tmp_path / "model")
+    found = []
+    for name, options in (("vllm", {**OPTIONS, "text_only": True}), ("torch", None)):
+        engine = open_engine(name, folder, dtype="bfloat16", device="cpu", options=options)
+        found.append(np.concatenate(list(engine.score(windows()[:COMPARED], COMPARED))))
+        if name == "vllm":
+            assert engine.info.kernels["experts.routed_experts"] == "CpuFp8Experts"
+        engine.close()
+    assert abs(float((found[0] - found[1]).mean())) <= 0.005
