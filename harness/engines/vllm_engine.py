@@ -37,6 +37,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "auto")
 _SCORED_TOKENS = 2048
 """Tokens in one forward pass while scoring: vLLM keeps the logits of all of them."""
 _LOG_LINES = 40
+_LOGGING = "VLLM_LOGGING_CONFIG_PATH"
 _KERNEL_LINES = re.compile(
     r"Using .* for NVFP4 GEMM|Using '.*' \w* ?MoE backend|Selected \S+ for \S+|Using \S+ GDN .* kernel"
 )
@@ -392,7 +393,8 @@ class _Log:
         }
         self._config = self.path.with_suffix(".json")
         self._config.write_text(json.dumps(config), encoding="utf-8")
-        os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(self._config)  # read by every process as it imports vLLM
+        self._environment = os.environ.get(_LOGGING)
+        os.environ[_LOGGING] = str(self._config)  # read by every process as it imports vLLM
         if "vllm" in sys.modules:  # this process has done so already
             import logging.config
 
@@ -425,6 +427,12 @@ class _Log:
         return tuple([line for line in lines if _ERROR_LINES.search(line)][-_LOG_LINES:] or lines[-_LOG_LINES:])
 
     def close(self) -> None:
+        """Removes the files, and what told other programs of them."""
+        if os.environ.get(_LOGGING) == str(self._config):
+            if self._environment is None:
+                del os.environ[_LOGGING]
+            else:
+                os.environ[_LOGGING] = self._environment
         with contextlib.suppress(OSError):
             os.close(self._handle)
         self.path.unlink(missing_ok=True)

@@ -76,11 +76,14 @@ def test_a_dtype_that_vllms_cpu_kernels_refuse_is_told_at_the_start() -> None:
 
 
 def test_a_prompt_longer_than_the_model_takes_is_the_users_error() -> None:
+    before = dict(os.environ)
     engine = open_engine("vllm", checkpoint_path("dense"), options=OPTIONS)
     with pytest.raises(UserError, match="refuses a prompt of 300 tokens"):
         engine.decode([[5] * 300], 2)
     assert len(engine.decode([[5] * 30], 2).token_ids[0]) == 2, "it goes on"
     engine.close()
+    left = {name for name in os.environ if name.startswith("VLLM_LOGGING") and name not in before}
+    assert not left, "other programs that start vLLM would look for a log that is gone"
 
 
 def test_an_engine_that_is_killed_says_so_and_leaves_no_process() -> None:
