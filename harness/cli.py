@@ -1,4 +1,4 @@
-"""The command line: `harness plan | build | verify | repair | sensitivity | ppl | bench | serve-command | report`.
+"""The command line: `harness plan | build | verify | ppl | bench | report …`, one subcommand a stage.
 
 Arguments in, a table on stdout, progress on stderr. Nothing else in the package prints or exits.
 
@@ -130,9 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     imported.add_argument("--vllm-version", metavar="X", default="unknown", help="that ran it")
     for name in ("--batch", "--prompt-tokens", "--new-tokens"):
         imported.add_argument(name, type=whole_number, metavar="N", help="of vllm bench latency, whose file has it not")
-    imported.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
-    imported.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
-    _json_option(imported)
+    _place_options(imported)
 
     serve = command(
         "serve-command", _serve_command, "How to serve a variant: commands for vLLM and Docker, with sizes."
@@ -552,17 +550,15 @@ def _measure(options: argparse.Namespace, arguments: tuple[str, ...], measure: s
         engine = replace(job.suite.engine, **{key: value for key, value in asked.items() if value})
         job = replace(job, suite=replace(job.suite, engine=engine))
         if server := getattr(options, "server", None):
-            if options.engine or len(options.variant or ()) != 1:
-                raise UserError("--server takes one --variant, the one that it serves, and no --engine.", "Name it.")
+            if options.engine or options.dtype or len(options.variant or ()) != 1:
+                raise UserError("--server takes one --variant, the one it serves, no --engine, no --dtype.", "Name it.")
             job, work = prepare_server(replace(job, server=server), options.variant[0])
         else:
             work = prepare(job, measure, options.variant)
         if not options.json:
             for model in work.models:
-                if model.reused is not None and model.setup is None:
-                    print(
-                        f"{model.folder}: {'reused' if model.reused else 'built'}, digest {(model.digest or '')[:12]}"
-                    )
+                if model.reused is not None and model.digest and model.setup is None:
+                    print(f"{model.folder}: {'reused' if model.reused else 'built'}, digest {model.digest[:12]}")
         measured = stage(job, work, options.limit)
         records = measured.records
         frames = tables.of_measure(measure, with_stored_source(job, measure, records)) if records else []
@@ -593,7 +589,6 @@ def _import(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", options.machine):
         raise UserError(f"--machine '{options.machine}' is no name.", "Use lower-case letters, digits, '.' and '-'.")
     shape = BatchShape(*given) if all(given) else None
-    options.artifacts = Path("artifacts")
     with _job(options, arguments) as job:
         record = import_benchmark(job, options.variant, options.file, shape, options.machine, options.vllm_version)
     frame = tables.served({options.variant: record})

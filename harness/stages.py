@@ -225,6 +225,8 @@ def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
     engine = job.suite.engine.name
     if engine not in ENGINES:
         raise UserError(f"There is no engine '{engine}'.", did_you_mean(engine, ENGINES))
+    if engine == "server":
+        raise UserError("A server is no engine that a suite starts.", "Measure it by `harness bench --server URL`.")
     if measure == "ppl":
         wanted = _required(job.suite, "ppl", job.suite.ppl)
         protocol = perplexity.get_protocol(wanted.protocol)
@@ -246,15 +248,10 @@ def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
         if bench.variants is not None and names is None:
             chosen_variants(job.suite, bench.variants, with_source=True)
             variants = [name for name in variants if name in (SOURCE, *bench.variants)]
-    wanted_setups = [None, *(setups or ())] if engine == "vllm" else [None]
-    for setup in wanted_setups:
-        most = job.suite.vllm_options(setup).get("max_model_len") if engine == "vllm" else None
-        if most is not None and most < longest:
-            where = "[engine.vllm]" if setup is None else f"[setups.{setup}]"
-            raise UserError(
-                f"Suite '{job.suite.name}' has max_model_len = {most:,} in {where}, and {measure} needs {longest:,}.",
-                "Raise it, or measure shorter pieces.",
-            )
+    # Setups are options of vLLM; another engine measures the variants as they are.
+    chosen_setups = [None, *(setups or ())] if engine == "vllm" else [None]
+    if engine == "vllm":
+        _check_lengths(job.suite, measure, chosen_setups, longest)
     models = []
     for name in variants:
         if name == SOURCE:
@@ -263,8 +260,19 @@ def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
         else:
             artifact = build_variant(job, name)
             models.append(Model(name, artifact.folder, artifact.digest, artifact.reused))
-    # Setups are options of vLLM; another engine measures the variants as they are.
-    return Work([replace(model, setup=setup) for setup in wanted_setups for model in models], ids, dataset)
+    return Work([replace(model, setup=setup) for setup in chosen_setups for model in models], ids, dataset)
+
+
+def _check_lengths(suite: Suite, measure: str, setups: Sequence[str | None], longest: int) -> None:
+    """`UserError` where vLLM is to take fewer tokens of a sequence than the measure gives it."""
+    for setup in setups:
+        most = suite.vllm_options(setup).get("max_model_len")
+        if most is not None and most < longest:
+            where = "[engine.vllm]" if setup is None else f"[setups.{setup}]"
+            raise UserError(
+                f"Suite '{suite.name}' has max_model_len = {most:,} in {where}, and {measure} needs {longest:,}.",
+                "Raise it, or measure shorter pieces.",
+            )
 
 
 def prepare_server(job: Job, variant: str) -> tuple[Job, Work]:
@@ -287,12 +295,13 @@ def _check_text(bench: suites.Bench, ids: Sequence[int]) -> None:
 
 def _shapes(bench: suites.Bench) -> list[decode.Shape]:
     """What `harness bench` times, in the order in which it does."""
-    return [
+    shapes = [
         decode.Shape("prefill", 1, bench.prefill_tokens, 1),
         *(decode.Shape("decode", batch, bench.prompt_tokens, bench.new_tokens) for batch in bench.batch_sizes),
         # There is no empty prompt: depth 0 is the text's first token.
         *(decode.Shape("decode", 1, max(depth, 1), bench.depth_tokens) for depth in bench.depths or ()),
     ]
+    return list(dict.fromkeys(shapes))
 
 
 @cache

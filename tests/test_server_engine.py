@@ -174,6 +174,8 @@ def test_bench_measures_a_server_and_builds_nothing(
         assert main(asked) == 0
         assert "tok/s" in capsys.readouterr().out
         assert main([*asked[:3], "--server", url]) == 2
+    assert main(["ppl", "--suite", "suite.toml", "--engine", "server"]) == 2
+    assert "bench --server URL" in capsys.readouterr().err
     assert not (tmp_path / "artifacts").exists()
     (record,) = [results.read(path) for path in (tmp_path / "results").rglob("*.jsonl")]
     assert record.run.engine is not None

@@ -54,7 +54,7 @@ class HarnessWorker:
         """A parameter as this worker holds it: `shape`, `dtype`, and the SHA-256 of its bytes."""
         import torch
 
-        tensor = dict(self._harness_model().named_parameters())[name].detach().contiguous().cpu()
+        tensor = self._harness_model().get_parameter(name).detach().contiguous().cpu()
         digest = hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
         return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sha256": digest}
 
