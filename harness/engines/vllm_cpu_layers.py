@@ -182,6 +182,7 @@ class CpuFp8Scheme(CompressedTensorsScheme):
 class _CpuExperts(CompressedTensorsMoEMethod):
     """The routed experts of a layer, decoded, one after another. Routing and the shared expert are vLLM's."""
 
+    precision: str
     roundings: list[ExpertRounding]
 
     def get_fused_moe_quant_config(self, layer: Layer) -> None:
@@ -196,23 +197,23 @@ class _CpuExperts(CompressedTensorsMoEMethod):
         shared_experts: Any,
         shared_experts_input: Tensor | None,
     ) -> Tensor:
-        if layer.activation != MoEActivation.SILU or layer.apply_router_weight_on_input:
-            raise NotImplementedError("experts with another activation than SiLU, or weighted on their input")
         weights = (layer.w13_weight, layer.w2_weight)
         return routed_outputs(x, topk_ids, topk_weights.to(x.dtype), *weights, functional.silu, self.roundings)
 
     def _finish(self, layer: Layer, w13: list[Tensor], w2: list[Tensor], roundings: list[ExpertRounding]) -> None:
+        # At loading, where it is a refusal; at the first request it would be a crash.
+        if layer.activation != MoEActivation.SILU or layer.apply_router_weight_on_input:
+            raise NotImplementedError("experts with another activation than SiLU, or weighted on their input")
         layer.w13_weight = Parameter(torch.stack(w13), requires_grad=False)
         layer.w2_weight = Parameter(torch.stack(w2), requires_grad=False)
         self.roundings = roundings
-        logger.info_once(
-            "Using '%s' NvFp4 MoE backend" if isinstance(self, CpuNvFp4Experts) else "Using '%s' Fp8 MoE backend",
-            type(self).__name__,
-        )
+        logger.info_once("Using '%s' %s MoE backend", type(self).__name__, self.precision)
 
 
 class CpuNvFp4Experts(_CpuExperts, nvfp4_moe.CompressedTensorsW4A4Nvfp4MoEMethod):
     """vLLM's NVFP4 parameters for experts, decoded."""
+
+    precision = "NvFp4"
 
     def __init__(self, moe: Any, use_a16: bool) -> None:
         # Not the parent's own, which looks for a GPU backend.
@@ -251,6 +252,8 @@ def _by(input_global_scale: Tensor) -> Rounding | None:
 
 class CpuFp8Experts(_CpuExperts, fp8_moe.CompressedTensorsW8A8Fp8MoEMethod):
     """vLLM's FP8 parameters for experts, decoded."""
+
+    precision = "Fp8"
 
     def __init__(self, weights: Any, inputs: Any, moe: Any) -> None:
         CompressedTensorsMoEMethod.__init__(self, moe)

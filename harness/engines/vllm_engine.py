@@ -71,7 +71,7 @@ class VllmEngine(Engine):
         except UserError:
             self.close()
             raise
-        except Exception as error:
+        except Exception as error:  # vLLM raises many types for a checkpoint or an option that it refuses
             lines = self._log.relevant()
             self.close()
             raise EngineDied(
