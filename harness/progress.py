@@ -1,6 +1,19 @@
 """How long work tells how far it is; the command line alone decides whether anything is drawn."""
 
-from collections.abc import Callable
+from typing import Protocol
 
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, description) as work advances, the last time with done == total."""
+
+class Progress(Protocol):
+    """Called as work advances, the last time with done == total."""
+
+    def __call__(self, done: int, total: int, description: str, note: str = "", /) -> None:
+        """`description` names one stretch of work, and stays; `note` is what it has to say of itself now."""
+
+
+def named(progress: Progress, name: str) -> Progress:
+    """Tells the same, with `name` before every description."""
+
+    def tell(done: int, total: int, description: str, note: str = "", /) -> None:
+        progress(done, total, f"{name}: {description}", note)
+
+    return tell

@@ -312,7 +312,7 @@ def test_the_digest_knows_where_a_sample_ends() -> None:
 def test_progress_starts_at_none_and_ends_at_all() -> None:
     told: list[tuple[int, int]] = []
     sources = (DemoSamples(demo="train", samples=3, max_tokens=8), DemoSamples(demo="train", samples=2, max_tokens=9))
-    read(Calibration(sources), DENSE, Path(), {"train": documents}, lambda done, total, _: told.append((done, total)))
+    read(Calibration(sources), DENSE, Path(), {"train": documents}, lambda done, total, *_: told.append((done, total)))
     assert told == [(n, 5) for n in range(6)]
 
 

@@ -1,9 +1,10 @@
 """What a measure may ask of an engine, and what an engine must say about itself.
 
-An engine holds one checkpoint in memory and answers three questions about token ids: how probable was each
-token (`score`), how probable was every token that could have stood there (`log_probs`), and what comes next and how
-long did it take (`decode`). Everything goes in and out as token ids: a tokenizer's version changes perplexity more
-than a quantization does, so text is tokenized once, elsewhere.
+An engine holds one checkpoint in memory and answers questions about token ids: how probable was each token (`score`),
+how probable was every token that could have stood there (`log_probs`), what comes next and how long did it take
+(`decode`), how probable is each of some continuations (`choices`), and what does it answer (`generate`). Everything
+goes in and out as token ids: a tokenizer's version changes perplexity more than a quantization does, so text is
+tokenized once, elsewhere. Only where a text stops an answer does an engine look at the text itself.
 
 All calls are batch-first, and `decode` returns the engine's own clock readings, because a batching engine such as
 vLLM schedules the work itself and knows its token times better than a caller with a stopwatch. `EngineInfo` separates
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.errors import UserError, did_you_mean
+from harness.sampling import GREEDY, Sampling
 
 # Name -> module and class. Imported only when opened, so that one that is not installed harms no other.
 ENGINES = {
@@ -129,6 +131,48 @@ class Decoded:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A context of at least one token, and continuations of it, each of at least one."""
+
+    context: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How probable a continuation is."""
+
+    log_prob: float
+    """In nats, of all its tokens together."""
+    greedy: bool
+    """Whether the most probable token is the continuation's at every place."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered, and when the answer is over: after the end-of-text token, after `max_new_tokens`, or as
+    soon as one of the texts in `stop` has been written."""
+
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    """The same prompt, sampling and seed draw the same numbers, in whatever company."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The new tokens, those that stopped the answer included; `seconds` is its share of the time that all took, so
+    that the sum over answers is the time of the run."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+    """`length`: it was cut off at `max_new_tokens`."""
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Memory:
     """The most memory held at once since the engine started, in bytes; None where there is no such memory."""
 
@@ -158,6 +202,13 @@ class Engine(Protocol):
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
         """Greedy continuation of a batch of equally long prompts by `num_tokens` each, with a real KV and state
         cache. The end-of-text token does not stop it: a speed needs a known length."""
+
+    def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
+        """(Its place, its options' probabilities) of each choice, as they are known; `batch_size` contexts at once."""
+
+    def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """(Its place, the answer) of each prompt, as they end; `batch_size` at a time where the engine does not decide
+        that itself."""
 
     def memory(self) -> Memory:
         """The peaks since this engine started."""

@@ -19,7 +19,18 @@ import httpx2
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.engines.protocol import Decoded, Engine, EngineDied, EngineInfo, Memory, Start
+from harness.engines.protocol import (
+    Answer,
+    Choice,
+    Decoded,
+    Engine,
+    EngineDied,
+    EngineInfo,
+    Memory,
+    Prompt,
+    Scored,
+    Start,
+)
 from harness.errors import UserError
 
 TIMEOUT_SECONDS = 300.0
@@ -97,6 +108,14 @@ class ServerEngine(Engine):
     def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
         """Not to be had from a server."""
         raise UserError("A server does not give whole distributions.", "Measure fidelity on the torch or vLLM engine.")
+
+    def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
+        """Not asked of a server."""
+        raise _no_tasks()
+
+    def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """Not asked of a server."""
+        raise _no_tasks()
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
         """Greedy continuations, all requests at once; the steps come as one time."""
@@ -200,3 +219,7 @@ class ServerEngine(Engine):
                 f"The server at {self._url} cannot be reached: {error or type(error).__name__}.",
                 "Check the URL and whether the server runs.",
             ) from error
+
+
+def _no_tasks() -> UserError:
+    return UserError("A server answers no tasks.", "Run them on the torch or vLLM engine.")

@@ -29,6 +29,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -38,20 +39,18 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
-from harness.engines import decoding
+from harness.engines import decoding, torch_answers
 from harness.engines.decoding import formats_of
 from harness.engines.layers import device_named, silence_transformers
-from harness.engines.protocol import Decoded, Engine, EngineInfo, Memory, Start
+from harness.engines.protocol import Answer, Choice, Decoded, Engine, EngineInfo, Memory, Prompt, Scored, Start
+from harness.engines.torch_answers import LOGITS_BYTES
 from harness.errors import UserError, did_you_mean
 from harness.formats.config import Format, parse
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-# Logits alive at once while scoring. A vocabulary of 248,320 takes 1 MB of float32 per token.
-LOGITS_BYTES = 2**27
 
 
 class TorchEngine(Engine):
@@ -68,6 +67,7 @@ class TorchEngine(Engine):
         _reset_peak_memory(self._device)
         silence_transformers()
         model = load_model(folder, dtype, self._device)
+        self._folder = folder
         self._model: Any = model
         self._trunk: Any = model.get_decoder()
         self._head: Any = model.get_output_embeddings()
@@ -129,7 +129,13 @@ class TorchEngine(Engine):
         hidden = hidden.flatten(0, 1)
         rows = max(1, LOGITS_BYTES // (4 * self._head.weight.shape[0]))
         for part in hidden.split(rows) if len(hidden) else ():
-            yield self._head(part).float() if weight is None else nn.functional.linear(part.float(), weight)
+            yield self._wide_logits(part, weight)
+
+    def _wide_logits(self, hidden: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """Float32 logits [rows, vocabulary] of hidden states [rows, width]; `weight` as `_wide_head` gives it."""
+        found: torch.Tensor
+        found = self._head(hidden).float() if weight is None else nn.functional.linear(hidden.float(), weight)
+        return found
 
     @contextlib.contextmanager
     def _scoring(self, batch: list[Sequence[int]]) -> Iterator[None]:
@@ -161,6 +167,30 @@ class TorchEngine(Engine):
                 tokens.append(ids)
             rows = torch.cat(tokens, dim=1).tolist()
         return Decoded(tuple(tuple(row) for row in rows), seconds[0], tuple(seconds[1:]))
+
+    def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
+        """See `torch_answers`; with float32 logits, as in `score`."""
+        logits = partial(self._wide_logits, weight=self._wide_head())
+        with _out_of_memory(f"Scoring {batch_size} contexts at a time", "Lower the batch size."):
+            yield from torch_answers.choices(self._trunk, logits, choices, batch_size)
+
+    def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """See `torch_answers`; with the model's own head, as in `decode`."""
+        text = self._tokenizer.decode if any(prompt.stop for prompt in prompts) else str
+        with _out_of_memory(f"Answering {batch_size} prompts at a time", "Lower the batch size."):
+            yield from torch_answers.generate(
+                self._trunk, lambda hidden: self._head(hidden).float(), text, self._end_tokens, prompts, batch_size
+            )
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+
+    @cached_property
+    def _end_tokens(self) -> frozenset[int]:
+        """What ends an answer: the tokens that the model's generation configuration names."""
+        named = self._model.generation_config.eos_token_id
+        return frozenset([named] if isinstance(named, int) else named or ())
 
     def _clock(self) -> float:
         if self._device.type == "cuda":

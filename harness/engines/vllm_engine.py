@@ -13,11 +13,14 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
+import queue
 import re
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.engines import vllm_options
-from harness.engines.protocol import Decoded, Drafts, Engine, EngineDied, EngineInfo, Memory, Start
+from harness.engines.protocol import (
+    Answer,
+    Choice,
+    Decoded,
+    Drafts,
+    Engine,
+    EngineDied,
+    EngineInfo,
+    Memory,
+    Prompt,
+    Scored,
+    Start,
+)
 from harness.errors import UserError
 from harness.formats.config import parse
 
@@ -37,6 +52,8 @@ _DTYPES = ("bfloat16", "float16", "float32", "auto")
 _SCORED_TOKENS = 2048
 """Tokens in one forward pass while scoring: vLLM keeps the logits of all of them."""
 _LOG_LINES = 40
+_OVER: Any = object()
+"""Ends a queue."""
 _LOGGING = "VLLM_LOGGING_CONFIG_PATH"
 _KERNEL_LINES = re.compile(
     r"Using .* for NVFP4 GEMM|Using '.*' \w* ?MoE backend|Selected \S+ for \S+|Using \S+ GDN .* kernel"
@@ -148,47 +165,96 @@ class VllmEngine(Engine):
 
     def _drafts_since(self, before: Drafts) -> Drafts:
         """The counters are booked by another thread, a moment after the last token."""
-        from time import sleep
-
         last = None
         while last != (now := _drafts()):
             last = now
-            sleep(0.05)
+            time.sleep(0.05)
         return now - before
 
+    def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
+        """See `protocol`. Every option is a prompt of its own: vLLM has no other way to ask for its probability."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, flat_logprobs=True, detokenize=False)
+        options = [(place, number) for place, choice in enumerate(choices) for number in range(len(choice.options))]
+        # Neighbours share a context, so that the options of one choice are known together.
+        requests = [(choices[place].context + choices[place].options[number], params) for place, number in options]
+        found: dict[int, dict[int, Scored]] = {}
+        for at, output in self._stream(requests):
+            place, number = options[at]
+            known = found.setdefault(place, {})
+            known[number] = _scored(output.prompt_logprobs, len(choices[place].context), len(requests[at][0]))
+            if len(known) == len(choices[place].options):
+                del found[place]
+                yield place, tuple(known[number] for number in range(len(known)))
+
+    def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """See `protocol`; how many are answered at a time is vLLM's to decide."""
+        before = time.perf_counter()
+        for place, output in self._stream([(prompt.token_ids, _sampling_params(prompt)) for prompt in prompts]):
+            now = time.perf_counter()
+            told = output.outputs[0]
+            yield (
+                place,
+                Answer(tuple(told.token_ids), "length" if told.finish_reason == "length" else "stop", now - before),
+            )
+            before = time.perf_counter()
+
     def _generate(self, prompts: Sequence[Sequence[int]], params: Any) -> list[Any]:
-        """The final outputs for all prompts, which are in vLLM's hands at the same time."""
+        """The final outputs for all prompts, in order."""
+        outputs = dict(self._stream([(ids, params) for ids in prompts], at_once=len(prompts)))
+        return [outputs[place] for place in range(len(prompts))]
 
-        async def one(ids: Sequence[int]) -> Any:
+    def _stream(
+        self, requests: Sequence[tuple[Sequence[int], Any]], at_once: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """(Its place, the final output) of each request of token ids and parameters, as they end; `at_once` of them are
+        in vLLM's hands at the same time, twice as many as it computes together where that is left open."""
+        at_once = at_once or 2 * int(self._engine.vllm_config.scheduler_config.max_num_seqs)
+        ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+
+        async def one(place: int, free: asyncio.Semaphore) -> None:
+            ids, params = requests[place]
             last = None
-            prompt = {"prompt_token_ids": list(ids)}
-            async for output in self._engine.generate(prompt, params, f"harness-{next(self._numbers)}"):
-                last = output
-            return last
+            async with free:
+                prompt = {"prompt_token_ids": list(ids)}
+                async for output in self._engine.generate(prompt, params, f"harness-{next(self._numbers)}"):
+                    last = output
+            ended.put((place, last))
 
-        async def every() -> list[Any]:
-            answers = asyncio.ensure_future(asyncio.gather(*(one(ids) for ids in prompts)))
-            # A request that arrives while the engine dies is told nothing by vLLM, and would wait for ever.
-            while not (await asyncio.wait({answers}, timeout=1.0))[0]:
-                if self._engine.errored:
-                    answers.cancel()
-                    raise self._engine.dead_error
-            return list(answers.result())
+        async def every() -> None:
+            free = asyncio.Semaphore(at_once)
+            answers = asyncio.ensure_future(asyncio.gather(*(one(place, free) for place in range(len(requests)))))
+            try:
+                # A request that arrives while the engine dies is told nothing by vLLM, and would wait for ever.
+                while not (await asyncio.wait({answers}, timeout=1.0))[0]:
+                    if self._engine.errored:
+                        raise self._engine.dead_error
+                answers.result()
+            finally:
+                answers.cancel()  # of no effect where all have ended; else vLLM drops what nobody waits for
 
+        work = asyncio.run_coroutine_threadsafe(every(), self._loop)
+        work.add_done_callback(lambda _: ended.put(_OVER))
         try:
-            return self._run(every())
+            while (one_more := ended.get()) is not _OVER:
+                yield one_more
+            work.result()
         except Exception as error:
             lines = self._log.relevant()
+            longest = max(len(ids) for ids, _ in requests)
             if "longer than the maximum model length" in str(error) or type(error).__name__ == "VLLMValidationError":
                 raise UserError(
-                    f"vLLM refuses a prompt of {len(prompts[0]):,} tokens: {_first_line(error)}.",
+                    f"vLLM refuses a prompt of {longest:,} tokens: {_first_line(error)}.",
                     "Raise max_model_len, or use shorter windows.",
                 ) from error
             raise EngineDied(
-                f"vLLM's engine died over {len(prompts)} × {len(prompts[0]):,} tokens: {_reason(error, lines)}.",
+                f"vLLM's engine died over {len(requests)} × {longest:,} tokens: {_reason(error, lines)}.",
                 "Lower the batch size or max_num_batched_tokens; its last lines are in the record.",
                 lines,
             ) from error
+        finally:
+            work.cancel()
 
     def memory(self) -> Memory:
         """The peaks of vLLM's workers, all of them together."""
@@ -259,6 +325,32 @@ class VllmEngine(Engine):
             served_as=_served_as(folder, layers),
             warnings=tuple(vllm_options.warnings(start.options, release)),
         )
+
+
+def _sampling_params(prompt: Prompt) -> Any:
+    from vllm import SamplingParams
+
+    sampling = prompt.sampling
+    return SamplingParams(
+        max_tokens=prompt.max_new_tokens,
+        **vars(sampling),
+        seed=prompt.seed if sampling.temperature else None,
+        stop=list(prompt.stop),
+        # vLLM reads the text only to find what stops it, and special tokens may.
+        detokenize=bool(prompt.stop),
+        skip_special_tokens=False,
+    )
+
+
+def _scored(found: Any, start: int, end: int) -> Scored:
+    """Of a prompt's flat log-probabilities, those of the tokens from `start` to `end`. At each place the token itself
+    comes first and the most probable one after it, where it is another."""
+    own, greedy = [], True
+    for place in range(start, end):
+        told = found.logprobs[found.start_indices[place] : found.end_indices[place]]
+        own.append(told[0])
+        greedy = greedy and told[0] >= max(told)
+    return Scored(math.fsum(own), greedy)
 
 
 async def _started(arguments: Mapping[str, Any]) -> Any:

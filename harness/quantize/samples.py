@@ -132,7 +132,10 @@ def shuffled(count: int, seed: int) -> Iterator[int]:
 
 
 def _within(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _, name: progress(before + done, total, f"calibration samples: {name}")
+    def tell(done: int, _: int, name: str, note: str = "", /) -> None:
+        progress(before + done, total, f"calibration samples: {name}", note)
+
+    return tell
 
 
 def _as_bytes(ids: Sequence[int]) -> bytes:
