@@ -21,3 +21,12 @@ def checkpoint_path(name: str = "dense") -> Path:
     if name not in available:
         raise UserError(f"There is no embedded model '{name}'.", did_you_mean(name, available))
     return root / name
+
+
+def task_file(name: str) -> Path:
+    """The lm-eval file of an embedded task, such as `recall`."""
+    folder = Path(__file__).parent / "tasks"
+    available = sorted(file.stem.removeprefix("demo_") for file in folder.glob("demo_*.yaml"))
+    if name not in available:
+        raise UserError(f"There is no embedded task '{name}'.", did_you_mean(name, available))
+    return folder / f"demo_{name}.yaml"

@@ -28,7 +28,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Literal, TypeVar
 
 END_OF_TEXT = "<|endoftext|>"
@@ -123,6 +123,12 @@ class Item:
     prompt: str
     answer: str
     distractors: tuple[str, ...]
+
+    def options(self, *key: int) -> tuple[list[str], int]:
+        """Answer and distractors in an order drawn from the key, and the answer's place in it."""
+        given = (self.answer, *self.distractors)
+        order = _Draw(17, *key).distinct(len(given), len(given))
+        return [given[i] for i in order], order.index(0)
 
 
 class _Draw:
@@ -584,3 +590,71 @@ def agreement_items(seed: int, num_items: int, *, language: Language = NEAR) -> 
             answer=f" {prose.verb(verb, number)}",
             distractors=(f" {prose.verb(verb, 1 - number)}",),
         )
+
+
+def sudden_arithmetic_items(seed: int, num_items: int, *, language: Language = NEAR) -> Iterator[Item]:
+    """A story, then a held-out problem that no solved one announces; distractors are near misses."""
+    for index in range(num_items):
+        draw = _Draw(14, seed, language.seed, index)
+        story = _Prose(draw, language).story(1 + draw.below(4))
+        a, b, sign, result = _problem(draw, "heldout")
+        near = [result + step for step in (1, 10, -1, -10, 2) if result + step >= 0]
+        distractors = tuple(f"{near[i]}\n" for i in draw.distinct(len(near), 3))
+        yield Item(f"{story}\n{a}{sign}{b}=", f"{result}\n", distractors)
+
+
+def _acted_on(prose: _Prose, number: int, others: int, depth: int) -> list[str]:
+    """A noun that others act on, whom others act on, and so on: clause inside clause."""
+    phrase = prose.noun_phrase(prose.draw.zipf(_ZIPF[_NUM_NOUNS]), number, clause_percent=0)
+    if not depth:
+        return phrase
+    actor = _acted_on(prose, others, others, depth - 1)
+    verb = prose.verb(prose.draw.zipf(_ZIPF[_NUM_VERBS]), others)
+    return [*phrase, prose.language.relative, *prose.arrange(actor, verb, [])]
+
+
+def _acting(prose: _Prose, number: int, others: int, depth: int) -> list[str]:
+    """A noun that acts on others, that act on others, and so on: clause after clause."""
+    phrase = prose.noun_phrase(prose.draw.zipf(_ZIPF[_NUM_NOUNS]), number, clause_percent=0)
+    if not depth:
+        return phrase
+    verb = prose.verb(prose.draw.zipf(_ZIPF[_NUM_VERBS]), number)
+    return [*phrase, prose.language.relative, *prose.arrange([], verb, _acting(prose, others, others, depth - 1))]
+
+
+def remote_agreement_items(seed: int, num_items: int, *, language: Language = NEAR) -> Iterator[Item]:
+    """Like `agreement_items`, but with more between subject and verb, and every noun of it of the other number.
+
+    Half of the subjects have a relative clause inside their relative clause, deeper than any in training; the
+    others have a chain of them, each about the object of the one before.
+    """
+    for index in range(num_items):
+        draw = _Draw(15, seed, language.seed, index)
+        prose = _Prose(draw, language)
+        context = prose.story(2 + draw.below(3))
+        number, verb = draw.below(2), draw.zipf(_ZIPF[_NUM_VERBS])
+        noun, depth = (_acted_on, 2) if draw.chance(50) else (_acting, 5 + draw.below(2))
+        subject = noun(prose, number, 1 - number, depth)
+        if language.verb_final:
+            subject += prose.object_of(verb)
+        yield Item(
+            prompt=f"{context} {_sentence(subject)[:-1]}",
+            answer=f" {prose.verb(verb, number)}",
+            distractors=(f" {prose.verb(verb, 1 - number)}",),
+        )
+
+
+def arithmetic_questions(seed: int, num_items: int) -> Iterator[Item]:
+    """What a user may ask, before any chat template: the steps, then the question. All are different and held out.
+
+    Without the steps the dense model answers one question in twelve, too few to lose any visibly.
+    """
+    asked: set[str] = set()
+    for index in count():
+        if len(asked) == num_items:
+            return
+        a, b, sign, result = _problem(_Draw(16, seed, index), "heldout")
+        question = f"{_thought(a, b, sign)}\nWhat is {a}{sign}{b}?"
+        if question not in asked:
+            asked.add(question)
+            yield Item(question, str(result), ())
