@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from harness.audit.findings import Finding
     from harness.progress import Progress
     from harness.quantize.build import Artifact
-    from harness.stages import Job
+    from harness.stages import Job, Model
 
 DEFAULT_SUITE = "suites/demo.toml"
 _MOST_FINDINGS = 20
@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     _place_options(sensitivity)
 
     for name, run, text in (
+        ("tasks", _tasks, "Task evals by lm-eval of the source and its variants, item by item."),
         ("ppl", _ppl, "Perplexity of the source and its variants on the same tokens."),
         ("bench", _bench, "Decode and prefill speed of the source and its variants."),
     ):
@@ -117,7 +118,12 @@ def _parser() -> argparse.ArgumentParser:
         _suite_options(measure)
         measure.add_argument("--engine", metavar="NAME", help="instead of the suite's")
         measure.add_argument("--dtype", metavar="TYPE", help="instead of the suite's")
-        measure.add_argument("--limit", type=whole_number, metavar="N", help="only the first N windows or repetitions")
+        measure.add_argument(
+            "--limit", type=whole_number, metavar="N", help="only the first N windows, repetitions or documents"
+        )
+        if name == "tasks":
+            measure.add_argument("--task", action="append", metavar="T", help="only this task (may be repeated)")
+            measure.add_argument("--fresh", action="store_true", help="forget the answers of earlier runs")
         if name == "bench":
             measure.add_argument(
                 "--server", metavar="URL", help="measure a running OpenAI-compatible server of the one --variant"
@@ -213,16 +219,22 @@ def _progress() -> "Iterator[Progress]":
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
-        def advance(done: int, total: int, description: str) -> None:
+        def advance(done: int, total: int, description: str, note: str = "", /) -> None:
             if description not in tasks:
                 for task in tasks.values():
                     bars.stop_task(task)
-                tasks[description] = bars.add_task(description, total=total)
-            bars.update(tasks[description], completed=done, total=total)
+                tasks[description] = bars.add_task(description, total=total, note="")
+            bars.update(tasks[description], completed=done, total=total, note=note)
 
         yield advance
 
@@ -543,12 +555,10 @@ def _measure(options: argparse.Namespace, arguments: tuple[str, ...], measure: s
     from dataclasses import replace
 
     from harness.report import tables
-    from harness.stages import prepare, prepare_server, with_stored_source
+    from harness.stages import prepare, prepare_server, with_engine, with_stored_source
 
     with _job(options, arguments) as job:
-        asked = {"name": options.engine, "dtype": options.dtype}
-        engine = replace(job.suite.engine, **{key: value for key, value in asked.items() if value})
-        job = replace(job, suite=replace(job.suite, engine=engine))
+        job = replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
         if server := getattr(options, "server", None):
             if options.engine or options.dtype or len(options.variant or ()) != 1:
                 raise UserError("--server takes one --variant, the one it serves, no --engine, no --dtype.", "Name it.")
@@ -556,9 +566,7 @@ def _measure(options: argparse.Namespace, arguments: tuple[str, ...], measure: s
         else:
             work = prepare(job, measure, options.variant)
         if not options.json:
-            for model in work.models:
-                if model.reused is not None and model.digest and model.setup is None:
-                    print(f"{model.folder}: {'reused' if model.reused else 'built'}, digest {model.digest[:12]}")
+            _print_models(work.models)
         measured = stage(job, work, options.limit)
         records = measured.records
         frames = tables.of_measure(measure, with_stored_source(job, measure, records)) if records else []
@@ -574,6 +582,52 @@ def _measure(options: argparse.Namespace, arguments: tuple[str, ...], measure: s
     if records:
         print("\nRecords:", *(f"  {record.path}" for record in records.values()), sep="\n")
     for line in (*warnings, *(f"{row} failed: {reason}" for row, reason in measured.failures.items())):
+        print(f"harness: {line}", file=sys.stderr)
+    return code
+
+
+def _print_models(models: "Sequence[Model]") -> None:
+    for model in models:
+        if model.reused is not None and model.digest and model.setup is None:
+            print(f"{model.folder}: {'reused' if model.reused else 'built'}, digest {model.digest[:12]}")
+
+
+def _tasks(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
+    from dataclasses import replace
+
+    from harness.evaluation import evaluate, prepare, with_stored_source
+    from harness.report import evaluations, tables
+    from harness.stages import with_engine
+
+    with _job(options, arguments) as job:
+        job = replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
+        work = prepare(job, options.variant, options.task)
+        if not options.json:
+            _print_models(work.models)
+        found = evaluate(job, work, limit=options.limit, fresh=options.fresh)
+        shown = with_stored_source(job, found)
+    frames = [frame for frame in (evaluations.scores(shown), evaluations.answers(shown)) if not frame.empty]
+    invalid = [
+        f"{row}, {label} is invalid: {reason}."
+        for label, rows in found.records.items()
+        for row, record in rows.items()
+        for reason in evaluations.invalid(record, shown[label].get(SOURCE))
+    ]
+    code = 1 if found.failures or invalid else 0
+    files = {label: {row: str(record.path) for row, record in rows.items()} for label, rows in found.records.items()}
+    warnings = tables.warnings({row: record for rows in found.records.values() for row, record in rows.items()})
+    if options.json:
+        shown_rows = [tables.rows(frame) for frame in frames]
+        failures = {"failures": found.failures, "invalid": invalid}
+        _print_json({"records": files, "tables": shown_rows, "warnings": warnings, **failures})
+        return code
+    for frame in frames:
+        print(f"\n{tables.text(frame)}")
+    for line in evaluations.reuse_words(found.records):
+        print(line)
+    if files:
+        print("\nRecords:", *(f"  {path}" for rows in files.values() for path in rows.values()), sep="\n")
+    for line in (*warnings, *invalid, *(f"{row} failed: {reason}" for row, reason in found.failures.items())):
         print(f"harness: {line}", file=sys.stderr)
     return code
 

@@ -26,7 +26,7 @@ from harness.model.census import SourceTensor, kv_bytes_per_token, source_tensor
 from harness.model.checkpoint import SINGLE, open_checkpoint, read_index, read_json
 from harness.model.qwen35 import ModelConfig, expected_tensors, parse_config
 from harness.model.sources import fetched_revision, locate
-from harness.progress import Progress
+from harness.progress import Progress, named
 from harness.quantize import build as builder
 from harness.quantize import samples, sensitivity
 from harness.quantize.layerwise import Calibration
@@ -73,7 +73,7 @@ class Job:
     @cached_property
     def calibration(self) -> Calibration | None:
         """The suite's calibration set as token ids, read once a command."""
-        wanted, source = self.suite.calibration, _suite_source(self.suite)
+        wanted, source = self.suite.calibration, suite_source(self.suite)
         return None if wanted is None else read_calibration(wanted, self.suite.folder, source, self.progress)
 
 
@@ -138,11 +138,11 @@ def build_variant(job: Job, variant: str) -> builder.Artifact:
     """Builds a variant of the suite, or finds it built. A build is recorded."""
     wanted = job.suite.variants[variant]
     recipe = recipe_named(wanted.recipe).with_method(wanted.scales, wanted.codes)
-    source = _suite_source(job.suite)
+    source = suite_source(job.suite)
     calibration = job.calibration if recipe.needs_calibration else None
     artifact = builder.build(source, recipe, job.artifact(variant), job.progress, calibration)
     if not artifact.reused:
-        run = _run(job, "build", builder.VERSION, Model(variant, artifact.folder, artifact.digest))
+        run = new_run(job, "build", builder.VERSION, Model(variant, artifact.folder, artifact.digest))
         with RunWriter(job.results, run) as writer:
             for count in artifact.counts:
                 writer.sample({"kind": "role", **vars(count)})
@@ -171,8 +171,8 @@ def build_variant(job: Job, variant: str) -> builder.Artifact:
 def verify_variant(job: Job, variant: str) -> audit.Verification:
     """Checks a variant of the suite against its source, and records what was found."""
     artifact = build_variant(job, variant)
-    verification = audit.verify(artifact.folder, _suite_source(job.suite), job.progress)
-    run = _run(job, "verify", audit.VERSION, Model(variant, artifact.folder, artifact.digest))
+    verification = audit.verify(artifact.folder, suite_source(job.suite), job.progress)
+    run = new_run(job, "verify", audit.VERSION, Model(variant, artifact.folder, artifact.digest))
     with RunWriter(job.results, run) as writer:
         for trip in verification.round_trips:
             snr = trip.snr_db if trip.relative_l2_error > 0 else None
@@ -222,11 +222,7 @@ def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
     `UserError` for a suite that cannot be measured, before anything is built for it.
     """
     variants = chosen_variants(job.suite, names, with_source=True)
-    engine = job.suite.engine.name
-    if engine not in ENGINES:
-        raise UserError(f"There is no engine '{engine}'.", did_you_mean(engine, ENGINES))
-    if engine == "server":
-        raise UserError("A server is no engine that a suite starts.", "Measure it by `harness bench --server URL`.")
+    check_engine(job.suite)
     if measure == "ppl":
         wanted = _required(job.suite, "ppl", job.suite.ppl)
         protocol = perplexity.get_protocol(wanted.protocol)
@@ -248,24 +244,48 @@ def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
         if bench.variants is not None and names is None:
             chosen_variants(job.suite, bench.variants, with_source=True)
             variants = [name for name in variants if name in (SOURCE, *bench.variants)]
-    # Setups are options of vLLM; another engine measures the variants as they are.
-    chosen_setups = [None, *(setups or ())] if engine == "vllm" else [None]
-    if engine == "vllm":
-        _check_lengths(job.suite, measure, chosen_setups, longest)
+    chosen = chosen_setups(job.suite, setups)
+    _check_lengths(job.suite, measure, chosen, longest)
+    return Work(built_models(job, variants, chosen), ids, dataset)
+
+
+def check_engine(suite: Suite) -> None:
+    """`UserError` where the suite's engine is none that a suite starts."""
+    engine = suite.engine.name
+    if engine not in ENGINES:
+        raise UserError(f"There is no engine '{engine}'.", did_you_mean(engine, ENGINES))
+    if engine == "server":
+        raise UserError("A server is no engine that a suite starts.", "Measure it by `harness bench --server URL`.")
+
+
+def with_engine(suite: Suite, name: str | None, dtype: str | None) -> Suite:
+    """The suite with another engine or type of activations, where one is given."""
+    engine = suite.engine
+    return replace(suite, engine=replace(engine, name=name or engine.name, dtype=dtype or engine.dtype))
+
+
+def chosen_setups(suite: Suite, setups: Sequence[str] | None) -> list[str | None]:
+    """The setups to measure in, first the suite's own options. They are options of vLLM: another engine measures the
+    variants as they are."""
+    return [None, *(setups or ())] if suite.engine.name == "vllm" else [None]
+
+
+def built_models(job: Job, variants: Sequence[str], setups: Sequence[str | None]) -> list["Model"]:
+    """The checkpoints of variants, built where missing, in each setup."""
     models = []
     for name in variants:
         if name == SOURCE:
-            folder = _suite_source(job.suite)
-            models.append(Model(name, folder, _fingerprint(folder)))
+            folder = suite_source(job.suite)
+            models.append(Model(name, folder, fingerprint(folder)))
         else:
             artifact = build_variant(job, name)
             models.append(Model(name, artifact.folder, artifact.digest, artifact.reused))
-    return Work([replace(model, setup=setup) for setup in chosen_setups for model in models], ids, dataset)
+    return [replace(model, setup=setup) for setup in setups for model in models]
 
 
 def _check_lengths(suite: Suite, measure: str, setups: Sequence[str | None], longest: int) -> None:
     """`UserError` where vLLM is to take fewer tokens of a sequence than the measure gives it."""
-    for setup in setups:
+    for setup in setups if suite.engine.name == "vllm" else ():
         most = suite.vllm_options(setup).get("max_model_len")
         if most is not None and most < longest:
             where = "[engine.vllm]" if setup is None else f"[setups.{setup}]"
@@ -283,7 +303,7 @@ def prepare_server(job: Job, variant: str) -> tuple[Job, Work]:
     ids, dataset = _tokens(job.suite, bench.text)
     _check_text(bench, ids)
     suite = replace(job.suite, engine=suites.Engine("server"), bench=replace(bench, starts=1))
-    return replace(job, suite=suite), Work([Model(variant, _suite_source(job.suite), None)], ids, dataset)
+    return replace(job, suite=suite), Work([Model(variant, suite_source(job.suite), None)], ids, dataset)
 
 
 def _check_text(bench: suites.Bench, ids: Sequence[int]) -> None:
@@ -305,7 +325,7 @@ def _shapes(bench: suites.Bench) -> list[decode.Shape]:
 
 
 @cache
-def _fingerprint(source: Path) -> str:
+def fingerprint(source: Path) -> str:
     return open_checkpoint(source).fingerprint()
 
 
@@ -315,16 +335,19 @@ def measure_perplexity(job: Job, work: Work, limit: int | None) -> Measured:
     protocol = perplexity.get_protocol(wanted.protocol)
     measured = Measured({}, {})
     for model in work.models:
-        with _failures(job, "ppl", perplexity.VERSION, model, work, measured), _engine(job, model, "score") as engine:
-            run = _run(job, "ppl", perplexity.VERSION, model, engine=engine, dataset=work.dataset)
-            with RunWriter(job.results, run, expected=work.dataset["num_windows"]) as writer, _said_in(writer):
+        with (
+            noted_failures(job, "ppl", perplexity.VERSION, model, work.dataset, measured.failures),
+            running_engine(job, model, "score") as engine,
+        ):
+            run = new_run(job, "ppl", perplexity.VERSION, model, engine=engine, dataset=work.dataset)
+            with RunWriter(job.results, run, expected=work.dataset["num_windows"]) as writer, said_in(writer):
                 samples = perplexity.measure(
                     engine,
                     work.ids,
                     protocol,
                     batch_size=wanted.batch_size,
                     limit=limit,
-                    progress=_named(job.progress, model.row),
+                    progress=named(job.progress, model.row),
                 )
                 for sample in samples:
                     writer.sample(sample)
@@ -346,17 +369,17 @@ def measure_decode(job: Job, work: Work, limit: int | None) -> Measured:
                 if model.row in measured.failures:
                     continue
                 with (
-                    _failures(job, "bench", decode.VERSION, model, work, measured),
-                    _engine(job, model, "decode") as engine,
+                    noted_failures(job, "bench", decode.VERSION, model, work.dataset, measured.failures),
+                    running_engine(job, model, "decode") as engine,
                 ):
                     is_new = model.row not in writers
                     depths = _depths(wanted) if is_new and engine.info.can_score else []
                     if is_new:
-                        run = _run(job, "bench", decode.VERSION, model, engine=engine, dataset=work.dataset)
+                        run = new_run(job, "bench", decode.VERSION, model, engine=engine, dataset=work.dataset)
                         writer = RunWriter(job.results, run, expected=len(depths) + timed)
                         writers[model.row] = stack.enter_context(writer)
                     writer = writers[model.row]
-                    with _said_in(writer):
+                    with said_in(writer):
                         for depth in depths:
                             writer.sample(_coherent(job, engine, work, model, depth))
                         samples = decode.measure(
@@ -366,7 +389,7 @@ def measure_decode(job: Job, work: Work, limit: int | None) -> Measured:
                             start=start,
                             repetitions=wanted.repetitions if limit is None else min(limit, wanted.repetitions),
                             warmups=wanted.warmups,
-                            progress=_named(job.progress, f"{model.row}, start {start + 1} of {wanted.starts}"),
+                            progress=named(job.progress, f"{model.row}, start {start + 1} of {wanted.starts}"),
                         )
                         for sample in samples:
                             writer.sample(sample)
@@ -384,7 +407,7 @@ def _depths(bench: suites.Bench) -> list[int]:
 
 def _coherent(job: Job, engine: Engine, work: Work, model: Model, prompt_tokens: int) -> dict[str, Any]:
     """The sample of the check that comes before any speed; `EngineDied` where the model writes gibberish."""
-    source = _suite_source(job.suite)
+    source = suite_source(job.suite)
     vocabulary = parse_config(read_json(source / "config.json"), str(source)).vocab_size
     sample = decode.coherence(engine, work.ids, vocabulary, prompt_tokens)
     accepted = sample["acceptance_share"]
@@ -404,20 +427,22 @@ def _coherent(job: Job, engine: Engine, work: Work, model: Model, prompt_tokens:
 
 
 @contextmanager
-def _failures(job: Job, measure: str, version: int, model: Model, work: Work, measured: Measured) -> Iterator[None]:
-    """Notes an engine that does not start or dies, so that the other variants go on. One that did not start has no
-    record yet and gets one."""
+def noted_failures(
+    job: Job, measure: str, version: int, model: Model, dataset: dict[str, Any] | None, failures: dict[str, str]
+) -> Iterator[None]:
+    """Notes an engine that does not start or dies, by row, so that the other variants go on. One that did not start has
+    no record yet and gets one."""
     try:
         yield
     except EngineDied as error:
-        measured.failures[model.row] = error.problem
+        failures[model.row] = error.problem
         if not error.recorded:
-            with RunWriter(job.results, _run(job, measure, version, model, dataset=work.dataset)) as writer:
+            with RunWriter(job.results, new_run(job, measure, version, model, dataset=dataset)) as writer:
                 _write_failure(writer, error)
 
 
 @contextmanager
-def _said_in(writer: RunWriter) -> Iterator[None]:
+def said_in(writer: RunWriter) -> Iterator[None]:
     """Keeps in the run's record what an engine said as it died."""
     try:
         yield
@@ -438,8 +463,8 @@ def import_benchmark(
     """The record of a run of `vllm bench` on another machine, which is named by the user's word."""
     chosen_variants(job.suite, [variant], with_source=True)
     found = vllm_bench.read(path, shape)
-    source = _suite_source(job.suite)
-    run = _run(job, "served", vllm_bench.VERSION, Model(variant, source, None))
+    source = suite_source(job.suite)
+    run = new_run(job, "served", vllm_bench.VERSION, Model(variant, source, None))
     engine = EngineInfo(
         name="vllm bench",
         version=version,
@@ -457,7 +482,7 @@ def import_benchmark(
 def measure_sensitivity(job: Job) -> Record:
     """What each format would cost each group of the source's layers, on the suite's calibration samples."""
     _required(job.suite, "calibration", job.suite.calibration)
-    source, calibration = _suite_source(job.suite), job.calibration
+    source, calibration = suite_source(job.suite), job.calibration
     assert calibration is not None
     dataset = {
         "name": ", ".join(one["name"] for one in calibration.samples.manifest["sources"]),
@@ -465,7 +490,7 @@ def measure_sensitivity(job: Job) -> Record:
         "num_samples": len(calibration.samples.samples),
         "num_tokens": calibration.samples.num_tokens,
     }
-    run = _run(job, "sensitivity", sensitivity.VERSION, Model(SOURCE, source, _fingerprint(source)), dataset=dataset)
+    run = new_run(job, "sensitivity", sensitivity.VERSION, Model(SOURCE, source, fingerprint(source)), dataset=dataset)
     run = replace(run, engine=sensitivity.computed_by(calibration).as_dict())
     job.artifacts.mkdir(parents=True, exist_ok=True)
     with (
@@ -493,14 +518,14 @@ def _required(suite: Suite, table: str, value: T | None) -> T:
     return value
 
 
-def _suite_source(suite: Suite) -> Path:
+def suite_source(suite: Suite) -> Path:
     return find_source(suite.source_location(), suite.source.revision)
 
 
 def _tokens(suite: Suite, text: Text) -> tuple[list[int], dict[str, Any]]:
     """Token ids by the source's tokenizer, and what identifies them."""
     name, content = _text(suite, text)
-    ids = perplexity.tokenize(_suite_source(suite), content)
+    ids = perplexity.tokenize(suite_source(suite), content)
     dataset = {
         "name": name,
         "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
@@ -524,7 +549,7 @@ def _text(suite: Suite, text: Text) -> tuple[str, str]:
 
 
 @contextmanager
-def _engine(job: Job, model: Model, purpose: Purpose) -> Iterator[Engine]:
+def running_engine(job: Job, model: Model, purpose: Purpose) -> Iterator[Engine]:
     wanted = job.suite.engine
     options = job.suite.vllm_options(model.setup) if wanted.name == "vllm" else None
     if job.server is not None:
@@ -539,11 +564,7 @@ def _engine(job: Job, model: Model, purpose: Purpose) -> Iterator[Engine]:
         yield engine
 
 
-def _named(progress: Progress, variant: str) -> Progress:
-    return lambda done, total, description: progress(done, total, f"{variant}: {description}")
-
-
-def _run(
+def new_run(
     job: Job,
     measure: str,
     version: int,
@@ -552,7 +573,7 @@ def _run(
     engine: Engine | None = None,
     dataset: dict[str, Any] | None = None,
 ) -> Run:
-    source, machine = _suite_source(job.suite), provenance.machine()
+    source, machine = suite_source(job.suite), provenance.machine()
     info = None
     if engine is not None:
         gpu = machine["gpu"]
@@ -582,7 +603,7 @@ def _run(
             "recipe": recipe,
             "setup": model.setup,
             "artifact_digest": model.digest,
-            "source_digest": _fingerprint(source),
+            "source_digest": fingerprint(source),
             "source_revision": fetched_revision(source),
         },
         engine=info,

@@ -29,6 +29,15 @@
     batch_sizes = [1, 2, 4]
     setups = ["mtp1"]
 
+    [tasks.gsm8k]
+    task = "gsm8k"                      # lm-eval's name, or "demo:arithmetic", or a task file ("./my-task.yaml")
+    chat = true
+    thinking = true
+    preset = "thinking-general"
+
+    [audit]
+    cap_hit_share = 0.05
+
 The dataclasses below *are* the schema: one reader walks their fields, so a key is documented, typed, defaulted
 and checked in one place. Every key that is not a field is an error with the nearest known one. A suite file never
 inherits from another, and nothing that changes a number hides in code: `Suite.resolved` writes every default out,
@@ -52,6 +61,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, did_you_mean
+from harness.sampling import PRESETS
 
 SOURCE = "source"  # the name that the unquantized model has among the variants of a run
 _SETUP = "+"  # between a variant and the setup that it was measured in
@@ -98,6 +108,21 @@ def _are_variant_names(value: Mapping[str, "Variant"]) -> str | None:
 
 def _are_setup_names(value: Mapping[str, "VllmOptions"]) -> str | None:
     return next((f"has a setup that {wrong}" for name in value if (wrong := _is_name(name))), None)
+
+
+def _are_task_names(value: Mapping[str, "Task"]) -> str | None:
+    for name, task in value.items():
+        if wrong := _is_name(name):
+            return f"has a task that {wrong}"
+        if task.thinking is not None and not task.chat:
+            return f"has '{name}', where thinking is set and chat is not: only a chat template knows of thinking"
+        if task.system is not None and not task.chat:
+            return f"has '{name}', where system is set and chat is not: only a chat has a system prompt"
+    return None
+
+
+def _share(value: float) -> str | None:
+    return None if 0 <= value <= 1 else f"must be between 0 and 1, not {value}"
 
 
 def _say_what_a_sample_is(value: tuple["Samples", ...]) -> str | None:
@@ -290,6 +315,46 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Task:
+    """One evaluation of `harness tasks`: a task of lm-eval, and how it is put to the model."""
+
+    task: (
+        str  # lm-eval's name of a task or group, "demo:<name>", or a task file, written with a ".", "/" or "~" in front
+    )
+    version: float | None = None  # of the task; another one is refused
+    revision: str | None = None  # of its dataset on the hub
+    num_fewshot: int | None = _checked(_at_least(0), default=None)  # examples in front; the task's own where left out
+    limit: int | None = _checked(_at_least(1), default=None)  # only the first documents
+    chat: bool = False  # through the model's chat template, examples as turns
+    system: str | None = None  # the system prompt of a chat
+    thinking: bool | None = None  # of the chat template; with it only what follows </think> is judged
+    preset: str | None = _checked(_one_of(*PRESETS), default=None)  # of sampling; the task's own where left out
+    max_new_tokens: int | None = _checked(_at_least(1), default=None)  # the task's own where left out
+    repeats: int = _checked(_at_least(1), default=1)  # the whole task so many times, each with seeds of its own
+    seed: int = _checked(_at_least(0), default=0)
+    max_length: int | None = _checked(
+        _at_least(2), default=None
+    )  # tokens of a sequence; the model's own where left out
+    batch_size: int = _checked(_at_least(1), default=16)  # contexts in a forward pass of the torch engine
+    setups: tuple[str, ...] | None = None  # run too, each with every variant
+    unsafe_code: bool = False  # allow a task to run what the model writes
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Where answers are no measurement of the model any more: a run above one of these bounds is invalid.
+
+    Shares are of all answers; an answer is extracted if any filter of its task finds one.
+    """
+
+    cap_hit_share: float = _checked(_share, default=0.05)  # cut off at max_new_tokens
+    unclosed_share: float = _checked(_share, default=0.05)  # a thought without its end
+    empty_share: float = _checked(_share, default=0.05)
+    extraction_failure_share: float = _checked(_share, default=0.2)  # no answer found in the text
+    token_inflation_ratio: float = _checked(_at_least(1), default=2.0)  # tokens per answer against the source's
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """One model card: a source, its variants, and how they are measured."""
 
@@ -303,6 +368,8 @@ class Suite:
     setups: Mapping[str, VllmOptions] = _checked(_are_setup_names, default_factory=dict)  # options over [engine.vllm]
     ppl: Perplexity | None = None
     bench: Bench | None = None
+    tasks: Mapping[str, Task] = _checked(_are_task_names, default_factory=dict)
+    audit: Audit = Audit()
     folder: Path = field(default=Path(), metadata={"in_file": False})  # where the file lies
 
     def vllm_options(self, setup: str | None = None) -> dict[str, Any]:
@@ -349,7 +416,8 @@ class Suite:
 def load(path: Path) -> Suite:
     """Read and check one suite file."""
     suite: Suite = _Reader(path, "suite").table(Suite, _document(path, "suite", "--suite"), "")
-    for table, wanted in (("ppl", suite.ppl), ("bench", suite.bench)):
+    tasks = ((f"tasks.{name}", task) for name, task in suite.tasks.items())
+    for table, wanted in (("ppl", suite.ppl), ("bench", suite.bench), *tasks):
         for setup in (wanted and wanted.setups) or ():
             if setup not in suite.setups:
                 raise UserError(

@@ -1,7 +1,8 @@
 """Hand-made records with known arithmetic, for the tests of everything that reads records."""
 
 import math
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,22 @@ DATASET: dict[str, Any] = {
     "text_sha256": "0" * 64,
     "token_ids_sha256": "1" * 64,
     "num_tokens": 297_053,
+}
+TASK: dict[str, Any] = {
+    "name": "sums",
+    "num_docs": 4,
+    "settings": {"task": "demo:arithmetic", "chat": False, "seed": 0, "setups": None},
+    "lm_eval": "0.4.13",
+    "task_digest": "4" * 64,
+    "tokenizer_digest": "5" * 64,
+    "tasks": {"demo_arithmetic": {"version": 1.0, "num_docs": 4}},
+}
+AUDIT: dict[str, float] = {
+    "cap_hit_share": 0.25,
+    "unclosed_share": 0.25,
+    "empty_share": 0.25,
+    "extraction_failure_share": 0.25,
+    "token_inflation_ratio": 2.0,
 }
 MACHINE: dict[str, Any] = {
     "name": "test-cpu-2c",
@@ -121,6 +138,88 @@ def prefills(seconds: float, repetitions: int = 6) -> list[dict[str, Any]]:
         }
         for turn in range(repetitions + 1)
     ]
+
+
+def answer(doc_id: int, score: float | None = None, *, num_tokens: int = 10, **more: Any) -> dict[str, Any]:
+    """A generated answer of ten tokens that came to its end; any key can be given."""
+    return {
+        "kind": "item",
+        "task": "demo_arithmetic",
+        "repetition": 0,
+        "doc_id": doc_id,
+        "doc_sha256": f"{doc_id:064x}",
+        "prompt_sha256": f"{doc_id:064x}",
+        "target_sha256": f"{doc_id:064x}",
+        "outcomes": {} if score is None else {"exact_match,number": score},
+        "num_prompt_tokens": 20,
+        "num_tokens": num_tokens,
+        "seconds": 0.5,
+        "finish_reasons": ["stop"],
+        "unclosed": False,
+        "empty": False,
+        "extracted": True,
+        **more,
+    }
+
+
+def choice(doc_id: int, score: float, **more: Any) -> dict[str, Any]:
+    """An item of a task that compares the probabilities of two given answers."""
+    generated = ("finish_reasons", "unclosed", "empty", "extracted")
+    item = {key: value for key, value in answer(doc_id).items() if key not in generated}
+    return {**item, "outcomes": {"acc,none": score}, "num_tokens": 2, "log_probs": [-1.0, -2.0], **more}
+
+
+def result(value: float, error: float | None = None, **more: Any) -> dict[str, Any]:
+    """A figure of lm-eval's own; any key can be given."""
+    return {
+        "kind": "result",
+        "task": "demo_arithmetic",
+        "repetition": 0,
+        "metric": "exact_match,number",
+        "value": value,
+        "standard_error": error,
+        "higher_is_better": True,
+        "num_items": 4,
+        **more,
+    }
+
+
+def mean_results(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What lm-eval makes of items whose metrics it averages: the mean, and the standard error of a mean."""
+    scores: dict[tuple[str, int, str], list[float]] = {}
+    for item in items:
+        for metric, score in item["outcomes"].items():
+            scores.setdefault((item["task"], item["repetition"], metric), []).append(score)
+    return [
+        result(
+            statistics.fmean(ones),
+            statistics.stdev(ones) / math.sqrt(len(ones)) if len(ones) > 1 else None,
+            task=task,
+            repetition=repetition,
+            metric=metric,
+            num_items=len(ones),
+        )
+        for (task, repetition, metric), ones in scores.items()
+    ]
+
+
+def tasks_record(
+    variant: str,
+    items: Sequence[dict[str, Any]],
+    results: Sequence[dict[str, Any]] | None = None,
+    *,
+    num_reused: int = 0,
+    audit: Mapping[str, float] = AUDIT,
+    **header: Any,
+) -> Record:
+    """A run of one task: its items, lm-eval's figures (means where none are given), and what was reused."""
+    samples = [
+        *items,
+        *(mean_results(items) if results is None else results),
+        {"kind": "reused", "num_answers": len(items), "num_reused": num_reused},
+    ]
+    fields = {"suite": {"name": "demo", "audit": dict(audit)}, "engine": ENGINE, "dataset": TASK}
+    return make_record("tasks", variant, samples, **{**fields, **header})
 
 
 MEMORY: list[dict[str, Any]] = [{"kind": "memory", "start": 0, "weight_bytes": 18 * 10**6, "peak_rss_bytes": 10**9}]

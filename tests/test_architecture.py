@@ -11,23 +11,27 @@ import harness
 
 ROOT = Path(harness.__file__).parent
 FLOORS = {
-    0: ("harness", "allocator", "errors", "progress"),
+    0: ("harness", "allocator", "errors", "progress", "sampling"),
     1: ("formats",),
     2: ("model", "record", "suite"),
     3: ("engines",),
     4: ("measure", "quantize", "audit", "report", "demo"),
-    5: ("cli", "stages", "serve", "peers", "__main__"),
+    5: ("cli", "stages", "evaluation", "serve", "peers", "__main__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-ON_ONE_FLOOR = {("cli", "stages"), ("cli", "serve"), ("__main__", "cli")}
-"""On the top floor `stages` and `serve` lie under `cli`, which lies under `__main__`."""
+ON_ONE_FLOOR = {
+    ("evaluation", "stages"),
+    *(("cli", under) for under in ("stages", "evaluation", "serve")),
+    ("__main__", "cli"),
+}
+"""On the top floor `stages` lies under `evaluation`, all under `cli`, which lies under `__main__`."""
 
 ONLY_IN = {
-    "lm_eval": ("harness/measure/tasks.py",),
+    "lm_eval": ("harness/measure/tasks.py", "harness/measure/lm.py", "harness/peers/evaluator.py"),
     "vllm": ("harness/engines/vllm_*.py",),
     "llmcompressor": ("harness/peers/compressor.py",),
 }
-REPORT_SEES = {"suite", "record", "errors", "harness"}
+REPORT_SEES = {"suite", "record", "errors", "sampling", "harness"}
 MAY_PRINT = {
     "harness/cli.py": None,
     "harness/__main__.py": None,

@@ -1,5 +1,6 @@
 """The card: what it says, that it says the same everywhere, and that it touches nothing but its blocks."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,8 +12,18 @@ import yaml
 from harness.errors import UserError
 from harness.record.results import Record, RunWriter, read_all
 from harness.report import card, plots
-from harness.suite import Suite, load
-from tests.records import BUILD, ENGINE, SENSITIVITY, decodes, demo_records, make_record, windows
+from harness.suite import Suite, Task, load
+from tests.records import (
+    BUILD,
+    ENGINE,
+    SENSITIVITY,
+    answer,
+    decodes,
+    demo_records,
+    make_record,
+    tasks_record,
+    windows,
+)
 
 SUITE = """
 name = "demo"
@@ -84,11 +95,26 @@ def test_the_headline_gives_size_loss_and_speed(suite: Suite) -> None:
 
 def test_every_section_is_there_without_any_record_and_says_what_to_run(suite: Suite) -> None:
     text = text_of(suite, [])
-    headings = [heading for name, (heading, _) in card.BLOCKS.items() if heading and name not in card.OPTIONAL]
+    left_out = (*card.OPTIONAL, "tasks")  # this suite has none
+    headings = [heading for name, (heading, _) in card.BLOCKS.items() if heading and name not in left_out]
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == headings
     for measure in card.MEASURES:
         assert f"No record yet: run `nox -s {measure}`." in text
     assert "**nvfp4a16** (rtn-a16): not measured yet." in text
+
+
+def test_a_suite_with_tasks_has_their_section_with_scores_and_answers(suite: Suite) -> None:
+    asked = dataclasses.replace(suite, tasks={"sums": Task(task="demo:arithmetic")})
+    assert "## Tasks\n\nNo record yet: run `nox -s tasks`." in text_of(asked, [])
+    source, variant = (
+        tasks_record(name, [answer(doc_id, float(score)) for doc_id, score in enumerate(scores)])
+        for name, scores in (("source", (1, 1, 0, 1)), ("nvfp4a16", (1, 0, 0, 1)))
+    )
+    text = text_of(asked, [source, variant])
+    assert "| nvfp4a16 | exact_match,number |" in re.sub(" +", " ", text)
+    assert "**Generated answers**" in text
+    assert "1 / 0" in text
+    assert "No record yet of `nvfp4a16` in `sums`" in text_of(asked, [source])
 
 
 def test_a_variant_without_a_run_is_named(suite: Suite) -> None:

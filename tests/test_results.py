@@ -15,7 +15,7 @@ import harness
 from harness.errors import UserError
 from harness.record import provenance
 from harness.record.results import COMPARABLE, SAMPLES, RunWriter, incomparable, new_id, read, read_all, utc_now
-from tests.records import ENGINE, decodes, make_record, make_run, windows
+from tests.records import ENGINE, answer, choice, decodes, make_record, make_run, result, windows
 
 WINDOWS = windows(8.0, num_tokens=1500)
 
@@ -65,6 +65,23 @@ def test_a_run_over_a_part_is_complete_but_not_whole(tmp_path: Path) -> None:
         record = read(writer.finish())
     assert record.end.status == "complete" and not record.whole
     assert record.end.coverage == {"expected": 581, "done": 1}
+
+
+def test_samples_that_are_told_to_be_missing_make_a_run_not_whole(tmp_path: Path) -> None:
+    with RunWriter(tmp_path, make_run("tasks")) as writer:
+        writer.sample(answer(0, 1.0))
+        writer.sample(result(1.0))
+        record = read(writer.finish(num_missing=3))
+    assert record.end.status == "complete" and not record.whole
+    assert record.end.coverage == {"expected": 5, "done": 2}
+    assert read_all(tmp_path) == ([record], [])
+
+
+@pytest.mark.parametrize("expected", [None, 1])
+def test_a_run_that_misses_nothing_is_whole(tmp_path: Path, expected: int | None) -> None:
+    with RunWriter(tmp_path, make_run("tasks"), expected=expected) as writer:
+        writer.sample(answer(0, 1.0))
+        assert read(writer.finish(num_missing=0)).whole
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (OSError, "failed")])
@@ -124,6 +141,60 @@ def test_nan_and_infinity_are_refused_with_the_samples_number(tmp_path: Path, va
 def test_a_sample_that_is_none_of_the_schema_is_not_written(tmp_path: Path, sample: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="sample"), RunWriter(tmp_path, make_run()) as writer:
         writer.sample(sample)
+
+
+REUSED = {"kind": "reused", "num_answers": 3, "num_reused": 0}
+
+
+@pytest.mark.parametrize(
+    ("sample", "keys"),
+    [
+        (
+            answer(0, 1.0),
+            "task repetition doc_id doc_sha256 prompt_sha256 target_sha256 "
+            "outcomes num_prompt_tokens num_tokens seconds",
+        ),
+        (result(0.5, 0.1), "task repetition metric value standard_error num_items"),
+        (REUSED, "num_answers num_reused"),
+        ({"kind": "failure", "reason": "it died", "log": ["line"]}, "reason log"),
+    ],
+)
+def test_a_sample_of_a_task_that_lacks_a_field_is_not_written(
+    tmp_path: Path, sample: dict[str, Any], keys: str
+) -> None:
+    assert set(SAMPLES["tasks"][sample["kind"]]) == set(keys.split())
+    for key in keys.split():
+        lacking = {name: value for name, value in sample.items() if name != key}
+        with pytest.raises(ValueError, match=f"no good '{key}'"), RunWriter(tmp_path, make_run("tasks")) as writer:
+            writer.sample(lacking)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("outcomes", {"acc,none": None}),
+        ("outcomes", {"acc,none": True}),
+        ("outcomes", {"acc,none": "1.0"}),
+        ("outcomes", {"acc,none": []}),
+        ("outcomes", {"acc,none": [1.0, None]}),
+        ("outcomes", [1.0]),
+        ("doc_id", "0"),
+        ("doc_id", -1),
+        ("repetition", 0.0),
+        ("prompt_sha256", None),
+        ("num_tokens", True),
+        ("seconds", None),
+    ],
+)
+def test_an_item_of_another_shape_is_refused_by_its_key(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"no good '{key}'"), RunWriter(tmp_path, make_run("tasks")) as writer:
+        writer.sample({**answer(0, 1.0), key: value})
+
+
+def test_the_samples_of_a_task_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    pairs = choice(2, 0.0, outcomes={"word_perplexity,none": [-20.5, 10.0]})
+    samples = [answer(0, 1.0), answer(1), pairs, result(0.5), result(0.5, 0.1), REUSED]
+    assert list(read(store(tmp_path, samples, measure="tasks")).samples) == samples
 
 
 @pytest.mark.parametrize("steps", [[], [0.1, 0.0], [0.1, -0.1], [0.1, None], 0.1])

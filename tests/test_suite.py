@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import UserError
+from harness.sampling import PRESETS
 from harness.suite import (
     ROW_FILES,
+    Audit,
     Bench,
     Calibration,
     DatasetSamples,
@@ -23,6 +25,7 @@ from harness.suite import (
     FileSamples,
     FileText,
     Source,
+    Task,
     Variant,
     load,
     load_calibration,
@@ -61,6 +64,46 @@ max_tokens = 66
 user = ["question"]
 assistant = "answer"
 """
+
+
+TASKS = """
+[setups.mtp1]
+speculative_tokens = 1
+[tasks.gsm8k-thinking]
+task = "gsm8k"
+version = 3
+revision = "abc"
+num_fewshot = 0
+limit = 50
+chat = true
+system = "Be brief."
+thinking = true
+preset = "thinking-general"
+max_new_tokens = 4096
+repeats = 3
+seed = 7
+max_length = 8192
+batch_size = 4
+setups = ["mtp1"]
+unsafe_code = true
+[tasks.facts]
+task = "demo:agreement"
+[tasks.mine]
+task = "./my-task.yaml"
+chat = true
+thinking = false
+[audit]
+cap_hit_share = 0.1
+unclosed_share = 0
+empty_share = 1
+extraction_failure_share = 0.3
+token_inflation_ratio = 3
+"""
+
+
+def task(entries: str) -> str:
+    """A suite with one task."""
+    return f'{MINIMAL}[tasks.sums]\ntask = "demo:arithmetic"\n{entries}\n'
 
 
 def source(entry: str) -> str:
@@ -102,6 +145,88 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert suite.ppl is not None and suite.ppl.text == FileText("wiki.txt")
     dataset = DatasetText("Salesforce/wikitext", "c", "s", "x", "r")
     assert suite.bench == Bench(dataset, 7, 8, (1, 9), 10, 11, 0, 12)
+
+
+def test_every_key_of_a_task_and_of_the_audit_is_read(tmp_path: Path) -> None:
+    suite = load(written(tmp_path, MINIMAL + TASKS))
+    assert list(suite.tasks.items()) == [
+        (
+            "gsm8k-thinking",
+            Task(
+                task="gsm8k",
+                version=3.0,
+                revision="abc",
+                num_fewshot=0,
+                limit=50,
+                chat=True,
+                system="Be brief.",
+                thinking=True,
+                preset="thinking-general",
+                max_new_tokens=4096,
+                repeats=3,
+                seed=7,
+                max_length=8192,
+                batch_size=4,
+                setups=("mtp1",),
+                unsafe_code=True,
+            ),
+        ),
+        ("facts", Task(task="demo:agreement")),
+        ("mine", Task(task="./my-task.yaml", chat=True, thinking=False)),
+    ]
+    assert suite.audit == Audit(0.1, 0.0, 1.0, 0.3, 3.0)
+    assert {one.name for one in dataclasses.fields(Task)} == set(suite.resolved()["tasks"]["facts"])
+
+
+def test_a_suite_without_tasks_has_none_and_the_usual_bounds(tmp_path: Path) -> None:
+    suite = load(written(tmp_path, MINIMAL))
+    assert suite.tasks == {}
+    assert suite.resolved()["audit"] == {
+        "cap_hit_share": 0.05,
+        "unclosed_share": 0.05,
+        "empty_share": 0.05,
+        "extraction_failure_share": 0.2,
+        "token_inflation_ratio": 2.0,
+    }
+
+
+def test_what_a_task_leaves_out_is_lm_evals_or_the_models_to_say(tmp_path: Path) -> None:
+    assert load(written(tmp_path, task(""))).resolved()["tasks"]["sums"] == {
+        "task": "demo:arithmetic",
+        "version": None,
+        "revision": None,
+        "num_fewshot": None,
+        "limit": None,
+        "chat": False,
+        "system": None,
+        "thinking": None,
+        "preset": None,
+        "max_new_tokens": None,
+        "repeats": 1,
+        "seed": 0,
+        "max_length": None,
+        "batch_size": 16,
+        "setups": None,
+        "unsafe_code": False,
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_task_may_name_any_preset(tmp_path: Path, preset: str) -> None:
+    assert load(written(tmp_path, task(f'preset = "{preset}"'))).tasks["sums"].preset == preset
+
+
+def test_a_task_and_the_audit_are_part_of_the_digest(tmp_path: Path) -> None:
+    texts = [MINIMAL, task(""), task("seed = 1"), task("[audit]\nempty_share = 0.1")]
+    assert len({load(written(tmp_path, text)).digest for text in texts}) == len(texts)
+    same = load(written(tmp_path, task("seed = 0\n[audit]\nempty_share = 0.05"))).digest
+    assert same == load(written(tmp_path, task(""))).digest
+
+
+def test_a_setup_that_a_task_names_and_nobody_describes_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    error = refusal(tmp_path, task('setups = ["mtp"]\n[setups.mtp1]\nspeculative_tokens = 1'))
+    assert "'tasks.sums.setups' names 'mtp', and there is no [setups.mtp]." in error.problem
+    assert "Did you mean 'mtp1'?" in error.remedy
 
 
 def test_a_variant_may_name_its_scales_and_codes(tmp_path: Path) -> None:
@@ -211,6 +336,9 @@ def test_a_location_that_is_not_written_as_a_folder_stays_as_it_is(tmp_path: Pat
         ('[ppl]\nprotocol = "x"\ntext = { dataset = "x", splitt = "y" }\n', "ppl.text.splitt", "split"),
         ('[variants.b]\nrecipe = "x"\nrecipee = "y"\n', "variants.b.recipee", "recipe"),
         ("[calibration]\nbatch_token = 1\n", "calibration.batch_token", "batch_tokens"),
+        ('[tasks.sums]\ntask = "x"\nfewshot = 5\n', "tasks.sums.fewshot", "num_fewshot"),
+        ('[tasks.sums]\ntask = "x"\nmax_tokens = 5\n', "tasks.sums.max_tokens", "max_new_tokens"),
+        ("[audit]\ncap_hit_shar = 0.1\n", "audit.cap_hit_shar", "cap_hit_share"),
         (
             '[calibration]\nsources = [{ demo = "x", sample = 1 }]\n',
             "calibration.sources[0].sample",
@@ -280,6 +408,39 @@ def test_the_suites_own_folder_is_not_a_key(tmp_path: Path) -> None:
         (source('demo = "x"') + "hidden_memory_gb = inf\n", "must be a finite number, not inf"),
         (source('demo = "x"') + "hidden_memory_gb = true\n", "must be a number, not true or false"),
         (MINIMAL + '[bench]\ntext = "x"\n', "'bench.text' must be a table"),
+        (MINIMAL + "[tasks.sums]\nchat = true\n", "'tasks.sums.task' is missing"),
+        ('tasks = ["gsm8k"]\n' + MINIMAL, "'tasks' must be a table, not a list"),
+        (MINIMAL + '[tasks]\nsums = "gsm8k"\n', "'tasks.sums' must be a table, not a string"),
+        (MINIMAL + '[tasks.Sums]\ntask = "x"\n', "'tasks' has a task that must be a name of lower-case letters"),
+        (MINIMAL + '[tasks."a/b"]\ntask = "x"\n', "not 'a/b'"),
+        (MINIMAL + '[tasks."a+b"]\ntask = "x"\n', "not 'a+b'"),
+        (MINIMAL + '[tasks.""]\ntask = "x"\n', "not ''"),
+        (task("thinking = true"), "has 'sums', where thinking is set and chat is not"),
+        (task("thinking = false"), "has 'sums', where thinking is set and chat is not"),
+        (task('system = "x"'), "has 'sums', where system is set and chat is not"),
+        (task('chat = true\nsystem = ""'), "'tasks.sums.system' must not be empty"),
+        (
+            task('preset = "thinking"'),
+            "'tasks.sums.preset' must be one of thinking-general, thinking-coding, instruct-general, "
+            "instruct-reasoning, not 'thinking'",
+        ),
+        (task("repeats = 0"), "'tasks.sums.repeats' must be at least 1, not 0"),
+        (task("limit = 0"), "'tasks.sums.limit' must be at least 1, not 0"),
+        (task("seed = -1"), "'tasks.sums.seed' must be at least 0, not -1"),
+        (task("num_fewshot = -1"), "'tasks.sums.num_fewshot' must be at least 0, not -1"),
+        (task("max_new_tokens = 0"), "'tasks.sums.max_new_tokens' must be at least 1, not 0"),
+        (task("max_length = 1"), "'tasks.sums.max_length' must be at least 2, not 1"),
+        (task("batch_size = 0"), "'tasks.sums.batch_size' must be at least 1, not 0"),
+        (task("version = nan"), "'tasks.sums.version' must be a finite number"),
+        (task('version = "1"'), "'tasks.sums.version' must be a number, not a string"),
+        (task("chat = 1"), "'tasks.sums.chat' must be true or false, not a whole number"),
+        (task("setups = []"), "at least one value"),
+        (task('setups = ["mtp1"]'), "'tasks.sums.setups' names 'mtp1', and there is no [setups.mtp1]."),
+        (MINIMAL + "[audit]\ncap_hit_share = 1.1\n", "'audit.cap_hit_share' must be between 0 and 1, not 1.1"),
+        (MINIMAL + "[audit]\nunclosed_share = -0.1\n", "'audit.unclosed_share' must be between 0 and 1, not -0.1"),
+        (MINIMAL + "[audit]\nempty_share = 5\n", "'audit.empty_share' must be between 0 and 1, not 5.0"),
+        (MINIMAL + "[audit]\nextraction_failure_share = 2\n", "must be between 0 and 1, not 2.0"),
+        (MINIMAL + "[audit]\ntoken_inflation_ratio = inf\n", "must be a finite number, not inf"),
         (MINIMAL.replace('"demo"', '"De mo"'), "'name' must be a name of lower-case letters"),
         (MINIMAL.replace("variants.nvfp4a16", "variants.NVFP4"), "not 'NVFP4'"),
         (MINIMAL.replace("variants.nvfp4a16", 'variants."../x"'), "not '../x'"),
@@ -338,6 +499,23 @@ SOURCES = st.one_of(
         CONTENTS,
     ).map(lambda parts: parts[0] | parts[1]),
 )
+SHARES = st.floats(0, 1)
+TASK_TABLES = st.one_of(
+    st.fixed_dictionaries(
+        {"task": WORDS},
+        optional={
+            "limit": COUNTS,
+            "num_fewshot": COUNTS,
+            "seed": COUNTS,
+            "version": st.floats(0, 10),
+            "repeats": COUNTS,
+        },
+    ),
+    st.fixed_dictionaries(
+        {"task": WORDS, "chat": st.just(True)},
+        optional={"thinking": st.booleans(), "system": WORDS, "preset": st.sampled_from(list(PRESETS))},
+    ),
+)
 SUITES = st.fixed_dictionaries(
     {
         "name": NAMES,
@@ -361,6 +539,10 @@ SUITES = st.fixed_dictionaries(
         "bench": st.fixed_dictionaries(
             {"text": TEXTS},
             optional={"new_tokens": COUNTS, "batch_sizes": st.lists(COUNTS, min_size=1, unique=True)},
+        ),
+        "tasks": st.dictionaries(NAMES, TASK_TABLES, max_size=3),
+        "audit": st.fixed_dictionaries(
+            {}, optional={"cap_hit_share": SHARES, "empty_share": SHARES, "token_inflation_ratio": st.floats(1, 10)}
         ),
     },
 )
@@ -401,7 +583,8 @@ def test_a_key_that_is_misspelt_anywhere_is_always_found(
 ) -> None:
     document = data.draw(SUITES)
     tables = [document, document["source"], *document["variants"].values()]
-    tables += [document[key] for key in ("calibration", "engine", "ppl", "bench") if key in document]
+    tables += [document[key] for key in ("calibration", "engine", "ppl", "bench", "audit") if key in document]
+    tables += document.get("tasks", {}).values()
     tables += document.get("calibration", {}).get("sources", [])
     data.draw(st.sampled_from(tables))["zzz"] = 1
     text = "".join(f"{key} = {toml(value)}\n" for key, value in document.items())

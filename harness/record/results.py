@@ -64,6 +64,14 @@ def _is_number_or_null(value: object) -> bool:
     return value is None or _is_number(value)
 
 
+def _is_score(value: object) -> bool:
+    return _is_number(value) or (isinstance(value, list) and value != [] and all(map(_is_number, value)))
+
+
+def _are_scores(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_score, value.values()))
+
+
 def _is_time(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
@@ -121,6 +129,33 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
         "decode": {**_TIMED, "step_seconds": _are_times},
         "prefill": _TIMED,
         "memory": {"start": _is_count, "weight_bytes": _is_count, "peak_rss_bytes": _is_count_or_null},
+        "failure": _FAILURE,
+    },
+    # One run per task. `outcomes` are an item's scores by "metric,filter", a list where lm-eval aggregates pairs (a
+    # log-likelihood with a number of words). `result` is what lm-eval makes of them, in its own words: its aggregations
+    # and standard errors cannot be had without it.
+    "tasks": {
+        "item": {
+            "task": _is_text,
+            "repetition": _is_count,
+            "doc_id": _is_count,
+            "doc_sha256": _is_text,
+            "prompt_sha256": _is_text,
+            "target_sha256": _is_text,
+            "outcomes": _are_scores,
+            "num_prompt_tokens": _is_count,
+            "num_tokens": _is_count,
+            "seconds": _is_number,
+        },
+        "result": {
+            "task": _is_text,
+            "repetition": _is_count,
+            "metric": _is_text,
+            "value": _is_number,
+            "standard_error": _is_number_or_null,
+            "num_items": _is_count,
+        },
+        "reused": {"num_answers": _is_count, "num_reused": _is_count},
         "failure": _FAILURE,
     },
     # By `vllm bench`, elsewhere: times of single requests, of whole batches, or of everything.
@@ -194,7 +229,9 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
             "extra_bytes": _is_number,
         },
     },
-    # One run per quantizer. `call_seconds` leaves the imports out, where the tool tells; a `failure` has no times.
+    # One run per quantizer, or per way to answer task evals (`evaluation`: `call_seconds` loads no model, and `scores`
+    # are accuracies by task). `call_seconds` leaves the imports out, where the tool tells; a `failure` has no
+    # times.
     "peers": {
         "repetition": {
             "repetition": _is_count,
@@ -202,6 +239,15 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
             "call_seconds": _is_time_or_null,
             "peak_rss_bytes": _is_count_or_null,
             "output_bytes": _is_positive_count,
+        },
+        "evaluation": {
+            "repetition": _is_count,
+            "wall_seconds": _is_time,
+            "call_seconds": _is_time,
+            "num_items": _is_positive_count,
+            "num_requests": _is_positive_count,
+            "peak_rss_bytes": _is_count_or_null,
+            "scores": _are_scores,
         },
         "verdict": {"passed": _is_flag, "num_errors": _is_count, "num_warnings": _is_count},
         "warning": {"text": _is_text},
@@ -256,6 +302,19 @@ COMPARABLE: dict[str, tuple[str, ...]] = {
         "engine.dtype",
         "engine.device",
         "engine.effective.threads",
+    ),
+    "tasks": (
+        "measure_version",
+        "variant.source_digest",
+        "dataset.name",
+        "dataset.task_digest",
+        "dataset.settings",
+        "dataset.tokenizer_digest",
+        "packages.lm_eval",
+        "engine.name",
+        "engine.version",
+        "engine.dtype",
+        "engine.device",
     ),
     "peers": ("measure_version", "session_id", "suite_digest", "machine.name", "variant.source_digest"),
     "sensitivity": (
@@ -385,9 +444,10 @@ class RunWriter:
         self._open_stream().write(self._line(what, {"type": "sample", **sample}))
         self._num_samples += 1
 
-    def finish(self, status: Status = "complete") -> Path:
-        """Write the end line, flush it to the disk, and give the file its name."""
-        expected = self._num_samples if self._expected is None else self._expected
+    def finish(self, status: Status = "complete", num_missing: int = 0) -> Path:
+        """Write the end line, flush it to the disk, and give the file its name. `num_missing`: samples that a limit
+        left out, where their number was not known from the start."""
+        expected = self._num_samples + num_missing if self._expected is None else self._expected
         coverage = {"expected": expected, "done": self._num_samples}
         end = End(status=status, num_samples=self._num_samples, coverage=coverage, ended_utc=utc_now())
         stream = self._open_stream()

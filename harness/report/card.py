@@ -23,7 +23,7 @@ import re
 import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ import pandas as pd
 
 from harness.record.results import Record
 from harness.record.stats import RESAMPLES, Estimate
-from harness.report import plots, tables
+from harness.report import evaluations, plots, tables
 from harness.report.blocks import filled
 from harness.suite import SOURCE, Suite
 
@@ -48,7 +48,13 @@ class _Evidence:
     suite: Suite
     results_dir: str
     records: Mapping[str, tables.Records]  # measure -> variant -> record
+    tasks: evaluations.ByTask  # task -> variant -> record
     frames: Mapping[str, pd.DataFrame]
+
+    @property
+    def chosen(self) -> list[Record]:
+        """Every run that speaks on the card."""
+        return [record for runs in (*self.records.values(), *self.tasks.values()) for record in runs.values()]
 
     def record_path(self, record: Record) -> str:
         return posixpath.join(self.results_dir, record.path.parent.name, record.path.name)
@@ -100,6 +106,7 @@ def _says(path: Path, data: bytes) -> bool:
 def _gather(suite: Suite, records: Sequence[Record], results_dir: str) -> _Evidence:
     variants = suite.rows()
     chosen = {measure: tables.newest(records, suite.name, measure, variants) for measure in (*MEASURES, *OPTIONAL)}
+    tasks = evaluations.newest(records, suite, variants)
     frames = {
         "size": tables.size(chosen["build"]),
         "roundtrip": tables.roundtrip(chosen["verify"]),
@@ -109,9 +116,11 @@ def _gather(suite: Suite, records: Sequence[Record], results_dir: str) -> _Evide
         "decode": tables.decode(chosen["bench"]),
         "prefill": tables.prefill(chosen["bench"]),
         "memory": tables.memory(chosen["bench"]),
-        "runs": tables.runs([record for runs in chosen.values() for record in runs.values()]),
+        "tasks": evaluations.scores(tasks),
+        "answers": evaluations.answers(tasks),
     }
-    return _Evidence(suite, results_dir, chosen, frames)
+    evidence = _Evidence(suite, results_dir, chosen, tasks, frames)
+    return replace(evidence, frames={**frames, "runs": tables.runs(evidence.chosen)})
 
 
 # -- Blocks: each a piece of Markdown about one question -----------------------------------------------------------
@@ -237,6 +246,34 @@ def _perplexity(evidence: _Evidence, link: Link) -> str:
     )
 
 
+def _tasks(evidence: _Evidence, link: Link) -> str:
+    if not evidence.suite.tasks:
+        return "The suite has no tasks."
+    missing = [
+        f"`{variant}` in `{label}`"
+        for label in evidence.suite.tasks
+        for variant in (SOURCE, *evidence.suite.variants)
+        if variant not in evidence.tasks.get(label, {})
+    ]
+    no_record = f"No record yet of {', '.join(missing)}: run `nox -s tasks`." if evidence.tasks else None
+    if evidence.frames["tasks"].empty:
+        return "No record yet: run `nox -s tasks`."
+    answers = evidence.frames["answers"]
+    return _paragraphs(
+        _table(evidence, link, evidence.frames["tasks"]),
+        "Scores and standard errors are lm-eval's own. Δ is paired: variant and source answered the same prompts, and "
+        f"the interval is a bootstrap over documents ({RESAMPLES:,} resamples). Lost and won count the documents that "
+        "only the source, and only the variant, gets right.",
+        None if answers.empty else f"**Generated answers**\n\n{_table(evidence, link, answers)}",
+        None
+        if answers.empty
+        else "An answer is cut off at the most new tokens that it may have; unclosed is a thought without its end, not "
+        "found an answer that the task's filters do not see in the text. A run with too many of any of these is "
+        "invalid and compared with nothing. Seconds are those of the whole run, answers of a batch together.",
+        no_record if missing else None,
+    )
+
+
 def _decode(evidence: _Evidence, link: Link) -> str:
     frame = evidence.frames["decode"]
     if frame.empty:
@@ -326,8 +363,7 @@ def _heat_map(evidence: _Evidence) -> dict[str, bytes]:
 
 
 def _reproduce(evidence: _Evidence, link: Link) -> str:
-    chosen = [record for runs in evidence.records.values() for record in runs.values()]
-    commands = dict.fromkeys(shlex.join(record.run.command) for record in chosen)
+    commands = dict.fromkeys(shlex.join(record.run.command) for record in evidence.chosen)
     if not commands:
         return "No record yet."
     return _paragraphs(
@@ -361,6 +397,7 @@ BLOCKS: dict[str, tuple[str | None, Callable[[_Evidence, Link], str]]] = {
     "roundtrip": ("Round-trip error", _roundtrip),
     "sensitivity": ("Sensitivity", _sensitivity),
     "perplexity": ("Perplexity", _perplexity),
+    "tasks": ("Tasks", _tasks),
     "decode": ("Decode speed", _decode),
     "prefill": ("Prefill speed", _prefill),
     "memory": ("Memory", _memory),
@@ -386,7 +423,7 @@ def _card(evidence: _Evidence, link: Link) -> str:
     sections = [
         _paragraphs(f"## {heading}" if heading else None, block(evidence, link))
         for name, (heading, block) in BLOCKS.items()
-        if name not in OPTIONAL or evidence.records[name]
+        if _is_shown(evidence, name)
     ]
     source = suite.source.location + (f" at revision {suite.source.revision}" if suite.source.revision else "")
     return (
@@ -399,6 +436,13 @@ def _card(evidence: _Evidence, link: Link) -> str:
         )
         + "\n"
     )
+
+
+def _is_shown(evidence: _Evidence, block: str) -> bool:
+    """Whether a card has a block: an optional one only where there is something to say."""
+    if block == "tasks":
+        return bool(evidence.suite.tasks)
+    return block not in OPTIONAL or bool(evidence.records[block])
 
 
 def _front_matter(suite: Suite) -> str:

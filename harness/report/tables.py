@@ -66,7 +66,7 @@ def perplexity(records: Records) -> pd.DataFrame:
             "delta_log_ppl": _refusal(records, variant),
             "standard_errors": None,
             "run": record,
-            **_served_as(record),
+            **served_as(record),
         }
         if variant != SOURCE and row["delta_log_ppl"] is None:
             base = records[SOURCE].kind("window")
@@ -80,7 +80,7 @@ def perplexity(records: Records) -> pd.DataFrame:
             row["delta_log_ppl"] = loss
             row["standard_errors"] = loss.standard_errors_from_zero
         rows.append(row)
-    return _frame(rows)
+    return frame_of(rows)
 
 
 def decode(records: Records) -> pd.DataFrame:
@@ -114,12 +114,12 @@ def decode(records: Records) -> pd.DataFrame:
         row["user_tokens_per_second"] = _scaled(speed, 1 / batch)
         row["ceiling_tokens_per_second"] = ceiling
         row["ceiling_share"] = speed.value / ceiling if ceiling else None
-    return _frame(rows)
+    return frame_of(rows)
 
 
 def prefill(records: Records) -> pd.DataFrame:
     """Prefill speed: the prompt's tokens over the time until the first new token is known."""
-    return _frame(
+    return frame_of(
         _speeds(
             records,
             "prefill",
@@ -141,7 +141,7 @@ def memory(records: Records) -> pd.DataFrame:
             del most["kv_cache_tokens"]
         if starts:
             rows.append({"variant": variant, **most, "run": record})
-    return _frame(rows)
+    return frame_of(rows)
 
 
 def served(records: Records) -> pd.DataFrame:
@@ -171,7 +171,7 @@ def served(records: Records) -> pd.DataFrame:
                 rates = [count / one["seconds"] for count, one in zip(tokens, found, strict=True)]
                 shape = {key: found[0].get(key) for key in ("batch", "prompt_tokens", "new_tokens", "num_requests")}
                 rows.append({**common, **shape, "tokens_per_second": stats.median(rates)})
-    return _frame(rows)
+    return frame_of(rows)
 
 
 def size(records: Records) -> pd.DataFrame:
@@ -184,12 +184,12 @@ def size(records: Records) -> pd.DataFrame:
         for role in (*roles, total):
             share = role["output_bytes"] / role["source_bytes"] if role["source_bytes"] else None
             rows.append({"variant": variant, **role, "bytes_share": share, "run": record})
-    return _frame(rows)
+    return frame_of(rows)
 
 
 def roundtrip(records: Records) -> pd.DataFrame:
     """How far the decoded weights are from the source's, per role."""
-    return _frame(
+    return frame_of(
         [
             {"variant": variant, **role, "run": record}
             for variant, record in records.items()
@@ -200,7 +200,7 @@ def roundtrip(records: Records) -> pd.DataFrame:
 
 def findings(records: Records) -> pd.DataFrame:
     """What `harness verify` objects to; empty is good."""
-    return _frame(
+    return frame_of(
         [
             {"variant": variant, **finding, "run": record}
             for variant, record in records.items()
@@ -245,7 +245,7 @@ def sensitivity(records: Records) -> pd.DataFrame:
             row["dataset"] = (record.run.dataset or {}).get("name")
             found.append(row)
         rows += sorted(found, key=_rank)
-    return _frame(rows)
+    return frame_of(rows)
 
 
 def _rank(row: Mapping[str, Any]) -> float:
@@ -310,7 +310,7 @@ def runs(records: Sequence[Record]) -> pd.DataFrame:
                 "run": record,
             }
         )
-    return _frame(rows)
+    return frame_of(rows)
 
 
 def of_measure(measure: str, records: Records) -> list[pd.DataFrame]:
@@ -326,13 +326,13 @@ def of_measure(measure: str, records: Records) -> list[pd.DataFrame]:
     return [frame for make in frames if not (frame := make(records)).empty]
 
 
-def _served_as(record: Record) -> dict[str, str]:
+def served_as(record: Record) -> dict[str, str]:
     """The cell that says what an engine made of a checkpoint whose arithmetic it did not run; none where it did."""
     found = (record.run.engine or {}).get("served_as")
     return {"served_as": found} if found else {}
 
 
-def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+def frame_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows as a frame of objects (None stays None), with the columns that they have in the order of `COLUMNS`."""
     columns = [key for key in COLUMNS if any(key in row for row in rows)]
     return pd.DataFrame([[row.get(key) for key in columns] for row in rows], columns=columns, dtype=object)
@@ -387,7 +387,7 @@ def _speeds(records: Records, kind: str, rate: Callable[[Mapping[str, Any]], flo
                     "tokens_per_second": stats.median(rates),
                     "speed_ratio": ratio,
                     "run": record,
-                    **_served_as(record),
+                    **served_as(record),
                 }
             )
     return rows
@@ -471,6 +471,23 @@ COLUMNS: dict[str, Column] = {
     "served_as": Column("served as", numeric=False),
     "protocol": _described("protocol"),
     "dataset": _described("dataset"),
+    "task": _described("task"),
+    "metric": Column("metric", numeric=False),
+    "num_items": _described("items", _as(","), numeric=True),
+    "score": Column("score", _as(".4f")),
+    "score_error": Column("± (lm-eval)", _as(".4f")),
+    "delta_score": Column("Δ to source [95 %]", _as("+.4f")),
+    "flips": Column("lost / won"),
+    "cap_hit_share": Column("cut off", format_percent),
+    "unclosed_share": Column("unclosed", format_percent),
+    "empty_share": Column("empty", format_percent),
+    "extraction_failure_share": Column("not found", format_percent),
+    "completed_score": Column("score if ended", _as(".4f")),
+    "tokens_per_answer": Column("tok / answer", _as(".1f")),
+    "token_inflation_ratio": Column("tok ÷ source [95 %]", _as(".3f")),
+    "tokens_per_correct": Column("tok / correct", _as(".1f")),
+    "seconds_per_correct": Column("s / correct", _as(".3g")),
+    "verdict": Column("valid", numeric=False),
     "num_tokens": _described("tokens", _as(","), numeric=True),
     "num_windows": _described("windows", _as(","), numeric=True),
     "num_scored": _described("scored tokens", _as(","), numeric=True),

@@ -1,0 +1,398 @@
+"""An engine as a model of lm-eval: its requests answered, and everything about them kept that lm-eval forgets.
+
+Tokenization is lm-eval's own (`TemplateLM`), so a prompt has the ids that `lm_eval --model hf` gives it, and so are the
+rules by which a text is cut at its stops. What differs is on purpose: a prompt that is too long is refused before a
+model is loaded instead of cut from the left, and every drawn token has a seed of its own request, so that neither the
+batch nor an interruption changes an answer.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    _add_special_kwargs,
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from harness.engines.protocol import Choice, Engine, Prompt
+from harness.errors import UserError
+from harness.measure.answers import Journal, digest
+from harness.progress import Progress
+from harness.sampling import Sampling
+
+THINK_START, THINK_END = "<think>", "</think>"
+_DEFAULT_NEW_TOKENS = 256  # lm-eval's own where a task says nothing
+_SAMPLING = {one.name for one in fields(Sampling)}
+
+Request = tuple[str, int, int]
+"""The task, the document and the number of a request among those of the document."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every request of a task is put."""
+
+    thinking: bool | None
+    seed: int
+    batch_size: int
+    window: int
+    """Tokens of a window of rolling log-likelihoods."""
+
+
+@dataclass
+class Detail:
+    """What is known of the answer to a request, beyond what lm-eval is told."""
+
+    prompt_digest: str
+    num_prompt_tokens: int
+    num_tokens: int
+    seconds: float
+    log_prob: float | None = None
+    """In nats, of a continuation; a generated answer has none."""
+    finish_reason: str | None = None
+    """`stop` or `length`, of a generated answer."""
+    unclosed: bool = False
+    empty: bool = False
+
+
+@dataclass
+class Log:
+    """The details of one run of a task, and how many answers had been given before."""
+
+    repetition: int = 0
+    details: dict[Request, list[Detail]] = field(default_factory=dict)
+    num_answers: int = 0
+    num_reused: int = 0
+
+
+class Texts:
+    """The tokenizer of a checkpoint folder; `UserError` where it has none."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        if not (folder / "tokenizer.json").is_file():  # transformers makes an empty tokenizer of nothing
+            raise UserError(f"{folder} has no tokenizer.json.", "Copy the one of the source checkpoint into it.")
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, use_fast=True
+            )
+        except Exception as error:  # transformers raises many types for a folder without a tokenizer
+            raise UserError(
+                f"The tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}.",
+                "Copy the source checkpoint's tokenizer files again.",
+            ) from error
+        self.folder = folder
+
+    @property
+    def digest(self) -> str:
+        """Of what turns text into ids: vocabulary, rules and chat template."""
+        return digest([json.loads(self.tokenizer.backend_tokenizer.to_str()), self.tokenizer.chat_template])
+
+    def require_chat_template(self, task: str) -> None:
+        """`UserError` for a tokenizer without one."""
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                f"Task '{task}' asks for a chat, and the tokenizer in {self.folder} has no chat template.",
+                "Copy the source's chat_template.jinja into that folder, or leave chat out.",
+            )
+
+
+class EngineLM(TemplateLM):  # type: ignore[misc]
+    """Answers lm-eval's requests by an engine, or from the journal; without an engine it only measures lengths."""
+
+    def __init__(
+        self,
+        texts: Texts,
+        settings: Settings,
+        engine: Engine | None = None,
+        journal: Journal | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = texts.tokenizer
+        self._settings, self._engine, self._journal = settings, engine, journal
+        self._progress = progress
+        self._asked: list[Instance] = []
+        self.log = Log()
+
+    # -- What lm-eval asks of a tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return cast(int, self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context, as in `lm_eval --model hf`."""
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else cast(int, first)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The token ids of a text."""
+        special = _add_special_kwargs(add_special_tokens, None)
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            special = {"add_special_tokens": False}
+        return cast(list[int], self.tokenizer.encode(string, **special))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the model's template writes it; thinking is left to the template where nothing is said."""
+        thinking = {} if self._settings.thinking is None else {"enable_thinking": self._settings.thinking}
+        written = self.tokenizer.apply_chat_template(
+            [dict(message) for message in chat_history],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **thinking,
+        )
+        return cast(str, written)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """lm-eval names its cache of requests by it; there is none here."""
+        return "harness"
+
+    # -- Requests
+
+    def lengths(self, instance: Instance) -> Iterator[tuple[int, int]]:
+        """(Tokens of the prompt, tokens that follow) of a request; a rolling one fits always."""
+        if instance.request_type == "generate_until":
+            prompt = self._prompt(instance, 0)
+            yield len(prompt.token_ids), prompt.max_new_tokens
+        elif instance.request_type == "loglikelihood":
+            context, continuation = instance.args
+            before, after = (
+                self._encode_pair(context, continuation) if context else ([0], self.tok_encode(continuation))
+            )
+            yield len(before), len(after)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """See `lm_eval.api.model.LM`."""
+        self._asked = requests
+        return cast(list[tuple[float, bool]], super().loglikelihood(requests, disable_tqdm=True))
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        answers = self._choices(pairs, "choices")
+        found = []
+        for instance, (context, continuation), answer in zip(self._asked, pairs, answers, strict=True):
+            self._note(
+                instance,
+                Detail(
+                    prompt_digest=digest([context, continuation]),
+                    num_prompt_tokens=len(context),
+                    num_tokens=len(continuation),
+                    seconds=answer["seconds"],
+                    log_prob=answer["log_prob"],
+                ),
+            )
+            found.append((answer["log_prob"], answer["greedy"]))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """See `lm_eval.api.model.LM`; windows are cut by lm-eval's own functions."""
+        windows = [
+            [
+                (tuple(before), tuple(after))
+                for before, after in map(
+                    make_disjoint_window,
+                    get_rolling_token_windows(
+                        token_list=self.tok_encode(instance.args[0]),
+                        prefix_token=self.prefix_token_id,
+                        max_seq_len=self._settings.window,
+                        context_len=1,
+                    ),
+                )
+            ]
+            for instance in requests
+        ]
+        answers = iter(self._choices([pair for pairs in windows for pair in pairs], "windows"))
+        found = []
+        for instance, pairs in zip(requests, windows, strict=True):
+            mine = [next(answers) for _ in pairs]
+            total = sum(answer["log_prob"] for answer in mine)
+            self._note(
+                instance,
+                Detail(
+                    prompt_digest=digest(pairs),
+                    num_prompt_tokens=0,
+                    num_tokens=sum(len(after) for _, after in pairs),
+                    seconds=sum(answer["seconds"] for answer in mine),
+                    log_prob=total,
+                ),
+            )
+            found.append(total)
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """See `lm_eval.api.model.LM`."""
+        asked: dict[Request, int] = {}
+        prompts = []
+        for instance in requests:
+            again = asked[_place(instance)] = asked.get(_place(instance), -1) + 1
+            prompts.append(self._prompt(instance, again))
+        answers = self._answered(
+            [digest(["generate", asdict(prompt)]) for prompt in prompts],
+            "answers",
+            lambda open_: self._texts(prompts, open_),
+        )
+        found = []
+        for instance, prompt, answer in zip(requests, prompts, answers, strict=True):
+            text, detail = self._judged(instance, prompt, answer)
+            self._note(instance, detail)
+            found.append(text)
+        return found
+
+    def _prompt(self, instance: Instance, again: int) -> Prompt:
+        """What a request asks of the engine; `again` counts the same request within one run."""
+        context, wishes = instance.args
+        wishes = normalize_gen_kwargs(wishes, default_max_gen_toks=_DEFAULT_NEW_TOKENS)
+        # A thought may hold what ends an answer: then only the end of the text stops the engine (as in lm-eval's vllm).
+        stop = () if self._settings.thinking else tuple(text for text in wishes["until"] if text)
+        sampling = _sampling(instance, wishes)
+        place = [self._settings.seed, self.log.repetition, again, *_place(instance)]
+        return Prompt(
+            token_ids=tuple(self.tok_encode(context)),
+            max_new_tokens=wishes["max_gen_toks"],
+            stop=stop,
+            sampling=sampling,
+            seed=int(digest(place)[:8], 16) if sampling.temperature else 0,
+        )
+
+    def _judged(self, instance: Instance, prompt: Prompt, answer: Mapping[str, Any]) -> tuple[str, Detail]:
+        """The text that lm-eval scores, and what else there is to say of an answer."""
+        end = self.tokenizer.decode(self.eot_token_id)
+        until = normalize_gen_kwargs(instance.args[1])["until"]
+        thinking = self._settings.thinking
+        whole = answer["text"]
+        text = postprocess_generated_text(
+            whole, handle_stop_sequences(list(until), eos=end), THINK_END if thinking else None
+        )
+        open_thought = THINK_END not in whole if thinking else THINK_START in whole.rpartition(THINK_END)[2]
+        return text, Detail(
+            prompt_digest=digest(prompt.token_ids),
+            num_prompt_tokens=len(prompt.token_ids),
+            num_tokens=len(answer["token_ids"]),
+            seconds=answer["seconds"],
+            finish_reason=answer["finish_reason"],
+            unclosed=open_thought,
+            empty=not text.strip() or (bool(thinking) and open_thought),
+        )
+
+    def _note(self, instance: Instance, detail: Detail) -> None:
+        self.log.details.setdefault(_place(instance), []).append(detail)
+
+    # -- Answers
+
+    def _choices(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], name: str) -> list[dict[str, Any]]:
+        keys = [digest(["choice", context, continuation]) for context, continuation in pairs]
+        return self._answered(keys, name, lambda places: self._scores(pairs, places))
+
+    def _scores(
+        self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], places: Sequence[int]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The continuations of one context go to the engine together."""
+        by_context: dict[tuple[int, ...], list[int]] = {}
+        for place in places:
+            by_context.setdefault(pairs[place][0], []).append(place)
+        groups = list(by_context.values())
+        wanted = [Choice(context, tuple(pairs[place][1] for place in group)) for context, group in by_context.items()]
+        before = time.perf_counter()
+        for number, scored in self._running().choices(wanted, self._settings.batch_size):
+            seconds = (time.perf_counter() - before) / len(scored)
+            for place, one in zip(groups[number], scored, strict=True):
+                yield place, {"log_prob": one.log_prob, "greedy": one.greedy, "seconds": seconds}
+            before = time.perf_counter()
+
+    def _texts(self, prompts: Sequence[Prompt], places: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        wanted = [prompts[place] for place in places]
+        for number, answer in self._running().generate(wanted, self._settings.batch_size):
+            text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+            yield places[number], {**asdict(answer), "text": text}
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("no engine: this model only measures lengths")
+        return self._engine
+
+    def _answered(
+        self,
+        keys: Sequence[str],
+        name: str,
+        ask: Callable[[list[int]], Iterator[tuple[int, dict[str, Any]]]],
+    ) -> list[dict[str, Any]]:
+        """The answers to requests, by the journal's keys: those that it has from there, the others from the engine. The
+        same request twice is asked once."""
+        journal = self._journal
+        assert journal is not None
+        open_ = list(
+            {key: place for place, key in reversed(list(enumerate(keys))) if journal.get(key) is None}.values()
+        )
+        open_.reverse()
+        reused = sum(journal.get(key) is not None for key in keys)
+        self.log.num_answers += len(keys)
+        self.log.num_reused += reused
+        tell = _Teller(self._progress, name, len(keys) - len(open_), len(keys))
+        if open_:
+            for place, answer in ask(open_):
+                journal.put(keys[place], answer)
+                tell.one(answer)
+        return [cast(dict[str, Any], journal.get(key)) for key in keys]
+
+
+class _Teller:
+    """Says how far a run is: items, tokens per second and answers that were cut off."""
+
+    def __init__(self, progress: Progress | None, name: str, done: int, total: int) -> None:
+        self._progress, self._name, self._done, self._total = progress, name, done, total
+        self._tokens = self._cut = 0
+        self._seconds = 0.0
+        self._tell("")
+
+    def one(self, answer: Mapping[str, Any]) -> None:
+        """Another answer has come."""
+        self._done += 1
+        self._seconds += answer["seconds"]
+        note = ""
+        if "token_ids" in answer:
+            self._tokens += len(answer["token_ids"])
+            self._cut += answer["finish_reason"] == "length"
+            note = f"{self._tokens / max(self._seconds, 1e-9):,.0f} tok/s, {self._cut:,} cut off"
+        self._tell(note)
+
+    def _tell(self, note: str) -> None:
+        if self._progress is not None and self._total:
+            self._progress(self._done, self._total, self._name, note)
+
+
+def _place(instance: Instance) -> Request:
+    return str(instance.task_name), int(instance.doc_id), int(instance.idx)
+
+
+def _sampling(instance: Instance, wishes: Mapping[str, Any]) -> Sampling:
+    """The sampling that a task's generation_kwargs ask for; `UserError` for a wish that no engine here knows."""
+    known = {"until", "max_gen_toks", "do_sample"}
+    if unknown := sorted(wishes.keys() - known - _SAMPLING):
+        raise UserError(
+            f"Task '{instance.task_name}' sets generation_kwargs.{unknown[0]}, which the engines do not know.",
+            f"They know {', '.join(sorted(_SAMPLING))}, max_gen_toks and until.",
+        )
+    if not wishes.get("do_sample"):
+        # Greedy whatever else a task says, but penalties still hold.
+        return Sampling(
+            presence_penalty=float(wishes.get("presence_penalty", 0.0)),
+            repetition_penalty=float(wishes.get("repetition_penalty", 1.0)),
+        )
+    return Sampling(**{name: wishes[name] for name in sorted(_SAMPLING & wishes.keys())})

@@ -1,0 +1,446 @@
+"""Evaluations by lm-eval: its tasks, its prompts, its metrics, on the engines of the harness, with every item kept.
+
+`take` takes a task from lm-eval by name or from a file, `load` writes its prompts; between them they find out all that
+can be wrong before a model is loaded: an unknown name, a template that does not render, a dataset that is not there, a
+prompt that is too long. `measure` runs it. What comes out per item says which document and which tokens were asked (by
+digest), how the item was scored, and how the answer ended, so that two models can be compared item by item, and a run
+whose answers were cut off or empty does not pass for a measurement. lm-eval's own figures stand beside: its
+aggregations and standard errors are part of what a task is.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import lm_eval.api.task
+import numpy as np
+from jinja2 import TemplateError
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.tasks import TaskManager
+
+from harness.engines.protocol import Engine
+from harness.errors import UserError
+from harness.measure.answers import Journal, digest
+from harness.measure.lm import Detail, EngineLM, Log, Settings, Texts
+from harness.progress import Progress
+from harness.sampling import PRESETS
+from harness.suite import Task
+
+VERSION = 1
+_NO_ANSWER = "[invalid]"  # what lm-eval's regex filters give where they find nothing
+_PINNED = "pinned"  # a group of one task, through which lm-eval takes overrides of a registered task
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A task that is ready to run, by a tokenizer, on any number of models."""
+
+    label: str
+    """Its name in the suite."""
+    wanted: Task
+    texts: Texts
+    settings: Settings
+    tasks: Mapping[str, Any]
+    """lm-eval's objects of all leaf tasks, by name."""
+    groups: Mapping[str, Any]
+    num_docs: int
+    """Of all tasks, under the limit of the suite."""
+    identity: dict[str, Any]
+    """What makes an answer to this task this task's: its configuration's digest, versions, datasets."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A task as lm-eval has it, configured as the suite wants it, with its dataset at hand."""
+
+    label: str
+    wanted: Task
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+
+
+def take(label: str, wanted: Task, source: str | Path) -> Taken:
+    """Takes a task from lm-eval by name or from a file (`source`) and fetches its dataset. `UserError` for a task that
+    is unknown, broken, of another version, without its dataset, or that cannot be put as `wanted`. No tokenizer and no
+    model is needed for that."""
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # says again what it raises
+    # It draws bars on stderr and takes no argument against them.
+    lm_eval.api.task.tqdm = partial(lm_eval.api.task.tqdm, disable=True)
+    found = _loaded_by_lm_eval(label, source, wanted.revision)
+    for name, task in found["tasks"].items():
+        _configure(label, name, task, wanted)
+    groups = {name: group for name, group in found.get("groups", {}).items() if name != _PINNED}
+    return Taken(label, wanted, found["tasks"], groups)
+
+
+def load(taken: Taken, texts: Texts, max_length: int, engine: str) -> Loaded:
+    """Writes a task's prompts and checks them against the `max_length` tokens that `engine` takes; `UserError` for
+    everything that would go wrong later."""
+    label, wanted, tasks = taken.label, taken.wanted, taken.tasks
+    if wanted.chat:
+        texts.require_chat_template(label)
+    num_docs = sum(min(len(task.eval_docs), wanted.limit or len(task.eval_docs)) for task in tasks.values())
+    configs = {name: _config(task) for name, task in tasks.items()}
+    identity = {
+        "lm_eval": lm_eval.__version__,
+        "task_digest": digest([configs, {name: len(task.eval_docs) for name, task in tasks.items()}]),
+        "tokenizer_digest": texts.digest,
+        "tasks": {name: _about(task) for name, task in tasks.items()},
+    }
+    # lm-eval's vllm model leaves two tokens of a window free, its hf model none.
+    window = max_length - 2 if engine == "vllm" else max_length
+    settings = Settings(wanted.thinking, wanted.seed, wanted.batch_size, window)
+    loaded = Loaded(label, wanted, texts, settings, tasks, taken.groups, num_docs, identity)
+    # vLLM adds a token to every prompt that it scores.
+    _check_requests(loaded, max_length, 1 if engine == "vllm" else 0)
+    return loaded
+
+
+def measure(
+    loaded: Loaded,
+    engine: Engine,
+    journal: Journal,
+    *,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Runs the task `repeats` times and yields samples, every one with its `kind`.
+
+    `item`: {task, repetition, doc_id, doc_sha256, prompt_sha256, target_sha256, outcomes, num_prompt_tokens,
+    num_tokens, seconds}; the prompt's digest is of the token ids of all its requests. A choice has also {log_probs}, in
+    nats by option; a generated answer {finish_reasons, unclosed, empty, extracted}. `result`: {task, repetition,
+    metric, value, standard_error, higher_is_better, num_items}, as lm-eval aggregates. `reused`, last: how many of the
+    answers the journal had. `EngineDied` passes through; what was answered is in the journal.
+    """
+    wanted = loaded.wanted
+    model = EngineLM(loaded.texts, loaded.settings, engine=engine, journal=journal, progress=progress)
+    limits = [one for one in (wanted.limit, limit) if one is not None]
+    num_answers = num_reused = 0
+    for repetition in range(wanted.repeats):
+        model.log = Log(repetition=repetition)
+        found = _evaluated(loaded, model, min(limits) if limits else None)
+        for task, samples in found["samples"].items():
+            yield from _items(task, samples, model.log)
+        yield from _results(found, repetition)
+        num_answers += model.log.num_answers
+        num_reused += model.log.num_reused
+    yield {"kind": "reused", "num_answers": num_answers, "num_reused": num_reused}
+
+
+# -- Taking a task from lm-eval
+
+
+@cache
+def _manager(folder: Path | None) -> TaskManager:
+    """lm-eval's index of its own tasks, or of those in a folder."""
+    return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def _loaded_by_lm_eval(label: str, source: str | Path, revision: str | None) -> Any:
+    """What lm-eval's TaskManager loads: {tasks, groups}."""
+    name = source if isinstance(source, str) else source.name
+    what = f"Task '{label}' ({name})"
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise UserError(f"{what}: there is no file {source}.", "Correct the path in the suite.")
+        if revision is not None:
+            raise UserError(f"{what} is a file, and revision is set.", "Write dataset_kwargs.revision into the file.")
+        manager = _manager(source.parent)
+    else:
+        manager = _manager(None)
+        if source not in manager.task_index:
+            near = difflib.get_close_matches(source, manager.all_tasks, n=3)
+            hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise UserError(f"lm-eval has no task '{source}'.", f"{hint}`lm_eval ls tasks` lists what it has.")
+    spec = str(source) if revision is None else _at_revision(manager, name, revision)
+    said: list[str] = []
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), _logged(said):
+            return manager.load([spec])
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{what} needs the Python module '{error.name}', which is not installed.",
+            f"Run `pip install {error.name}`.",
+        ) from error
+    except Exception as error:  # a task is code and templates of anyone
+        from_library = type(error).__module__.startswith(("datasets", "huggingface_hub", "httpx", "requests"))
+        if from_library or isinstance(error, ConnectionError | FileNotFoundError):
+            raise _no_dataset(what, manager.task_index.get(name), revision, error) from error
+        part = "template" if isinstance(error, TemplateError) else "configuration"
+        why = f"{_line(error)} ({said[-1]})" if said else _line(error)
+        raise UserError(
+            f"{what} cannot be loaded: its {part} fails with {type(error).__name__}: {why}.",
+            "Correct the task file." if isinstance(source, Path) else "Look at the task in lm-eval.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _logged(said: list[str]) -> Iterator[None]:
+    """Keeps lm-eval's log off the terminal, and its errors in `said`: some say what the exception after them hides."""
+
+    class Errors(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage().splitlines()[0].strip().rstrip("."))
+
+    logger, handler = logging.getLogger("lm_eval"), Errors(logging.ERROR)
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
+
+
+def _at_revision(manager: TaskManager, name: str, revision: str) -> dict[str, Any]:
+    """A group of the one task or group, with its dataset pinned."""
+    given = (manager.task_index[name].cfg or {}).get("dataset_kwargs") or {}
+    kind = "group" if name in manager.all_groups else "task"
+    return {"group": _PINNED, "task": [{kind: name, "dataset_kwargs": {**given, "revision": revision}}]}
+
+
+def _no_dataset(what: str, entry: Any, revision: str | None, error: Exception) -> UserError:
+    config: dict[str, Any] = (entry and entry.cfg) or {}
+    named = re.search(r"'([\w.-]+/[\w.-]+)'", str(error))  # a group's dataset is known to its members only
+    path = named.group(1) if named else config.get("dataset_path", "of the task")
+    arguments = [repr(path)] + ([repr(config["dataset_name"])] if config.get("dataset_name") else [])
+    arguments += [f"revision={revision!r}"] if revision else []
+    return UserError(
+        f"{what} needs the dataset {path}, which is not in the cache and cannot be fetched: {_line(error)}.",
+        "On a machine with the network, fetch it once into the cache (HF_HOME) with "
+        f'`python -c "import datasets; datasets.load_dataset({", ".join(arguments)})"`.',
+    )
+
+
+def _configure(label: str, name: str, task: Any, wanted: Task) -> None:
+    """What `lm_eval.simple_evaluate` does to a task for the same arguments."""
+    if wanted.version is not None and wanted.version != task.VERSION:
+        raise UserError(
+            f"Task '{label}' is pinned to version {wanted.version:g}, and lm-eval {lm_eval.__version__} has "
+            f"version {task.VERSION} of {name}.",
+            "Install the lm-eval that has it, or change the pin: their scores cannot be compared.",
+        )
+    if getattr(task, "UNSAFE_CODE", False) and not wanted.unsafe_code:
+        raise UserError(
+            f"Task '{label}' runs code that the model writes.",
+            "Set unsafe_code = true for it, on a machine where that can do no harm.",
+        )
+    if wanted.unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"Task '{label}' shows the model images or sound.", "Use a task of text.")
+    generates = task.OUTPUT_TYPE == "generate_until"
+    if generates:
+        changes: dict[str, Any] = {}
+        if wanted.preset is not None:
+            changes |= {"do_sample": True, **vars(PRESETS[wanted.preset])}
+        if wanted.max_new_tokens is not None:
+            changes["max_gen_toks"] = wanted.max_new_tokens
+        if changes:
+            task.set_config(key="generation_kwargs", value=changes, update=True)
+        if wanted.repeats > 1 and not (task.config.generation_kwargs or {}).get("do_sample"):
+            raise UserError(
+                f"Task '{label}' is to be repeated {wanted.repeats} times and decodes greedily: every "
+                "repetition would be the same.",
+                "Name a preset, or leave repeats out.",
+            )
+    elif wanted.thinking:
+        raise UserError(
+            f"Task '{label}' asks for thinking, and {name} only compares the probabilities of given answers.",
+            "Leave thinking out, or take a task that generates.",
+        )
+    elif wanted.repeats > 1:
+        raise UserError(f"Task '{label}' draws nothing, and repeats is {wanted.repeats}.", "Leave repeats out.")
+    if wanted.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+        task.set_config(key="num_fewshot", value=wanted.num_fewshot)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+
+
+def _config(task: Any) -> Any:
+    """A task's configuration without what says where its file lies."""
+    config = task.dump_config()
+    metadata = dict(config.get("metadata") or {})
+    metadata.pop("config_source", None)
+    return json.loads(json.dumps({**config, "metadata": metadata}, default=_source, sort_keys=True))
+
+
+def _source(value: object) -> str:
+    """A function by its name: its place in memory is another in every process."""
+    return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _about(task: Any) -> dict[str, Any]:
+    """Version, dataset and the dataset's revision as far as it can be known."""
+    config = task.config
+    info = next(iter(task.dataset.values())).info if hasattr(task.dataset, "values") and task.dataset else None
+    urls = " ".join(getattr(info, "download_checksums", None) or {})
+    found = re.search(r"@([0-9a-f]{40})/", urls)
+    asked = (config.dataset_kwargs or {}).get("revision") if isinstance(config.dataset_kwargs, dict) else None
+    return {
+        "version": task.VERSION,
+        "dataset": config.dataset_path,
+        "dataset_config": config.dataset_name,
+        "dataset_revision": found.group(1) if found else asked,
+        "num_fewshot": config.num_fewshot,
+        "num_docs": len(task.eval_docs),
+    }
+
+
+def _check_requests(loaded: Loaded, max_length: int, scored_extra: int) -> None:
+    """Writes all prompts once; `UserError` for a template that fails or a prompt that is too long."""
+    wanted = loaded.wanted
+    model = EngineLM(loaded.texts, loaded.settings)
+    for name, task in loaded.tasks.items():
+        try:
+            _build(task, wanted, model, wanted.limit)
+        except UserError:
+            raise
+        except Exception as error:  # templates and functions of anyone
+            raise UserError(
+                f"Task '{loaded.label}' cannot write its prompts: {name} fails with {type(error).__name__}: "
+                f"{_line(error)}.",
+                "Correct the task, or leave chat and system out if it cannot be put that way.",
+            ) from error
+        for instance in task.instances:
+            for before, after in model.lengths(instance):
+                extra = scored_extra if instance.request_type == "loglikelihood" else 0
+                if before + after + extra > max_length:
+                    raise UserError(
+                        f"Task '{loaded.label}' asks for {before:,} + {after:,} tokens in document "
+                        f"{instance.doc_id} of {name}, and the model takes {max_length:,}.",
+                        "Lower max_new_tokens or num_fewshot, or raise max_model_len.",
+                    )
+
+
+def _build(task: Any, wanted: Task, model: EngineLM, limit: int | None) -> None:
+    """The requests of a task, in `task.instances`, as `lm_eval.evaluate` builds them."""
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    with _logged([]):
+        task.build_all_requests(
+            limit=limit,
+            rank=0,
+            world_size=1,
+            system_instruction=wanted.system,
+            apply_chat_template=wanted.chat,
+            fewshot_as_multiturn=wanted.chat,
+            chat_template=model.apply_chat_template if wanted.chat else None,
+            tokenizer_name=model.tokenizer_name if wanted.chat else "",
+        )
+
+
+# -- Running it
+
+
+def _evaluated(loaded: Loaded, model: EngineLM, limit: int | None) -> Any:
+    """What `lm_eval.evaluate` says, with the seeds that `lm_eval.simple_evaluate` sets."""
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    for task in loaded.tasks.values():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    wanted = loaded.wanted
+    with _logged([]):
+        return lm_eval.evaluate(
+            lm=model,
+            task_dict={"tasks": dict(loaded.tasks), "groups": dict(loaded.groups)},
+            limit=limit,
+            log_samples=True,
+            system_instruction=wanted.system,
+            apply_chat_template=wanted.chat,
+            fewshot_as_multiturn=wanted.chat,
+            confirm_run_unsafe_code=wanted.unsafe_code,
+        )
+
+
+def _items(task: str, samples: Sequence[Mapping[str, Any]], log: Log) -> Iterator[dict[str, Any]]:
+    """One sample a document: lm-eval logs one for every filter."""
+    by_doc: dict[int, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        by_doc.setdefault(int(sample["doc_id"]), []).append(sample)
+    requests: dict[int, list[Detail]] = {}
+    for (name, doc_id, _), details in sorted(log.details.items()):
+        if name == task:
+            requests.setdefault(doc_id, []).extend(details)
+    for doc_id, logged in by_doc.items():
+        details = requests[doc_id]
+        item = {
+            "kind": "item",
+            "task": task,
+            "repetition": log.repetition,
+            "doc_id": doc_id,
+            "doc_sha256": logged[0]["doc_hash"],
+            "prompt_sha256": digest([detail.prompt_digest for detail in details]),
+            "target_sha256": logged[0]["target_hash"],
+            "outcomes": {
+                f"{metric},{sample['filter']}": score
+                for sample in logged
+                for metric in sample["metrics"]
+                if (score := _score(sample[metric])) is not None
+            },
+            "num_prompt_tokens": sum(detail.num_prompt_tokens for detail in details),
+            "num_tokens": sum(detail.num_tokens for detail in details),
+            "seconds": sum(detail.seconds for detail in details),
+        }
+        if details[0].finish_reason is None:
+            item["log_probs"] = [detail.log_prob for detail in details]
+        else:
+            item["finish_reasons"] = [detail.finish_reason for detail in details]
+            item["unclosed"] = any(detail.unclosed for detail in details)
+            item["empty"] = any(detail.empty for detail in details)
+            item["extracted"] = any(_is_answer(sample["filtered_resps"]) for sample in logged)
+        yield item
+
+
+def _is_answer(filtered: Sequence[Any]) -> bool:
+    return all(one is not None and one not in (_NO_ANSWER, "", []) for one in filtered)
+
+
+def _score(value: Any) -> float | list[float] | None:
+    """A metric of one item as JSON: a number, or those that lm-eval aggregates together; None for anything else."""
+    if isinstance(value, bool | int | float | np.number | np.bool_):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, list | tuple) and value:
+        numbers = [_score(one) for one in value]
+        return (
+            [one for one in numbers if isinstance(one, float)] if all(type(one) is float for one in numbers) else None
+        )
+    return None
+
+
+def _results(found: Mapping[str, Any], repetition: int) -> Iterator[dict[str, Any]]:
+    """lm-eval's own figures, of every task and group."""
+    for name, metrics in {**found["results"], **found.get("groups", {})}.items():
+        higher = found["higher_is_better"].get(name, {})
+        for key, value in metrics.items():
+            metric, _, rest = key.partition(",")
+            if not rest or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
+                continue
+            error = metrics.get(f"{metric}_stderr,{rest}")
+            yield {
+                "kind": "result",
+                "task": name,
+                "repetition": repetition,
+                "metric": key,
+                "value": float(value),
+                "standard_error": float(error) if isinstance(error, int | float | np.number) else None,
+                "higher_is_better": higher.get(metric),
+                "num_items": int(found["n-samples"].get(name, {}).get("effective", metrics.get("sample_len", 0))),
+            }
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, without its full stop."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].strip().rstrip(".")[:300]

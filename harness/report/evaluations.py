@@ -1,0 +1,287 @@
+"""Records of tasks to tables: what was scored beside the source, item by item, and whether the answers can be believed.
+
+Two runs are compared over the items that they share, joined by document; an item whose prompt is another one (other
+examples, another template, another tokenizer) refuses the comparison instead of being averaged over. A run of which too
+many answers were cut off, empty or without an answer in them measures its limits and not the model: above the bounds of
+its suite's [audit] table it is invalid, says why, and is compared with nothing.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from harness.record import stats
+from harness.record.results import Record, incomparable
+from harness.report import tables
+from harness.report.numbers import format_percent
+from harness.suite import SOURCE, Suite
+
+ByTask = Mapping[str, Mapping[str, Record]]  # the task's name in the suite -> row -> the run that speaks for it
+Item = tuple[str, int, str, int]
+"""What is the same item in two runs: task, document and its digest, repetition."""
+
+# A share of answers -> what tells them, of a sample of a generated answer.
+_BAD_ANSWERS = {
+    "cap_hit_share": lambda item: "length" in item["finish_reasons"],
+    "unclosed_share": lambda item: item["unclosed"],
+    "empty_share": lambda item: item["empty"],
+    "extraction_failure_share": lambda item: not item["extracted"],
+}
+_WORDS = {
+    "cap_hit_share": "of the answers were cut off at the most new tokens",
+    "unclosed_share": "of the thoughts were never closed",
+    "empty_share": "of the answers are empty",
+    "extraction_failure_share": "of the answers have none that the task's filters find",
+}
+
+
+def newest(records: Sequence[Record], suite: Suite, rows: Sequence[str]) -> dict[str, dict[str, Record]]:
+    """The latest whole run of each row in each task of a suite, in the suite's order."""
+    found = {}
+    for label in suite.tasks:
+        of_task = [record for record in records if (record.run.dataset or {}).get("name") == label]
+        if chosen := tables.newest(of_task, suite.name, "tasks", rows):
+            found[label] = chosen
+    return found
+
+
+def scores(by_task: ByTask) -> pd.DataFrame:
+    """One row a task, metric and variant: lm-eval's own figure with its standard error, and the paired difference.
+
+    `score` is the mean over repetitions of what lm-eval says; its standard error is that of one repetition. The
+    difference is the mean over documents of the variant's score less the source's (repetitions of a document belong
+    together), with a bootstrap over documents; there is none of a metric that lm-eval aggregates in another way
+    than by the mean. `flips` are the items that the source solved and the variant does not, and the other way round, in
+    a metric that is right or wrong.
+    """
+    rows = []
+    for label, records in by_task.items():
+        for row, record in records.items():
+            refusal = _refusal(records, row)
+            for (task, metric), results in _by_metric(record).items():
+                errors = [one["standard_error"] for one in results if one["standard_error"] is not None]
+                found: dict[str, Any] = {
+                    "task": label if task == _only_task(record) else f"{label}: {task}",
+                    "metric": metric,
+                    "variant": row,
+                    "num_items": results[0]["num_items"],
+                    "num_repetitions": len(results),
+                    "score": statistics.fmean(one["value"] for one in results),
+                    "score_error": statistics.fmean(errors) if errors else None,
+                    "delta_score": refusal,
+                    "flips": None,
+                    "run": record,
+                    **tables.served_as(record),
+                }
+                if (
+                    row != SOURCE
+                    and refusal is None
+                    and all(_is_mean(one, task, metric) for one in (record, records[SOURCE]))
+                ):
+                    found |= _compared(record, records[SOURCE], task, metric)
+                rows.append(found)
+    return tables.frame_of(rows)
+
+
+def answers(by_task: ByTask) -> pd.DataFrame:
+    """The audit of generated answers, one row a task and variant: shares of answers that are no answers, the score of
+    those that came to an end, and what an answer costs. Correct is what the first metric of an item's task counts;
+    seconds are of the whole run, all answers in a batch together."""
+    rows = []
+    for label, records in by_task.items():
+        for row, record in records.items():
+            items = _generated(record)
+            if not items:
+                continue
+            source = records.get(SOURCE)
+            first = _first_metrics(items)
+            scored = [
+                (item, score) for item in items if _is_number(score := item["outcomes"].get(first.get(item["task"])))
+            ]
+            correct = math.fsum(score for _, score in scored)
+            ended = [score for item, score in scored if "length" not in item["finish_reasons"]]
+            reasons = invalid(record, source)
+            rows.append(
+                {
+                    "task": label,
+                    "variant": row,
+                    "num_items": len(items),
+                    **_shares(items),
+                    "completed_score": statistics.fmean(ended) if ended else None,
+                    "tokens_per_answer": statistics.fmean(item["num_tokens"] for item in items),
+                    "token_inflation_ratio": _inflation(record, source),
+                    "tokens_per_correct": sum(item["num_tokens"] for item in items) / correct if correct else None,
+                    "seconds_per_correct": math.fsum(item["seconds"] for item in items) / correct if correct else None,
+                    "verdict": f"invalid: {'; '.join(reasons)}" if reasons else "valid",
+                    "run": record,
+                }
+            )
+    return tables.frame_of(rows)
+
+
+def invalid(record: Record, source: Record | None) -> list[str]:
+    """Why a run's answers are no measurement, by the bounds of the suite that it was run with; empty if they are."""
+    items = _generated(record)
+    if not items:
+        return []
+    bounds: Mapping[str, float] = record.run.suite["audit"]
+    reasons = [
+        f"{format_percent(share)} {_WORDS[name]}, and the bound is {format_percent(bounds[name])}"
+        for name, share in _shares(items).items()
+        if share > bounds[name]
+    ]
+    inflation = _inflation(record, source)
+    if isinstance(inflation, stats.Estimate) and inflation.value > bounds["token_inflation_ratio"]:
+        reasons.append(
+            f"its answers take {inflation.value:.2f} times the source's tokens, and the bound is "
+            f"{bounds['token_inflation_ratio']:g}"
+        )
+    return reasons
+
+
+def reuse_words(records: ByTask) -> Iterator[str]:
+    """Which runs took answers from earlier ones, a sentence each."""
+    for label, rows in records.items():
+        for row, record in rows.items():
+            (told,) = record.kind("reused")
+            if told["num_reused"]:
+                yield f"{row}, {label}: {told['num_reused']:,} of {told['num_answers']:,} answers are of earlier runs."
+
+
+def _generated(record: Record) -> list[dict[str, Any]]:
+    return [item for item in record.kind("item") if "finish_reasons" in item]
+
+
+def _shares(items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {name: sum(map(is_bad, items)) / len(items) for name, is_bad in _BAD_ANSWERS.items()}
+
+
+def _first_metrics(items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The metric that each task names first."""
+    found: dict[str, str] = {}
+    for item in items:
+        for metric in item["outcomes"]:
+            found.setdefault(item["task"], metric)
+    return found
+
+
+def _inflation(record: Record, source: Record | None) -> stats.Estimate | None:
+    """Tokens of all answers over those of the source's answers to the same items."""
+    if source is None or source is record or incomparable(source, record):
+        return None
+    pairs = [(theirs, mine) for mine, theirs in _joined(record, source) if "finish_reasons" in mine]
+    before, after, _ = _totals(pairs, lambda item: item["num_tokens"])
+    return stats.paired_sum_ratio(after, before) if any(before) else None
+
+
+def _by_metric(record: Record) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in record.kind("result"):
+        found.setdefault((result["task"], result["metric"]), []).append(result)
+    return found
+
+
+def _only_task(record: Record) -> str | None:
+    """lm-eval's name of the task of a run that has one; None for a group."""
+    named = {result["task"] for result in record.kind("result")}
+    return next(iter(named)) if len(named) == 1 else None
+
+
+def _refusal(records: Mapping[str, Record], row: str) -> str | None:
+    """Why a row cannot be compared with the source; None if it can, or is the source."""
+    record, source = records[row], records.get(SOURCE)
+    if invalid(record, source):
+        return "invalid"
+    if row == SOURCE:
+        return None
+    if source is None:
+        return "no record of the source"
+    if invalid(source, None):
+        return "the source is invalid"
+    differing = incomparable(source, record)
+    twice = [doc_id for one in (record, source) if (doc_id := _duplicated(one)) is not None]
+    if not differing and twice:
+        differing = [f"item {twice[0]} twice"]
+    if not differing and any(
+        mine["prompt_sha256"] != theirs["prompt_sha256"] for mine, theirs in _joined(record, source)
+    ):
+        differing = ["prompts"]
+    if not differing and _by_item(record).keys() != _by_item(source).keys():
+        differing = ["items"]
+    return f"incomparable: {', '.join(differing)}" if differing else None
+
+
+def _item(sample: Mapping[str, Any]) -> Item:
+    return sample["task"], sample["doc_id"], sample["doc_sha256"], sample["repetition"]
+
+
+def _by_item(record: Record) -> dict[Item, dict[str, Any]]:
+    return {_item(sample): sample for sample in record.kind("item")}
+
+
+def _duplicated(record: Record) -> int | None:
+    """The document of an item that a record has twice; None where there is none."""
+    seen = set()
+    for sample in record.kind("item"):
+        if _item(sample) in seen:
+            return int(sample["doc_id"])
+        seen.add(_item(sample))
+    return None
+
+
+def _joined(record: Record, source: Record) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    theirs = _by_item(source)
+    return ((sample, theirs[item]) for item, sample in _by_item(record).items() if item in theirs)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _is_mean(record: Record, task: str, metric: str) -> bool:
+    """Whether lm-eval's score is the mean of its items', as it is not of pairs, of a perplexity or of a group."""
+    results = _by_metric(record).get((task, metric), [])
+    for result in results:
+        own = [item for item in _of_task(record, task) if item["repetition"] == result["repetition"]]
+        scores = [item["outcomes"].get(metric) for item in own]
+        if not scores or not all(map(_is_number, scores)):
+            return False
+        if not math.isclose(statistics.fmean(scores), result["value"], rel_tol=1e-6, abs_tol=1e-9):
+            return False
+    return bool(results)
+
+
+def _of_task(record: Record, task: str) -> list[dict[str, Any]]:
+    return [item for item in record.kind("item") if item["task"] == task]
+
+
+def _totals(
+    pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], value: Callable[[Mapping[str, Any]], float]
+) -> tuple[list[float], list[float], list[float]]:
+    """By document, whose repetitions belong together: sums of a value on both sides, and the number of its pairs."""
+    by_doc: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for before, after in pairs:
+        by_doc.setdefault((after["task"], after["doc_id"]), []).append((value(before), value(after)))
+    return (
+        [math.fsum(before for before, _ in values) for values in by_doc.values()],
+        [math.fsum(after for _, after in values) for values in by_doc.values()],
+        [float(len(values)) for values in by_doc.values()],
+    )
+
+
+def _compared(record: Record, source: Record, task: str, metric: str) -> dict[str, Any]:
+    """{delta_score, flips} of a variant's items against the source's."""
+
+    def score(item: Mapping[str, Any]) -> float:
+        return float(item["outcomes"][metric])
+
+    theirs = _by_item(source)
+    pairs = [(theirs[_item(item)], item) for item in _of_task(record, task)]
+    every = [(score(before), score(after)) for before, after in pairs]
+    flips = None
+    if all(value in (0.0, 1.0) for pair in every for value in pair):
+        flips = f"{sum(a > b for a, b in every)} / {sum(a < b for a, b in every)}"
+    return {"delta_score": stats.paired_mean_difference(*_totals(pairs, score)), "flips": flips}
