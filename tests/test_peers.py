@@ -81,7 +81,7 @@ def test_what_a_process_says_is_kept_apart_and_progress_bars_are_cut_into_lines(
 def test_a_process_that_is_killed_says_so(tmp_path: Path) -> None:
     run = timed([sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"], tmp_path / "log")
     assert run.exit_code == -9
-    assert bench._reason(run.exit_code, run.complaint) == "killed by signal 9: no message"
+    assert bench.reason(run.exit_code, run.complaint) == "killed by signal 9: no message"
 
 
 def is_running(pid: int) -> bool:
@@ -112,7 +112,7 @@ timed([sys.executable, '-S', '-c', {sleeper!r}], Path('log'))"
 
 def test_the_reason_of_a_failure_is_the_exception_at_its_end() -> None:
     complaint = 'Traceback (most recent call last):\n  File "x", line 1\nValueError: expected 2D\n    ^^^^'
-    assert bench._reason(1, complaint) == "exit code 1: ValueError: expected 2D"
+    assert bench.reason(1, complaint) == "exit code 1: ValueError: expected 2D"
 
 
 # -- Fairness ----------------------------------------------------------------------------------------------------
@@ -159,6 +159,8 @@ def test_every_race_is_between_contestants_of_its_part() -> None:
     for contestants, races in (
         (contest.SPEED_A16, contest.RACES_A16),
         (contest.SPEED_W4A4, contest.RACES_W4A4),
+        (contest.SPEED_TASKS, contest.RACES_TASKS),
+        (contest.SPEED_TASKS_VLLM, contest.RACES_TASKS_VLLM),
     ):
         names = {one.name for one in contestants} | {COPY}
         assert {race.winner for race in races} | {race.loser for race in races} <= names
@@ -233,7 +235,7 @@ def test_quality_is_measured_once_built_and_reused_the_next_time(session: bench.
     source = checkpoint_path("dense")
     steps: list[str] = []
 
-    def noting(done: int, total: int, what: str) -> None:
+    def noting(done: int, total: int, what: str, note: str = "", /) -> None:
         steps.append(what)
 
     first = bench.quality(dataclasses.replace(session, progress=noting), source, [group])

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets  # type: ignore[import-untyped]
 import lm_eval
 import pytest
+from datasets.arrow_writer import ArrowWriter  # type: ignore[import-untyped]
 
 from harness.cli import main
 from harness.demo import checkpoint_path, corpus
@@ -268,6 +272,17 @@ def test_the_digest_of_a_prompt_changes_with_its_tokens_alone(texts: Texts, engi
     assert digests(batch_size=1) == plain
     assert not set(digests(chat=True)) & set(plain)
     assert not set(digests(num_fewshot=1)) & set(plain)
+
+
+def test_progress_tells_items_speed_and_answers_that_were_cut_off(engine: Engine, texts: Texts, tmp_path: Path) -> None:
+    file = written(
+        tmp_path, GENERATE, generation_kwargs={"until": ["never"], "max_gen_toks": 3, "do_sample": False}, count=6
+    )
+    told: list[tuple[int, int, str, str]] = []
+    with Journal(tmp_path, "lists", {}) as journal:
+        list(tasks.measure(loaded(file, texts), engine, journal, progress=lambda *step: told.append(step)))
+    assert [step[:3] for step in told] == [(done, 6, "answers") for done in range(7)]
+    assert re.fullmatch(r"6 of 6, [\d,]+ tok/s, 6 cut off", told[-1][3])
 
 
 # -- What is answered once is not asked again --------------------------------------------------------------------------
@@ -537,3 +552,53 @@ def test_a_suite_without_tasks_says_so(tmp_path: Path) -> None:
     folder = place(tmp_path, suite=SUITE.partition("[tasks")[0])
     done = subprocess.run(command(folder), cwd=folder, capture_output=True, text=True)
     assert (done.returncode, "no [tasks.NAME] table" in done.stderr) == (2, True)
+
+
+def filled_cache(home: Path) -> None:
+    """What `datasets.load_dataset("openai/gsm8k", "main")` leaves behind, with questions made here."""
+    folder = home / "datasets/openai___gsm8k/main/0.0.0" / COMMIT
+    folder.mkdir(parents=True)
+    questions = [
+        {"question": f"A jar has {n} beans and loses {n // 3}. How many are left?", "answer": f"#### {n - n // 3}"}
+        for n in range(10, 22)
+    ]
+    features = datasets.Dataset.from_list(questions).features
+    info = datasets.DatasetInfo(
+        features=features, builder_name="parquet", dataset_name="gsm8k", config_name="main", version="0.0.0", splits={}
+    )
+    for name in ("train", "test"):
+        writer = ArrowWriter(path=str(folder / f"gsm8k-{name}.arrow"), features=features)
+        for question in questions:
+            writer.write(question)
+        num_examples, num_bytes = writer.finalize()
+        info.splits[name] = datasets.SplitInfo(name, num_bytes, num_examples, dataset_name="gsm8k")
+    info.write_to_directory(str(folder))
+
+
+COMMIT = "0123456789" * 4
+
+
+def test_a_task_of_lm_evals_own_runs_from_a_filled_cache_and_its_versions_are_recorded(tmp_path: Path) -> None:
+    filled_cache(tmp_path / "home")
+    suite = SUITE.replace("./lists.yaml", "gsm8k") + "version = 3.0\nnum_fewshot = 1\nlimit = 3\nmax_new_tokens = 8\n"
+    folder = place(tmp_path, suite=suite)
+    done = subprocess.run(
+        command(folder, "--variant", "source"),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 1, done.stderr  # the embedded model cannot solve it, and the audit says so
+    assert "is invalid" in done.stderr
+    (path,) = folder.glob("results/*/*.jsonl")
+    record = results.read(path)
+    assert record.run.dataset is not None
+    about = record.run.dataset["tasks"]["gsm8k"]
+    assert (about["version"], about["dataset"], about["dataset_revision"]) == (3.0, "openai/gsm8k", COMMIT)
+    assert [item["doc_id"] for item in record.kind("item")] == [0, 1, 2]
+    assert {one["metric"] for one in record.kind("result")} == {
+        "exact_match,strict-match",
+        "exact_match,flexible-extract",
+    }
+    assert record.whole

@@ -103,6 +103,11 @@ def test_a_context_is_read_once_for_all_its_options(
     list(engine.choices([choice], 16))
     tails = [len(option) - 1 for option in choice.options if len(option) > 1]
     assert read == [len(choice.context), len(tails) * max(tails)]
+    read.clear()
+    short = [option for option in choice.options if len(option) <= 4]
+    list(engine.choices([Choice(choice.context, tuple(short))], 16))  # so few are read one by one
+    assert read[0] == len(choice.context)
+    assert sum(read[1:]) == sum(len(option) > 1 for option in short) * (max(map(len, short)) - 1)
 
 
 def test_answers_in_a_batch_are_those_of_transformers_alone(folder: Path, engine: Engine) -> None:

@@ -38,6 +38,8 @@ Text = Callable[[Sequence[int]], str]
 LOGITS_BYTES = 2**27
 """Logits alive at once while scoring. A vocabulary of 248,320 takes 1 MB of float32 per token."""
 _PAD = 0  # any token: it is masked, or nothing after it is read
+_STEPPED_TOKENS = 8
+"""So few more tokens are read one by one: DeltaNet's chunked form computes 64 whatever their number."""
 _TAIL_TOKENS = 8
 """How many more tokens than a stop text has characters are looked at: one may stand for no character at all."""
 
@@ -141,9 +143,15 @@ class _Read:
         longest = max(map(len, texts))
         device = self.mask.device
         ids = torch.tensor([list(text) + [_PAD] * (longest - len(text)) for text in texts], device=device)
+        at_once = 1 if longest <= _STEPPED_TOKENS else longest
+        return torch.cat([self._read(part) for part in torch.split(ids, at_once, dim=1)], dim=1)
+
+    def _read(self, ids: torch.Tensor) -> torch.Tensor:
+        """The hidden states [batch, tokens, width] of more tokens [batch, tokens] of every text."""
+        num_tokens = ids.shape[1]
         self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
-        positions = self.lengths[:, None] + torch.arange(longest, device=device)
-        self.lengths = self.lengths + longest
+        positions = self.lengths[:, None] + torch.arange(num_tokens, device=ids.device)
+        self.lengths = self.lengths + num_tokens
         states: torch.Tensor = self.trunk(
             input_ids=ids,
             attention_mask=self.mask,

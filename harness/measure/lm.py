@@ -365,11 +365,11 @@ class _Teller:
         """Another answer has come."""
         self._done += 1
         self._seconds += answer["seconds"]
-        note = ""
+        note = f"{self._done:,} of {self._total:,}"
         if "token_ids" in answer:
             self._tokens += len(answer["token_ids"])
             self._cut += answer["finish_reason"] == "length"
-            note = f"{self._tokens / max(self._seconds, 1e-9):,.0f} tok/s, {self._cut:,} cut off"
+            note += f", {self._tokens / max(self._seconds, 1e-9):,.0f} tok/s, {self._cut:,} cut off"
         self._tell(note)
 
     def _tell(self, note: str) -> None:

@@ -283,17 +283,15 @@ def _source(value: object) -> str:
 
 
 def _about(task: Any) -> dict[str, Any]:
-    """Version, dataset and the dataset's revision as far as it can be known."""
+    """Version, dataset, and the commit of the dataset where it came from the hub: datasets names its cache by it."""
     config = task.config
-    info = next(iter(task.dataset.values())).info if hasattr(task.dataset, "values") and task.dataset else None
-    urls = " ".join(getattr(info, "download_checksums", None) or {})
-    found = re.search(r"@([0-9a-f]{40})/", urls)
-    asked = (config.dataset_kwargs or {}).get("revision") if isinstance(config.dataset_kwargs, dict) else None
+    files = [file["filename"] for split in task.dataset.values() for file in getattr(split, "cache_files", ())]
+    commits = {found.group(1) for file in files if (found := re.search(r"/([0-9a-f]{40})/[^/]*$", file))}
     return {
         "version": task.VERSION,
         "dataset": config.dataset_path,
         "dataset_config": config.dataset_name,
-        "dataset_revision": found.group(1) if found else asked,
+        "dataset_revision": " ".join(sorted(commits)) or None,
         "num_fewshot": config.num_fewshot,
         "num_docs": len(task.eval_docs),
     }

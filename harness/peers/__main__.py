@@ -12,16 +12,20 @@ from pathlib import Path
 
 from harness.errors import UserError, did_you_mean
 
-MEASURED = ("speed-a16", "speed-w4a4", "quality", "agreement")
-PARTS = (*MEASURED, "report")
+QUANTIZING = ("speed-a16", "speed-w4a4", "quality", "agreement")
+MEASURED = (*QUANTIZING, "speed-tasks")
+IN_VLLM = "speed-tasks-vllm"
+PARTS = (*MEASURED, IN_VLLM, "report")
 PAGE = "reports/peers/README.md"
 PYTHON = Path(".nox/peers-llmcompressor/bin/python")
+EVALS_PYTHON = Path(".nox/peers-lmeval/bin/python")
+VLLM_PYTHON = Path(".nox/vllm/bin/python")
 CONFIG = Path("tests/data/qwen3.5-9b.json")
 REPETITIONS = 6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the parts that are asked for and returns the exit code: 1 if one of our own builds failed."""
+    """Runs the parts that are asked for and returns the exit code: 1 if one of our own contestants failed."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return _run(_parser().parse_args(given), tuple(given))
@@ -40,13 +44,15 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m harness.peers", description="llm-compressor and the harness, side by side on the same inputs."
+        prog="python -m harness.peers",
+        description="llm-compressor, lm-eval and the harness, side by side on the same inputs.",
     )
     parser.add_argument(
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"{', '.join(MEASURED)} (all of them); or report, which writes the page of the records that are there",
+        help=f"{', '.join(MEASURED)} (all of them); {IN_VLLM}, which is left out unless named; or report, which writes "
+        "the page of the records that are there",
     )
     parser.add_argument(
         *("--repetitions", "-n"),
@@ -63,9 +69,20 @@ def _parser() -> argparse.ArgumentParser:
         type=str.lower,
         help="for quality: only this group (may be repeated)",
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="for quality: only N windows of each text")
+    parser.add_argument(
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="for quality: only N windows of each text; for speed-tasks: only N documents of each task",
+    )
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="F", help=f"for speed: true widths ({CONFIG})")
     parser.add_argument("--peers-python", type=Path, default=PYTHON, metavar="P", help=f"({PYTHON})")
+    parser.add_argument(
+        "--evals-python", type=Path, default=EVALS_PYTHON, metavar="P", help=f"for speed-tasks ({EVALS_PYTHON})"
+    )
+    parser.add_argument(
+        "--vllm-python", type=Path, default=VLLM_PYTHON, metavar="P", help=f"for {IN_VLLM} ({VLLM_PYTHON})"
+    )
     parser.add_argument(
         "--artifacts", type=Path, default=Path("artifacts/peers"), metavar="DIR", help="(artifacts/peers)"
     )
@@ -84,7 +101,7 @@ def _positive(text: str) -> int:
 
 def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     from harness.demo import checkpoint_path
-    from harness.peers import bench, contest, tables
+    from harness.peers import bench, contest, evals, tables
     from harness.record.results import Record, new_id
 
     for part in options.parts:
@@ -102,10 +119,19 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     # Found out before an hour of work, not after it.
     if options.results.exists() and not options.results.is_dir():
         raise UserError(f"{options.results} is not a folder.", "Give another --results.")
-    python = Path(os.path.abspath(options.peers_python))  # noqa: PTH100 - resolve() would leave the environment
+    wanted = options.parts or MEASURED
+    # Not by resolve(), which would leave an environment.
+    python, evals_python, vllm_python = (
+        Path(os.path.abspath(one))  # noqa: PTH100
+        for one in (options.peers_python, options.evals_python, options.vllm_python)
+    )
+    if "speed-tasks" in wanted:
+        evals.check_environment(evals_python, "--evals-python", ("lm_eval", "accelerate"))
+    if IN_VLLM in wanted:
+        evals.check_environment(vllm_python, "--vllm-python", ("lm_eval", "vllm"))
     session = bench.Bench(
         their_python=python,
-        their_packages=bench.their_packages(python),
+        their_packages=bench.their_packages(python) if set(wanted) & set(QUANTIZING) else {},
         artifacts=options.artifacts.resolve(),
         results=options.results,
         repetitions=options.repetitions,
@@ -114,7 +140,6 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
         command=("python", "-m", "harness.peers", *given),
         session_id=new_id(),
     )
-    wanted = options.parts or MEASURED
     models = [checkpoint_path(name) for name in options.model or ("dense", "moe")]
     records: list[Record] = []
     shown: list[tables.Table] = []
@@ -131,6 +156,8 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
         ("speed-w4a4", lambda: bench.speed_w4a4(session, dense)),
         *(("quality", partial(bench.quality, session, model, groups)) for model in models),
         ("agreement", lambda: bench.agreement(session, dense)),
+        ("speed-tasks", lambda: evals.speed_tasks(session, dense, evals_python)),
+        (IN_VLLM, lambda: evals.speed_tasks_vllm(session, dense, vllm_python)),
     ]
     for part, run in runs:
         if part in wanted:
@@ -148,7 +175,8 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     else:
         print("\nRemarks:", *(f"  {line}" for line in remarks or ["none"]), sep="\n")
         print("\nRecords:", *(f"  {record.path}" for record in records), sep="\n")
-    failed = [r for r in records if r.kind("failure") and not str(r.run.variant["name"]).startswith("llmcompressor")]
+    theirs = ("llmcompressor", "lm-eval")
+    failed = [r for r in records if r.kind("failure") and not str(r.run.variant["name"]).startswith(theirs)]
     return 1 if failed else 0
 
 
@@ -186,7 +214,7 @@ class _Lines:
     def __init__(self) -> None:
         self._running = ""
 
-    def __call__(self, done: int, total: int, description: str) -> None:
+    def __call__(self, done: int, total: int, description: str, note: str = "", /) -> None:
         if done >= total:
             print(f"{description}: done", file=sys.stderr, flush=True)
             self._running = ""

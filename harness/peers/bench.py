@@ -38,7 +38,7 @@ from harness.peers import contest
 from harness.peers.agreement import compare
 from harness.peers.contest import Contestant, Ours, Theirs
 from harness.peers.stopwatch import timed
-from harness.progress import Progress
+from harness.progress import Progress, named
 from harness.quantize import build as builder
 from harness.quantize import samples
 from harness.record import provenance, results
@@ -72,7 +72,7 @@ class Bench:
     results: Path
     repetitions: int
     limit: int | None
-    """Only so many windows of a text; None for all."""
+    """Only so many windows of a text, or documents of a task; None for all."""
     progress: Progress
     command: tuple[str, ...]
     session_id: str
@@ -147,7 +147,7 @@ def _run_ours(contestant: Ours, source: Path, out: Path, data: Data) -> Made:
     calibration = ["--calibration", str(data.toml)] if contestant.needs_data else []
     run = timed([*command, *calibration, "--json"], _logs(out))
     if run.exit_code:
-        return Made(failure=_reason(run.exit_code, run.complaint))
+        return Made(failure=reason(run.exit_code, run.complaint))
     (built,) = json.loads(run.stdout)
     stages = built.get("stage_seconds")
     return Made(
@@ -176,7 +176,7 @@ def _run_theirs(bench: Bench, contestant: Theirs, source: Path, out: Path, data:
     command = [str(bench.their_python), "-P", str(_COMPRESSOR), str(file)]
     run = timed(command, _logs(out), env={"HF_HUB_OFFLINE": "1"})
     if run.exit_code or not result.exists():
-        return Made(failure=_reason(run.exit_code, run.complaint))
+        return Made(failure=reason(run.exit_code, run.complaint))
     told = json.loads(result.read_text(encoding="utf-8"))
     return Made(
         digest=_fingerprint(out),
@@ -193,7 +193,7 @@ def _logs(out: Path) -> Path:
     return out.with_name(out.name + ".log")
 
 
-def _reason(exit_code: int, complaint: str) -> str:
+def reason(exit_code: int, complaint: str) -> str:
     """The exception of a traceback or the sentence of a user error, whichever a tool ended with."""
     killed = f"killed by signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
     lines = [line for line in complaint.splitlines() if not line.startswith((" ", "\t"))]
@@ -374,7 +374,7 @@ def quality(bench: Bench, source: Path, groups: Sequence[contest.Group] = contes
     records = []
     contestants = {one.name: one for group in groups for one in group.contestants}
     for number, (name, contestant) in enumerate(contestants.items(), 1):
-        told = replace(bench, progress=_named(bench.progress, f"{part}, {number} of {len(contestants)}: {name}"))
+        told = replace(bench, progress=named(bench.progress, f"{part}, {number} of {len(contestants)}: {name}"))
         made = _made(told, contestant, source, folder / name, data, source_digest)
         run = _header(bench, part, about, name, contestant, made, source_digest)
         with ExitStack() as stack:
@@ -394,7 +394,7 @@ def quality(bench: Bench, source: Path, groups: Sequence[contest.Group] = contes
                 writer.sample({"kind": "failure", "reason": failure or "it was not opened"})
             else:
                 for text, cut in windows.items():
-                    progress = _named(told.progress, text)
+                    progress = named(told.progress, text)
                     for sample in fidelity.measure(reference[text], variant, cut, batch_size=_BATCH, progress=progress):
                         writer.sample({**sample, "text": text})
             records.append(results.read(writer.finish()))
@@ -410,7 +410,7 @@ def agreement(bench: Bench, source: Path) -> list[Record]:
     about = {"source": source.name, "calibration_digest": data.digest}
     records = []
     for ours, theirs in contest.AGREEMENTS:
-        told = replace(bench, progress=_named(bench.progress, f"{part}: {theirs.name}"))
+        told = replace(bench, progress=named(bench.progress, f"{part}: {theirs.name}"))
         mine, made = (_made(told, one, source, folder / one.name, data, source_digest) for one in (ours, theirs))
         with RunWriter(bench.results, _header(bench, part, about, theirs.name, theirs, made, source_digest)) as writer:
             if failure := mine.failure or made.failure:
@@ -458,10 +458,6 @@ def _made(bench: Bench, contestant: Contestant, source: Path, out: Path, data: D
 # -- Records -----------------------------------------------------------------------------------------------------
 
 
-def _named(progress: Progress, name: str) -> Progress:
-    return lambda done, total, description: progress(done, total, f"{name}: {description}")
-
-
 def _repetition(made: Made, repetition: int) -> dict[str, Any]:
     return {
         "kind": "repetition",
@@ -489,6 +485,18 @@ def _header(
     made: Made,
     source_digest: str,
 ) -> Run:
+    variant = {
+        "name": name,
+        "recipe": contestant.recipe if contestant else None,
+        "contestant": asdict(contestant) if contestant else None,
+        "artifact_digest": made.digest,
+        "source_digest": source_digest,
+    }
+    return header(bench, part, about, variant, made.packages)
+
+
+def header(bench: Bench, part: str, about: Mapping[str, Any], variant: dict[str, Any], packages: dict[str, str]) -> Run:
+    """The header of a contestant's record in a part of the comparison; `about` says what all of it is about."""
     suite = {"name": part, **about}
     canonical = json.dumps(suite, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     threads = os.environ.get("OMP_NUM_THREADS")
@@ -498,17 +506,11 @@ def _header(
         session_id=bench.session_id,
         suite=suite,
         suite_digest=hashlib.sha256(canonical.encode()).hexdigest(),
-        variant={
-            "name": name,
-            "recipe": contestant.recipe if contestant else None,
-            "contestant": asdict(contestant) if contestant else None,
-            "artifact_digest": made.digest,
-            "source_digest": source_digest,
-        },
+        variant=variant,
         engine=None,
         dataset=None,
         machine={**provenance.machine(), "omp_num_threads": threads},
-        packages=made.packages,
+        packages=packages,
         git=provenance.git(Path(harness.__file__).parent),
         command=bench.command,
     )

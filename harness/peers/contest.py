@@ -1,11 +1,13 @@
-"""What is compared: our recipes and options beside llm-compressor's methods, in groups of equal bits.
+"""What is compared: our recipes and options beside llm-compressor's methods, in groups of equal bits; and our engines
+beside lm-eval's own model classes.
 
 A group has one baseline, our round-to-nearest on absmax scales, and every divergence in the group is also given
 as a share of the baseline's. Both sides quantize the same modules: their ignore list is the recipe's own.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from harness.quantize.recipes import recipe_named
 
@@ -131,12 +133,12 @@ AGREEMENTS = (
 
 @dataclass(frozen=True)
 class Race:
-    """How the times of two contestants are to stand: `loser` / `winner` is at least `times`. A `memory_share` is what
-    the winner's peak may be of the loser's."""
+    """How the times of two contestants are to stand: `loser` / `winner` is at least `times`, where a goal is set. A
+    `memory_share` is what the winner's peak may be of the loser's."""
 
     winner: str
     loser: str
-    times: float
+    times: float | None
     memory_share: float | None = None
 
 
@@ -157,3 +159,79 @@ RACES_A16 = (
 )
 SPEED_W4A4: tuple[Contestant, ...] = (_RTN, _THEIR_RTN, _GPTQ, _THEIR_GPTQ)
 RACES_W4A4 = (Race(_RTN.name, _THEIR_RTN.name, 5), Race(_GPTQ.name, _THEIR_GPTQ.name, 5))
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """One way to answer task evals: lm-eval's own model class `engine`, or our engine of that name.
+
+    `arguments` are the class's own beside the checkpoint, or those of `open_engine` with the contexts in a forward pass
+    (`batch_size`) and the tokens of a sequence (`max_length`).
+    """
+
+    name: str
+    side: Literal["lm-eval", "harness"]
+    engine: str
+    arguments: Mapping[str, Any]
+
+    def job(self) -> dict[str, Any]:
+        """The part of an `evaluator` job that says who answers."""
+        return {"side": self.side, "engine": self.engine, "arguments": dict(self.arguments)}
+
+
+EVALUATIONS = ("recall_choice", "agreement", "arithmetic_choice")
+"""The embedded tasks that are raced: of log-likelihoods, 300 documents each."""
+SEQUENCE_TOKENS = 1024
+
+_CPU: dict[str, Any] = {"device": "cpu"}
+_WIDE = {**_CPU, "dtype": "float32"}
+_HF = Evaluator("lm-eval-hf", "lm-eval", "hf", _CPU)
+_HF_FLOAT32 = Evaluator("lm-eval-hf-float32", "lm-eval", "hf", _WIDE)
+_HF_BATCHED = Evaluator("lm-eval-hf-float32-batch16", "lm-eval", "hf", {**_WIDE, "batch_size": 16})
+_TORCH = Evaluator("harness-torch", "harness", "torch", {**_WIDE, "batch_size": 16, "max_length": SEQUENCE_TOKENS})
+
+SPEED_TASKS = (_TORCH, _HF, _HF_FLOAT32, _HF_BATCHED)
+RACES_TASKS = (
+    Race(_TORCH.name, _HF.name, 2),
+    Race(_TORCH.name, _HF_FLOAT32.name, 2),
+    Race(_TORCH.name, _HF_BATCHED.name, None),
+)
+
+_THEIR_VLLM = Evaluator(
+    "lm-eval-vllm",
+    "lm-eval",
+    "vllm",
+    {
+        "dtype": "bfloat16",
+        "seed": 0,
+        "batch_size": "auto",
+        "max_model_len": SEQUENCE_TOKENS,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 2048,
+        "kv_cache_memory_bytes": 500_000_000,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "language_model_only": True,
+        "hf_overrides": {"head_dtype": "float32"},
+    },
+)
+"""vLLM's arguments are those that our engine gives it for the options below."""
+_VLLM = Evaluator(
+    "harness-vllm",
+    "harness",
+    "vllm",
+    {
+        "dtype": "bfloat16",
+        "batch_size": 16,
+        "max_length": SEQUENCE_TOKENS,
+        "options": {
+            "max_model_len": SEQUENCE_TOKENS,
+            "max_num_seqs": 8,
+            "kv_cache_gb": 0.5,
+            "enforce_eager": True,
+            "text_only": True,
+        },
+    },
+)
+SPEED_TASKS_VLLM = (_VLLM, _THEIR_VLLM)
+RACES_TASKS_VLLM = (Race(_VLLM.name, _THEIR_VLLM.name, 1),)

