@@ -262,7 +262,7 @@ def _tasks(evidence: _Evidence, link: Link) -> str:
     return _paragraphs(
         _table(evidence, link, evidence.frames["tasks"]),
         "Scores and standard errors are lm-eval's own. Δ is paired: variant and source answered the same prompts, and "
-        f"the interval is a bootstrap over documents ({RESAMPLES:,} resamples). Lost and won count the documents that "
+        f"the interval is a bootstrap over documents ({RESAMPLES:,} resamples). Lost and won count the items that "
         "only the source, and only the variant, gets right.",
         None if answers.empty else f"**Generated answers**\n\n{_table(evidence, link, answers)}",
         None
