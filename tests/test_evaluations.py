@@ -142,9 +142,9 @@ def test_the_order_of_the_items_does_not_matter(scores: list[tuple[float, float]
     assert found.num == len(scores)
 
 
-def test_a_model_against_itself_differs_by_exactly_zero() -> None:
+def test_a_model_against_itself_differs_by_zero_and_has_no_interval() -> None:
     found = delta(pair(answered([1, 0, 1, 1]), answered([1, 0, 1, 1])))
-    assert (found.value, found.low, found.high) == (0, 0, 0)
+    assert (found.value, found.low, found.high) == (0, None, None)
 
 
 def test_flips_count_what_was_lost_and_what_was_won() -> None:

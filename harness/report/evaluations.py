@@ -1,14 +1,15 @@
 """Records of tasks to tables: what was scored beside the source, item by item, and whether the answers can be believed.
 
-Two runs are compared over the items that they share, joined by document; an item whose prompt is another one (other
-examples, another template, another tokenizer) refuses the comparison instead of being averaged over. A run of which too
-many answers were cut off, empty or without an answer in them measures its limits and not the model: above the bounds of
-its suite's [audit] table it is invalid, says why, and is compared with nothing.
+Two runs are compared over the same items, joined by document; an item that one of them lacks, or whose prompt is
+another one (other examples, another template, another tokenizer), refuses the comparison instead of being averaged
+over. A run of which too many answers were cut off, empty or without an answer in them measures its limits and not the
+model: above the bounds of its suite's [audit] table it is invalid, says why, and is compared with nothing.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -53,9 +54,9 @@ def scores(by_task: ByTask) -> pd.DataFrame:
 
     `score` is the mean over repetitions of what lm-eval says; its standard error is that of one repetition. The
     difference is the mean over documents of the variant's score less the source's (repetitions of a document belong
-    together), with a bootstrap over documents; there is none of a metric that lm-eval aggregates in another way
-    than by the mean. `flips` are the items that the source solved and the variant does not, and the other way round, in
-    a metric that is right or wrong.
+    together), with a bootstrap over documents, and without an interval where no score differs. There is none of a
+    metric that lm-eval aggregates in another way than by the mean. `flips` are the items that the source solved and the
+    variant does not, and the other way round, in a metric that is right or wrong.
     """
     rows = []
     for label, records in by_task.items():
@@ -284,4 +285,8 @@ def _compared(record: Record, source: Record, task: str, metric: str) -> dict[st
     flips = None
     if all(value in (0.0, 1.0) for pair in every for value in pair):
         flips = f"{sum(a > b for a, b in every)} / {sum(a < b for a, b in every)}"
-    return {"delta_score": stats.paired_mean_difference(*_totals(pairs, score)), "flips": flips}
+    before, after, weights = _totals(pairs, score)
+    difference = stats.paired_mean_difference(before, after, weights)
+    if before == after:  # resampling knows nothing of what might have differed
+        difference = replace(difference, low=None, high=None)
+    return {"delta_score": difference, "flips": flips}
