@@ -45,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"harness: {error.problem}\n  {error.remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("harness: interrupted. The same command starts again; a build continues where it was.", file=sys.stderr)
+        print(
+            "harness: interrupted. The same command starts again; builds and task evals continue where they were.",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         # The reader of the table has gone (`harness ppl | head`); what is left in the buffer must go nowhere too.

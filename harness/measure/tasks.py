@@ -23,6 +23,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import datasets  # type: ignore[import-untyped]
 import lm_eval
 import lm_eval.api.task
 import numpy as np
@@ -76,6 +77,7 @@ def take(label: str, wanted: Task, source: str | Path) -> Taken:
     is unknown, broken, of another version, without its dataset, or that cannot be put as `wanted`. No tokenizer and no
     model is needed for that."""
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # says again what it raises
+    datasets.disable_progress_bars()
     # It draws bars on stderr and takes no argument against them.
     lm_eval.api.task.tqdm = partial(lm_eval.api.task.tqdm, disable=True)
     found = _loaded_by_lm_eval(label, source, wanted.revision)
