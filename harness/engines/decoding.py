@@ -5,22 +5,21 @@ transformers reads compressed-tensors checkpoints itself, but not every one: rel
 parameters in its model class (`experts.gate_up_proj [E, 2I, H]`, `experts.down_proj [E, H, I]`). Here the model class
 is built empty from its configuration, and filled piece by piece: a **place** is a parameter, or a slice of one,
 together with the module on disk that it is decoded from. All names, shapes and dtypes are checked before the first
-weight is read. Nothing is held twice but the piece in hand, so loading takes the memory of the finished model and a
-shard's mapped pages, which the system may take back.
+weight is read. Nothing is held twice but the piece in hand, so loading takes the memory of the finished model. A single
+module is filled in the same way, so a model can also be checked as a whole and loaded one layer at a time.
 
 The arithmetic is that of transformers on a dense checkpoint, so that the numbers of dense and MoE models mean the
 same: NVFP4 is decoded to BF16, and widened where the model computes in float32; FP8 is decoded into the model's dtype.
 Where a format quantizes activations too, `emulation` rounds them on every call.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import initialization
 
@@ -28,11 +27,12 @@ from harness.engines.emulation import ExpertRounding, Rounding, input_rounding, 
 from harness.errors import UserError
 from harness.formats import fp8, nvfp4
 from harness.formats.config import FORMATS, Format, QuantizationConfig
+from harness.model.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 
 _FLOATS = ("BF16", "F16", "F32")
-_OPEN_SHARDS = 2
 _CHUNK_ELEMENTS = 1 << 22
-"""Weights decoded at a time: their float32 temporaries stay small beside the model."""
+"""Weights read and decoded at a time: their float32 temporaries stay small beside the model."""
+_INPUT_SCALE = "input_global_scale"
 
 
 @dataclass
@@ -57,70 +57,108 @@ def load(
     `UserError` for a module in a format that the harness does not know, and for an expert whose gate and up
     projections round their common input differently.
     """
-    with initialization.no_init_weights():
-        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
-    model.tie_weights()
-    shards = _Shards(folder)
-    places = _places(model, quantization, shards.entries, folder)
-    aliases = set(model.state_dict()) - set(_tensors(model))  # a tied head may be stored though it is not needed
-    report = _check(places, shards.entries, aliases)
+    model = empty_model(auto_class, config, dtype)
+    stored = Stored(open_checkpoint(folder), quantization)
+    report = stored.prepare(model)
     if not report:
-        places.sort(key=lambda place: shards.entries[place.needs[0].name].file)
-        scales: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for place in places:
-                parts = {part.suffix: shards.tensor(part.name) for part in place.needs}
-                _fill(place, parts)
-                if "input_global_scale" in parts:
-                    scales[place.module] = parts["input_global_scale"].clone()
-        _round(model, places, scales, folder)
+        stored.fill(model)
     return model, report
 
 
-def formats_of(module: nn.Module) -> tuple[Format | None, ...]:
-    """The formats that `load` decoded the weights of `module` from, None among them for weights that were stored as
-    they are; empty for a module without any such weight."""
-    found: tuple[Format | None, ...] = getattr(module, "decoded_from", ())
-    return found if any(found) else ()
+def empty_model(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model of a configuration, tied as it says, whose weights have no values yet."""
+    with initialization.no_init_weights():
+        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    return model
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A tensor on disk."""
+class Stored:
+    """The weights of a checkpoint, and the formats that they are in: what a model of transformers is filled from."""
 
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
+    checkpoint: Checkpoint
+    quantization: QuantizationConfig
+
+    def prepare(self, model: nn.Module) -> Report:
+        """Notes in each module of a whole `model`, which may be on the meta device, what its weights will be decoded
+        from (`formats_of`), and returns what of the checkpoint does not fit the model."""
+        places = self._places(model)
+        formats: dict[str, dict[Format | None, None]] = {}
+        for place in places:
+            if place.form is not None or place.expert is not None:
+                formats.setdefault(place.owner, {})[place.form] = None
+        for owner, found in formats.items():
+            module: Any = model.get_submodule(owner)
+            module.decoded_from = tuple(found)
+        aliases = set(model.state_dict()) - set(_tensors(model))  # a tied head may be stored though it is not needed
+        return _check(places, self.checkpoint.tensors, aliases)
+
+    @torch.no_grad()
+    def fill(self, module: nn.Module, prefix: str = "") -> None:
+        """Gives every parameter of `module`, which is on the CPU, its values; from now on it rounds its inputs as its
+        formats do. On the disk its names begin with `prefix`. To be called once, and after `prepare` found no fault."""
+        entries = self.checkpoint.tensors
+        places = self._places(module, prefix)
+        places.sort(key=lambda place: (entries[place.needs[0].name].shard, entries[place.needs[0].name].offset))
+        scales = {}
+        for place in places:
+            _fill(place, self.checkpoint)
+            if any(need.suffix == _INPUT_SCALE for need in place.needs):
+                scales[place.module] = self.checkpoint.tensor(f"{place.module}.{_INPUT_SCALE}")
+        _round(module, places, scales, self.checkpoint.folder)
+
+    @cached_property
+    def _modules(self) -> set[str]:
+        return {name.rpartition(".")[0] for name in self.checkpoint.tensors}
+
+    def _format_of(self, module: str) -> Format | None:
+        group = self.quantization.group_of(module)
+        if group is not None and group.format is None:
+            raise UserError(
+                f"{self.checkpoint.folder} stores {module} in the format of '{group.name}', which the harness does not "
+                "decode.",
+                f"It decodes {', '.join(form.name for form in FORMATS)}.",
+            )
+        return None if group is None else group.format
+
+    def _places(self, module: nn.Module, prefix: str = "") -> list["_Place"]:
+        """Every place of `module`, whose names on the disk begin with `prefix`."""
+        places: list[_Place] = []
+        for name, tensor in _tensors(module).items():
+            owner, _, last = name.rpartition(".")
+            on_disk = (prefix + name).rpartition(".")[0]
+            linear = last == "weight" and isinstance(module.get_submodule(owner), nn.Linear)
+            if tensor.ndim == 3 and last in ("gate_up_proj", "down_proj"):
+                places.extend(self._expert_places(tensor, owner, on_disk, last))
+            elif linear and (form := self._format_of(on_disk)) is not None:
+                places.append(_decoded(tensor, owner, on_disk, form))
+            else:
+                places.append(_copied(tensor, owner, prefix + name))
+        return places
+
+    def _expert_places(self, fused: Tensor, owner: str, on_disk: str, last: str) -> Iterator["_Place"]:
+        """Those of a parameter of fused experts; they lie on the disk as it does, or one by one."""
+        shards = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+        whole, first = f"{on_disk}.{last}", f"{on_disk}.0.{shards[0]}"
+        if whole in self.checkpoint.tensors or (first not in self._modules and self._format_of(first) is None):
+            yield _copied(fused, owner, whole)
+            return
+        for expert in range(len(fused)):
+            for shard, target in zip(shards, fused[expert].chunk(len(shards)), strict=True):
+                module = f"{on_disk}.{expert}.{shard}"
+                form = self._format_of(module)
+                if form is None:
+                    yield _copied(target, owner, f"{module}.weight", (expert, shard))
+                else:
+                    yield _decoded(target, owner, module, form, (expert, shard))
 
 
-class _Shards:
-    """The tensors of a checkpoint folder by name. Reading maps a file; only the last few stay mapped."""
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        files: Iterable[str] = ["model.safetensors"]
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        self._folder = folder
-        self._open: dict[str, Any] = {}
-        self.entries: dict[str, _Entry] = {}
-        for file in files:
-            handle = self._handle(file)
-            names = handle.keys()
-            for name in names:
-                part = handle.get_slice(name)
-                self.entries[name] = _Entry(file, part.get_dtype(), tuple(part.get_shape()))
-
-    def _handle(self, file: str) -> Any:
-        handle = self._open.pop(file, None) or safe_open(self._folder / file, framework="pt")
-        self._open[file] = handle  # the last one read is the last to go
-        if len(self._open) > _OPEN_SHARDS:
-            del self._open[next(iter(self._open))]
-        return handle
-
-    def tensor(self, name: str) -> Tensor:
-        found: Tensor = self._handle(self.entries[name].file).get_tensor(name)
-        return found
+def formats_of(module: nn.Module) -> tuple[Format | None, ...]:
+    """The formats that `Stored` decodes the weights of `module` from, None among them for weights that are stored as
+    they are; empty for a module without any such weight."""
+    found: tuple[Format | None, ...] = getattr(module, "decoded_from", ())
+    return found if any(found) else ()
 
 
 @dataclass(frozen=True)
@@ -169,51 +207,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(first.values())
 
 
-def _places(
-    model: nn.Module, quantization: QuantizationConfig, on_disk: Mapping[str, _Entry], folder: Path
-) -> list[_Place]:
-    """Every place of the model."""
-    modules_on_disk = {name.rpartition(".")[0] for name in on_disk}
-
-    def form_of(module: str) -> Format | None:
-        group = quantization.group_of(module)
-        if group is not None and group.format is None:
-            raise UserError(
-                f"{folder} stores {module} in the format of '{group.name}', which the harness does not decode.",
-                f"It decodes {', '.join(form.name for form in FORMATS)}.",
-            )
-        return None if group is None else group.format
-
-    def expert_places(name: str, fused: Tensor) -> Iterator[_Place]:
-        owner, _, last = name.rpartition(".")
-        shards = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
-        first = f"{owner}.0.{shards[0]}"
-        if name in on_disk or (first not in modules_on_disk and form_of(first) is None):
-            yield _copied(fused, owner, name)
-            return
-        for expert in range(len(fused)):
-            for shard, target in zip(shards, fused[expert].chunk(len(shards)), strict=True):
-                module = f"{owner}.{expert}.{shard}"
-                form = form_of(module)
-                if form is None:
-                    yield _copied(target, owner, f"{module}.weight", (expert, shard))
-                else:
-                    yield _decoded(target, owner, module, form, (expert, shard))
-
-    places: list[_Place] = []
-    for name, tensor in _tensors(model).items():
-        owner, _, last = name.rpartition(".")
-        linear = last == "weight" and isinstance(model.get_submodule(owner), nn.Linear)
-        if tensor.ndim == 3 and last in ("gate_up_proj", "down_proj"):
-            places.extend(expert_places(name, tensor))
-        elif linear and (form := form_of(owner)) is not None:
-            places.append(_decoded(tensor, owner, owner, form))
-        else:
-            places.append(_copied(tensor, owner, name))
-    return places
-
-
-def _check(places: Iterable[_Place], on_disk: Mapping[str, _Entry], aliases: set[str]) -> Report:
+def _check(places: Iterable[_Place], on_disk: Mapping[str, TensorEntry], aliases: set[str]) -> Report:
     """Names, shapes and dtypes of what the places need against what there is."""
     report, needed = Report(), set()
     for need in (need for place in places for need in place.needs):
@@ -230,36 +224,39 @@ def _check(places: Iterable[_Place], on_disk: Mapping[str, _Entry], aliases: set
     return report
 
 
-def _fill(place: _Place, parts: Mapping[str, Tensor]) -> None:
-    """Decodes `parts`, tensors by suffix, into the place; some rows at a time."""
-    if place.form is None:
-        (stored,) = parts.values()
-        place.target.copy_(stored)
-        return
-    step = max(1, _CHUNK_ELEMENTS // place.target.shape[1])
-    for start in range(0, len(place.target), step):
-        rows = slice(start, start + step)
-        scales = parts["weight_scale"][rows]
-        if place.form.compressor == "float-quantized":
-            weights = fp8.decode(parts["weight"][rows], scales, place.target.dtype)
+def _fill(place: _Place, checkpoint: Checkpoint) -> None:
+    """Reads what the place needs and decodes it into it; some rows at a time."""
+    target = place.target.view(-1, place.target.shape[-1] if place.target.ndim else 1)
+    names = {need.suffix: need.name for need in place.needs}
+    step = max(1, _CHUNK_ELEMENTS // target.shape[1])
+    for start in range(0, len(target), step):
+        into = target[start : start + step]
+
+        def rows(suffix: str, start: int = start, count: int = len(into)) -> Tensor:
+            return checkpoint.rows(names[suffix], start, count)
+
+        if place.form is None:
+            (suffix,) = names
+            weights = rows(suffix)
+        elif place.form.compressor == "float-quantized":
+            weights = fp8.decode(rows("weight"), rows("weight_scale"), into.dtype)
         else:
-            weights = nvfp4.decode(parts["weight_packed"][rows], scales, parts["weight_global_scale"].float())
-        place.target[rows].copy_(weights)
+            divisor = checkpoint.tensor(names["weight_global_scale"]).float()
+            weights = nvfp4.decode(rows("weight_packed"), rows("weight_scale"), divisor)
+        into.copy_(weights)
 
 
 def _round(model: nn.Module, places: Iterable[_Place], scales: Mapping[str, Tensor], folder: Path) -> None:
-    """Lets every module round its inputs as its format does, and note its formats."""
+    """Lets every module round its inputs as its format does."""
     slices: dict[str, dict[tuple[int, str], _Place]] = {}
     for place in places:
         if place.expert is not None:
             slices.setdefault(place.owner, {})[place.expert] = place
         elif place.form is not None:
             linear: Any = model.get_submodule(place.owner)
-            linear.decoded_from = (place.form,)
             round_inputs(linear, input_rounding(place.form, scales.get(place.module)))
     for owner, of_expert in slices.items():
         experts: Any = model.get_submodule(owner)
-        experts.decoded_from = tuple(dict.fromkeys(place.form for place in of_expert.values()))
         roundings = []
         for number in range(len(experts.down_proj)):
             gate, up, down = (of_expert.get((number, f"{shard}_proj")) for shard in ("gate", "up", "down"))

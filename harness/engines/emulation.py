@@ -44,7 +44,7 @@ def input_rounding(form: Format | None, global_scale: Tensor | None = None) -> R
         nonlocal moved
         if moved.device != x.device:  # once: the layer has moved since
             moved = scale.to(x.device)
-        return nvfp4.fake_quantize(x, moved)
+        return nvfp4.round_trip(x, nvfp4.activation_block_scales(x, moved), moved)
 
     return rounding
 

@@ -145,8 +145,7 @@ class TextModel:
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings `[batch, time, width]` of `ids [batch, time]`; only their rows are read."""
         name = f"{_TEXT}embed_tokens.weight"
-        distinct, places = torch.unique(ids, return_inverse=True)
-        rows = torch.cat([self._checkpoint.rows(name, int(index), 1) for index in distinct])
+        rows, places = embedding_rows(self._checkpoint, name, ids)
         self._check(self._checkpoint.tensors[name], rows)
         return rows.to(self.device, self.dtype)[places.to(self.device)]
 
@@ -208,6 +207,13 @@ class TextModel:
         return cos_sin
 
 
+def embedding_rows(checkpoint: Checkpoint, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of the embedding table `name` that `ids` [...] ask for, as they are stored, each read once, and the row
+    of each id: `rows[places]` are the embeddings [..., width]."""
+    distinct, places = torch.unique(ids, return_inverse=True)
+    return torch.cat([checkpoint.rows(name, int(index), 1) for index in distinct]), places
+
+
 def _linears(module: nn.Module, prefix: str) -> dict[str, nn.Linear]:
     return {f"{prefix}.{name}": part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
 
@@ -227,7 +233,8 @@ class HiddenStates:
         self._offsets = [sum(sizes[:index]) for index in range(len(sizes))]
         self._kept: dict[int, Tensor] = {}
         self._memory = memory
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with _writing(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def __getitem__(self, index: int) -> Tensor:
         if index in self._kept:
@@ -239,7 +246,10 @@ class HiddenStates:
         while done < len(view):
             read = os.preadv(self._file, [view[done:]], self._offsets[index] + done)
             if read == 0:
-                raise UserError(f"{self._path} is cut.", "Remove the unfinished build and start again.")
+                raise UserError(
+                    f"{self._path} is cut.",
+                    "Remove the folder that it is in, which is unfinished work, and start again.",
+                )
             done += read
         return flat.to(self._device)
 
@@ -247,8 +257,9 @@ class HiddenStates:
         host = hidden.detach().to("cpu", self._dtype).contiguous()
         view = bytes_of(host)
         done = 0
-        while done < len(view):
-            done += os.pwrite(self._file, view[done:], self._offsets[index] + done)
+        with _writing(self._path):
+            while done < len(view):
+                done += os.pwrite(self._file, view[done:], self._offsets[index] + done)
         if index in self._kept or self._memory >= len(view):
             self._memory -= 0 if index in self._kept else len(view)
             self._kept[index] = host
@@ -266,6 +277,16 @@ class HiddenStates:
         if remove:
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}).", "Make room, or give a folder on another disk."
+        ) from error
 
 
 @contextlib.contextmanager

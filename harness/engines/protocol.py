@@ -27,6 +27,7 @@ from harness.sampling import GREEDY, Sampling
 # Name -> module and class. Imported only when opened, so that one that is not installed harms no other.
 ENGINES = {
     "torch": ("harness.engines.torch_engine", "TorchEngine"),
+    "streamed": ("harness.engines.streamed", "StreamedEngine"),
     "vllm": ("harness.engines.vllm_engine", "VllmEngine"),
     "server": ("harness.engines.server_engine", "ServerEngine"),
 }
@@ -149,6 +150,30 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """What some models predict at neighbouring places of one window."""
+
+    window: int
+    """The window's index."""
+    first: int
+    """Row i is the distribution after token first + i of the window."""
+    log_probs: tuple[NDArray[np.float32], ...]
+    """A natural-log distribution [rows, vocabulary] by model."""
+
+
+@dataclass(frozen=True)
+class Top:
+    """The k most probable tokens after each of the first n - 1 tokens of a window of n."""
+
+    ids: NDArray[np.int32]
+    """[n - 1, k], the most probable first."""
+    log_probs: NDArray[np.float32]
+    """Of those, in nats."""
+    actual: NDArray[np.float32]
+    """[n - 1]: of the token that really follows."""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What is to be answered, and when the answer is over: after the end-of-text token, after `max_new_tokens`, or as
     soon as one of the texts in `stop` has been written."""
@@ -198,6 +223,10 @@ class Engine(Protocol):
         """For each window of n token ids, in order, the natural-log distributions [n - 1, vocabulary] after each of
         its first n - 1 tokens; `score` picks from them. One window's are in memory at a time: 1 MB a token for a
         vocabulary of 248,320."""
+
+    def top_log_probs(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[Top]:
+        """Of each window, in order, the `num` most probable tokens at each place, all where the vocabulary is
+        smaller: what can be had of an engine that serves, and kept."""
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
         """Greedy continuation of a batch of equally long prompts by `num_tokens` each, with a real KV and state

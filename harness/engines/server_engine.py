@@ -30,6 +30,7 @@ from harness.engines.protocol import (
     Prompt,
     Scored,
     Start,
+    Top,
 )
 from harness.errors import UserError
 
@@ -108,6 +109,10 @@ class ServerEngine(Engine):
     def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
         """Not to be had from a server."""
         raise UserError("A server does not give whole distributions.", "Measure fidelity on the torch or vLLM engine.")
+
+    def top_log_probs(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[Top]:
+        """Not asked of a server."""
+        raise UserError("Fidelity is not measured on a server.", "Measure it on the torch or vLLM engine.")
 
     def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
         """Not asked of a server."""

@@ -29,6 +29,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -43,12 +44,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.cache_utils import DynamicCache
 
 from harness.engines import decoding, torch_answers
-from harness.engines.decoding import formats_of
+from harness.engines.decoding import Stored, formats_of
 from harness.engines.layers import device_named, silence_transformers
-from harness.engines.protocol import Answer, Choice, Decoded, Engine, EngineInfo, Memory, Prompt, Scored, Start
+from harness.engines.protocol import Answer, Choice, Decoded, Engine, EngineInfo, Memory, Prompt, Scored, Start, Top
 from harness.engines.torch_answers import LOGITS_BYTES
 from harness.errors import UserError, did_you_mean
-from harness.formats.config import Format, parse
+from harness.formats.config import Format, QuantizationConfig, parse
+from harness.model.checkpoint import open_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -57,21 +59,21 @@ class TorchEngine(Engine):
     """A checkpoint folder as a transformers model; see `protocol.Engine` for what its methods promise."""
 
     def __init__(self, folder: Path, start: Start) -> None:
-        dtype = start.dtype
         if start.options:
             raise UserError(f"The torch engine has no option '{next(iter(start.options))}'.", "Leave it out.")
-        if dtype not in DTYPES:
-            raise UserError(f"The torch engine does not compute in '{dtype}'.", did_you_mean(dtype, DTYPES))
-        self._device = device_named(start.device)
-        _set_threads()
-        _reset_peak_memory(self._device)
-        silence_transformers()
-        model = load_model(folder, dtype, self._device)
+        self._device = prepare(start.dtype, start.device)
+        model = load_model(folder, start.dtype, self._device)
         self._folder = folder
         self._model: Any = model
         self._trunk: Any = model.get_decoder()
         self._head: Any = model.get_output_embeddings()
-        self._info = _describe(model, self._trunk, self._head, folder, dtype, start.device, self._device)
+        info = describe("torch", model, folder, start.dtype, start.device, self._device)
+        own = {
+            "use_cache": {"score": False, "decode": True},
+            "cache": "DynamicCache",
+            "weight_bytes_resident": weight_bytes(model),
+        }
+        self._info = replace(info, effective={**info.effective, **own})
 
     @property
     def info(self) -> EngineInfo:
@@ -80,8 +82,8 @@ class TorchEngine(Engine):
 
     def score(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float64]]:
         """Log-probabilities, in nats, of tokens 1 … n - 1 of each window of n tokens, in order."""
-        weight = self._wide_head()
-        for batch in _batches(windows, batch_size):
+        weight = wide_head(self._head)
+        for batch in batches_of_equals(windows, batch_size):
             with self._scoring(batch):
                 targets = torch.tensor(batch, device=self._device)[:, 1:].flatten()
                 found = torch.empty(len(targets), dtype=torch.float32, device=self._device)
@@ -96,8 +98,8 @@ class TorchEngine(Engine):
 
     def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
         """Log-distributions [n - 1, vocabulary], in nats, after the first n - 1 tokens of each window, in order."""
-        weight = self._wide_head()
-        for batch in _batches(windows, batch_size):
+        weight = wide_head(self._head)
+        for batch in batches_of_equals(windows, batch_size):
             shape = (len(batch[0]) - 1, self._head.weight.shape[0])
             chunks = self._logits(batch, weight)
             left = np.empty((0, shape[1]), np.float32)  # of the last chunk, rows of the next window
@@ -113,13 +115,10 @@ class TorchEngine(Engine):
                         filled, left = filled + len(taken), left[len(taken) :]
                 yield table
 
-    def _wide_head(self) -> torch.Tensor | None:
-        """The head's weight in float32; None for a quantized head, which keeps its own forward: that also quantizes
-        its activations."""
-        if getattr(self._head, "quantization_scheme", None) is not None or formats_of(self._head):
-            return None
-        wide: torch.Tensor = self._head.weight.float()
-        return wide
+    def top_log_probs(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[Top]:
+        """The most probable tokens at each place of each window, in order; of equal ones the lowest id first."""
+        for window, table in zip(windows, self.log_probs(windows, batch_size), strict=True):
+            yield top_of(window, table, num)
 
     def _logits(self, batch: list[Sequence[int]], weight: torch.Tensor | None) -> Iterator[torch.Tensor]:
         """Float32 logits [rows, vocabulary] after each token but the last of each window of equal length, windows one
@@ -127,21 +126,14 @@ class TorchEngine(Engine):
         ids = torch.tensor(batch, device=self._device)  # [batch, n]
         hidden = self._trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [batch, n - 1, width]
         hidden = hidden.flatten(0, 1)
-        rows = max(1, LOGITS_BYTES // (4 * self._head.weight.shape[0]))
-        for part in hidden.split(rows) if len(hidden) else ():
-            yield self._wide_logits(part, weight)
-
-    def _wide_logits(self, hidden: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """Float32 logits [rows, vocabulary] of hidden states [rows, width]; `weight` as `_wide_head` gives it."""
-        found: torch.Tensor
-        found = self._head(hidden).float() if weight is None else nn.functional.linear(hidden.float(), weight)
-        return found
+        for part in hidden.split(rows_at_once(self._head)) if len(hidden) else ():
+            yield wide_logits(part, self._head, weight)
 
     @contextlib.contextmanager
     def _scoring(self, batch: list[Sequence[int]]) -> Iterator[None]:
         with (
             torch.inference_mode(),
-            _out_of_memory(f"Scoring {len(batch)} windows of {len(batch[0])} tokens", "Lower the batch size."),
+            out_of_memory(f"Scoring {len(batch)} windows of {len(batch[0])} tokens", "Lower the batch size."),
         ):
             yield
 
@@ -151,7 +143,7 @@ class TorchEngine(Engine):
             raise ValueError("decode needs num_tokens >= 1 and prompts of one length")
         with (
             torch.inference_mode(),
-            _out_of_memory(
+            out_of_memory(
                 f"Decoding {len(prompts)} × {len(prompts[0])} + {num_tokens} tokens", "Lower the batch or the prompt."
             ),
         ):
@@ -170,14 +162,14 @@ class TorchEngine(Engine):
 
     def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
         """See `torch_answers`; with float32 logits, as in `score`."""
-        logits = partial(self._wide_logits, weight=self._wide_head())
-        with _out_of_memory(f"Scoring {batch_size} contexts at a time", "Lower the batch size."):
+        logits = partial(wide_logits, head=self._head, weight=wide_head(self._head))
+        with out_of_memory(f"Scoring {batch_size} contexts at a time", "Lower the batch size."):
             yield from torch_answers.choices(self._trunk, logits, choices, batch_size)
 
     def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `torch_answers`; with the model's own head, as in `decode`."""
         text = self._tokenizer.decode if any(prompt.stop for prompt in prompts) else str
-        with _out_of_memory(f"Answering {batch_size} prompts at a time", "Lower the batch size."):
+        with out_of_memory(f"Answering {batch_size} prompts at a time", "Lower the batch size."):
             yield from torch_answers.generate(
                 self._trunk, lambda hidden: self._head(hidden).float(), text, self._end_tokens, prompts, batch_size
             )
@@ -199,8 +191,7 @@ class TorchEngine(Engine):
 
     def memory(self) -> Memory:
         """The peaks since this engine began to load."""
-        vram = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
-        return Memory(_peak_rss_bytes(), vram)
+        return peak_memory(self._device)
 
     def close(self) -> None:
         """Drop the model and hand its memory back."""
@@ -210,12 +201,57 @@ class TorchEngine(Engine):
             torch.cuda.empty_cache()
 
 
-def _batches(windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[Sequence[int]]]:
+def batches_of_equals(windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[Sequence[int]]]:
     """Neighbouring windows of one length, at most `batch_size` of them."""
     for _, run in groupby(windows, key=len):
         equal = list(run)
         for start in range(0, len(equal), batch_size):
             yield equal[start : start + batch_size]
+
+
+def wide_head(head: Any) -> torch.Tensor | None:
+    """The head's weight in float32; None for a quantized head, which keeps its own forward: that also quantizes its
+    activations."""
+    if getattr(head, "quantization_scheme", None) is not None or formats_of(head):
+        return None
+    wide: torch.Tensor = head.weight.float()
+    return wide
+
+
+def rows_at_once(head: Any) -> int:
+    """The positions whose float32 logits are computed together."""
+    vocabulary: int = head.weight.shape[0]
+    return max(1, LOGITS_BYTES // (4 * vocabulary))
+
+
+def wide_logits(hidden: torch.Tensor, head: Any, weight: torch.Tensor | None) -> torch.Tensor:
+    """Float32 logits [rows, vocabulary] of hidden states [rows, width]; `weight` as `wide_head` gives it."""
+    found: torch.Tensor
+    found = head(hidden).float() if weight is None else nn.functional.linear(hidden.float(), weight)
+    return found
+
+
+def top_of(window: Sequence[int], table: NDArray[np.float32], num: int) -> Top:
+    """The most probable tokens at each place of a window of n tokens with the log-distributions [n - 1, vocabulary]; of
+    equal ones the lowest id first."""
+    num = min(num, table.shape[1])
+    found = np.sort(np.argpartition(-table, num - 1, axis=1)[:, :num], axis=1)
+    values = np.take_along_axis(table, found, axis=1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    ids = np.take_along_axis(found, order, axis=1).astype(np.int32)
+    return Top(ids, np.take_along_axis(values, order, axis=1), table[np.arange(len(table)), window[1:]])
+
+
+def prepare(dtype: str, device: str) -> torch.device:
+    """Readies this process to compute in `dtype` on `device`, with peaks of memory counted from now on. `UserError` for
+    a type or a device that there is not."""
+    if dtype not in DTYPES:
+        raise UserError(f"The torch engine does not compute in '{dtype}'.", did_you_mean(dtype, DTYPES))
+    found = device_named(device)
+    _set_threads()
+    _reset_peak_memory(found)
+    silence_transformers()
+    return found
 
 
 def _set_threads() -> None:
@@ -229,7 +265,7 @@ def load_model(folder: Path, dtype: str = "bfloat16", device: torch.device | str
     """The transformers model of `folder` on `device`, every one of its weights read from the file and decoded where it
     is quantized, computing in `dtype` (a key of `DTYPES`). `UserError` for a folder that is not a whole checkpoint."""
     model = _load(folder, DTYPES[dtype])
-    with _out_of_memory(f"Loading {folder}", "Use a machine with more memory."):
+    with out_of_memory(f"Loading {folder}", "Use a machine with more memory."):
         model = model.to(device)
         if dtype == "float32":
             # Widens what the decompressor wrote as BF16. Never the other way: the rotary frequencies and the
@@ -238,7 +274,34 @@ def load_model(folder: Path, dtype: str = "bfloat16", device: torch.device | str
     return model
 
 
+def load_empty(folder: Path, dtype: str) -> tuple[Any, Stored]:
+    """The transformers model of `folder` on the meta device, where its weights take no memory, and what its modules are
+    filled from. `UserError` as in `load_model`, as far as names, shapes and types of tensors show it."""
+    auto, config, quantization = _configuration(folder)
+    stored_as = QuantizationConfig((), (), False)
+    if quantization is not None:
+        stored_as = _parsed(config, quantization, folder)
+    with _loading(folder):
+        stored = Stored(open_checkpoint(folder), stored_as)
+        with torch.device("meta"):
+            model = decoding.empty_model(auto, config, DTYPES[dtype])
+        report = stored.prepare(model)
+    _refuse_partial(folder, vars(report))
+    return model.eval(), stored
+
+
 def _load(folder: Path, dtype: torch.dtype) -> Any:
+    auto, config, quantization = _configuration(folder)
+    load = _load_decoded if quantization is not None and _is_moe(config) else _load_by_transformers
+    with _loading(folder):
+        model, report = load(auto, config, quantization, folder, dtype)
+    _refuse_partial(folder, report)
+    return model.eval()
+
+
+def _configuration(folder: Path) -> tuple[Any, Any, Any]:
+    """transformers' class for the checkpoint in `folder`, its configuration, and how it is quantized, None where it is
+    not."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no config.json.", "Name a folder that has one.")
@@ -264,11 +327,14 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     # The class whose tensor names are the checkpoint's: the names and patterns in a quantization_config are
     # written for those, and a text-only class built from a multimodal checkpoint renames them.
     multimodal = getattr(config, "vision_config", None) is not None
-    auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    load = _load_decoded if quantization is not None and _is_moe(config) else _load_by_transformers
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM, config, quantization
+
+
+@contextlib.contextmanager
+def _loading(folder: Path) -> Iterator[None]:
     try:
-        with _out_of_memory(f"Loading {folder}", "Use a machine with more memory."):
-            model, report = load(auto, config, quantization, folder, dtype)
+        with out_of_memory(f"Loading {folder}", "Use a machine with more memory."):
+            yield
     except UserError:
         raise
     except Exception as error:
@@ -276,8 +342,6 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         raise UserError(
             f"The torch engine cannot load {folder}: {_line(error)}.", "Run `harness verify` on it."
         ) from error
-    _refuse_partial(folder, report)
-    return model.eval()
 
 
 def _is_moe(config: Any) -> bool:
@@ -288,10 +352,15 @@ def _load_decoded(
     auto: Any, config: Any, quantization: Any, folder: Path, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
     """By the harness: compressed-tensors' arguments are read, its code is not run."""
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the model that is built has none
-    model, report = decoding.load(auto, config, parse(quantization, str(folder / "config.json")), folder, dtype)
+    model, report = decoding.load(auto, config, _parsed(config, quantization, folder), folder, dtype)
     return model, vars(report)
+
+
+def _parsed(config: Any, quantization: Any, folder: Path) -> QuantizationConfig:
+    """How the checkpoint is quantized; taken out of `config`, since the model that is built from it is not."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return parse(quantization, str(folder / "config.json"))
 
 
 def _load_by_transformers(
@@ -334,13 +403,14 @@ def _refuse_partial(folder: Path, report: dict[str, Any]) -> None:
             raise UserError(f"{folder} {what} {', '.join(keys[:3])}{more}.", "Run `harness verify` on it.")
 
 
-def _describe(
-    model: Any, trunk: Any, head: Any, folder: Path, dtype: str, requested: str, device: torch.device
-) -> EngineInfo:
+def describe(name: str, model: Any, folder: Path, dtype: str, requested: str, device: torch.device) -> EngineInfo:
+    """What computes the transformers model `model` of `folder`, whose device may be another now, on `device`; without
+    what the engines of this room do differently."""
+    trunk, head = model.get_decoder(), model.get_output_embeddings()
     config = trunk.config
     cuda = device.type == "cuda"
     return EngineInfo(
-        name="torch",
+        name=name,
         version=f"transformers {transformers.__version__}, torch {torch.__version__}",
         device=torch.cuda.get_device_name(device) if cuda else "cpu",
         dtype=dtype,
@@ -355,11 +425,8 @@ def _describe(
             "deltanet_implementation": _deltanet_kernels(config, device),
             "experts_implementation": _experts_implementation(trunk),
             "weight_decoder": _weight_decoder(model),
-            "use_cache": {"score": False, "decode": True},
-            "cache": "DynamicCache",
             "score_logits_dtype": "float32",
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "weight_bytes_resident": _resident_bytes(model),
             "weight_bytes_per_token": _bytes_per_token(trunk, head),
         },
         kernels=_kernels(trunk, head, device),
@@ -417,8 +484,9 @@ def _experts_kernel(module: Any) -> str:
 
 
 def _experts_way(module: Any) -> str:
-    """The forward that runs: emulation sets one on the module, else transformers dispatches by the configuration."""
-    if "forward" in vars(module):
+    """The forward that runs: emulation sets one where inputs are rounded, else transformers dispatches by the
+    configuration."""
+    if any(form and form.input_activations for form in formats_of(module)):
         return "F.linear, one expert after another"
     implementation = module.config._experts_implementation
     return "eager experts, one after another" if implementation == "eager" else f"{implementation} experts"
@@ -457,7 +525,7 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _resident_bytes(model: nn.Module) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights and buffers; tied tensors count once."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(model)}.values())
 
@@ -487,7 +555,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _out_of_memory(doing: str, remedy: str) -> Iterator[None]:
+def out_of_memory(doing: str, remedy: str) -> Iterator[None]:
     """Turn every way of running out of memory into a sentence."""
     try:
         yield
@@ -511,6 +579,12 @@ def _reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> Memory:
+    """The peaks since `prepare`."""
+    vram = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return Memory(_peak_rss_bytes(), vram)
 
 
 def _peak_rss_bytes() -> int:

@@ -42,6 +42,7 @@ from harness.engines.protocol import (
     Prompt,
     Scored,
     Start,
+    Top,
 )
 from harness.errors import UserError
 from harness.formats.config import parse
@@ -129,6 +130,20 @@ class VllmEngine(Engine):
                     table[place - 1, ids] = found.logprobs[part]
                 assert table is not None
                 yield table
+
+    def top_log_probs(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[Top]:
+        """The most probable tokens at each place of each window, in order."""
+        num = min(num, self._engine.vllm_config.model_config.get_vocab_size())
+        for batch in _batches(windows, batch_size):
+            for window, output in zip(batch, self._prompt_logprobs(batch, num), strict=True):
+                found = output.prompt_logprobs
+                # The actual token stands first at each place, whether it is among the others or not.
+                starts = [found.start_indices[place] for place in range(1, len(window))]
+                yield Top(
+                    np.array([found.token_ids[at + 1 : at + 1 + num] for at in starts], np.int32).reshape(-1, num),
+                    np.array([found.logprobs[at + 1 : at + 1 + num] for at in starts], np.float32).reshape(-1, num),
+                    np.array([found.logprobs[at] for at in starts], np.float32),
+                )
 
     def _prompt_logprobs(self, batch: Sequence[Sequence[int]], num: int) -> list[Any]:
         from vllm import SamplingParams

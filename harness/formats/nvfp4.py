@@ -53,10 +53,24 @@ def _blocks(x: Tensor) -> Tensor:
 
 def absmax_block_scales(w: Tensor, global_scale: Tensor) -> Tensor:
     """Block scales `[out, in/16]` float8_e4m3fn that map each block's largest magnitude of `w [out, in]` to 6."""
+    return _block_scales(_block_amax(w) * (global_scale / E2M1_MAX))
+
+
+def activation_block_scales(x: Tensor, global_scale: Tensor) -> Tensor:
+    """The same of activations `x [..., in]`, with the product in compressed-tensors' order: the other one rounds one
+    scale in two million to the other side, and a model is then no longer the same to the last bit."""
+    return _block_scales(global_scale * (_block_amax(x) / E2M1_MAX))
+
+
+def _block_amax(w: Tensor) -> Tensor:
+    """The largest magnitude `[..., in/16]` of each block of `w [..., in]`, float32."""
     # A pooling with this window is a vectorized maximum over the blocks, four times as fast as `amax`.
     magnitudes = w.float().abs().reshape(-1, 1, w.shape[-1])
-    amax = functional.max_pool1d(magnitudes, BLOCK).view(*w.shape[:-1], w.shape[-1] // BLOCK)
-    scales = (amax * (global_scale / E2M1_MAX)).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    return functional.max_pool1d(magnitudes, BLOCK).view(*w.shape[:-1], w.shape[-1] // BLOCK)
+
+
+def _block_scales(exact: Tensor) -> Tensor:
+    scales = exact.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
     return torch.where(scales.view(torch.uint8) == 0, torch.full_like(scales, ZERO_BLOCK_SCALE), scales)
 
 
@@ -93,8 +107,13 @@ def round_magnitudes(magnitude: Tensor, *, out: Tensor | None = None, scratch: T
 def fake_quantize(x: Tensor, global_scale: Tensor) -> Tensor:
     """Activations `x [..., in]` after the round trip through NVFP4 with `global_scale` (the checkpoint's
     `input_global_scale`) and block scales of their own, in x's dtype: what a W4A4 kernel multiplies."""
+    return round_trip(x, absmax_block_scales(x, global_scale), global_scale)
+
+
+def round_trip(x: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
+    """What `x [..., in]` is after it was encoded with the block scales `[..., in/16]` and decoded, in x's dtype."""
     blocks = _blocks(x.float())
-    decode_scale = (absmax_block_scales(x, global_scale).float() / global_scale).unsqueeze(-1)
+    decode_scale = (scales.float() / global_scale).unsqueeze(-1)
     magnitude = (blocks / decode_scale).abs_().clamp_(max=E2M1_MAX)
     return round_magnitudes(magnitude).copysign_(blocks).mul_(decode_scale).flatten(-2).to(x.dtype)
 

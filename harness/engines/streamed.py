@@ -1,0 +1,490 @@
+"""The streamed scorer: predictions of models that are larger than memory, of a source and its variants in one pass.
+
+    hidden states ─▶ layer 0 of each model ─▶ hidden states ─▶ layer 1 of each model ─▶ … ─▶ heads ─▶ predictions
+
+In memory there is one decoder layer of one model at a time, and all batches go through it before the next is read.
+What goes in and comes out lies in files (`layers.HiddenStates`), two a model by turns, so that those in front of a
+layer are untouched while it is worked on: a pass that was killed goes on at the layer it was in. At the end the heads
+of all models are in memory, one for all that store the same, and every position is predicted by each of them.
+
+**The same numbers as the torch engine.** Each model is transformers' own class, built from the configuration on the
+meta device, where weights take no memory. Its own forward runs, with the one layer that is in memory in its place and
+nothing in the places of the others, so positions, masks and the implementations of attention and of experts are those
+of the whole model; batches and the rows of a product with the head are the torch engine's too. Weights are filled in,
+and activations rounded, by `decoding`. In float32 the log-probabilities are those of the torch engine to the last bit.
+In bfloat16 they are so too, but for dense variants that round activations: those the torch engine leaves to
+compressed-tensors, which computes an activation's scale in bfloat16, where the kernels and `decoding` do in float32,
+and a few activations round to the other side. It moves predictions about as far as bfloat16 itself does (on the
+embedded W4A4 model either is 0.0014 nats a token from the torch engine in bfloat16).
+
+Memory: the largest layer (or the distinct heads, in float32, if those are larger), `hidden_bytes` of hidden states, one
+batch's activations, and `torch_answers.LOGITS_BYTES` a model for predictions. Disk: two hidden states of every token
+and model, in the type that is computed in.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from harness.engines.decoding import formats_of
+from harness.engines.layers import Batch, HiddenStates, embedding_rows
+from harness.engines.protocol import (
+    Answer,
+    Choice,
+    Chunk,
+    Decoded,
+    Engine,
+    EngineInfo,
+    Memory,
+    Prompt,
+    Scored,
+    Start,
+    Top,
+)
+from harness.engines.torch_engine import (
+    DTYPES,
+    batches_of_equals,
+    describe,
+    load_empty,
+    out_of_memory,
+    peak_memory,
+    prepare,
+    rows_at_once,
+    top_of,
+    weight_bytes,
+    wide_head,
+    wide_logits,
+)
+from harness.errors import UserError
+from harness.model.checkpoint import check_disk, write_file
+from harness.progress import Progress
+
+HIDDEN_BYTES = 4 * 10**9
+"""Hidden states in memory, unless a caller says otherwise; the others are read from the disk."""
+
+_STATE, _HIDDEN = "streamed.json", "streamed-hidden-"
+
+
+def log_probs(
+    folders: Sequence[Path],
+    windows: Sequence[Sequence[int]],
+    batch_size: int,
+    *,
+    dtype: str,
+    device: str,
+    scratch: Path,
+    hidden_bytes: int = HIDDEN_BYTES,
+    progress: Progress | None = None,
+) -> Iterator[Chunk]:
+    """What the models in `folders` predict: see `Streamed` and its `log_probs`."""
+    streamed = Streamed(folders, dtype=dtype, device=device)
+    return streamed.log_probs(windows, batch_size, scratch=scratch, hidden_bytes=hidden_bytes, progress=progress)
+
+
+class Streamed:
+    """Checkpoint folders, the source's first, whose layers are loaded on request.
+
+    `UserError` for a folder that the torch engine would not load, and for a model that has not as many layers, or knows
+    not as many tokens, as the first.
+    """
+
+    def __init__(self, folders: Sequence[Path], *, dtype: str, device: str) -> None:
+        self._device = prepare(dtype, device)
+        self._models = [_Model(folder, dtype, device, self._device) for folder in folders]
+        source, *variants = self._models
+        for variant in variants:
+            for what, of_source, of_variant in (
+                ("decoder layers", source.num_layers, variant.num_layers),
+                ("tokens in its vocabulary", source.vocabulary, variant.vocabulary),
+            ):
+                if of_source != of_variant:
+                    raise UserError(
+                        f"{source.folder} has {of_source:,} {what} and {variant.folder} {of_variant:,}.",
+                        "Compare a variant with the source that it was made from.",
+                    )
+
+    @property
+    def infos(self) -> tuple[EngineInfo, ...]:
+        """What runs, and how, by model. `weight_bytes_resident` are the bytes of the largest decoder layer, or of the
+        head, whichever is more."""
+        return tuple(model.info for model in self._models)
+
+    @property
+    def vocabulary(self) -> int:
+        """The tokens that all models know."""
+        return self._models[0].vocabulary
+
+    def log_probs(
+        self,
+        windows: Sequence[Sequence[int]],
+        batch_size: int,
+        *,
+        scratch: Path,
+        hidden_bytes: int = HIDDEN_BYTES,
+        progress: Progress | None = None,
+    ) -> Iterator[Chunk]:
+        """The predictions of all models, window by window and in order of position: n - 1 for a window of n tokens, and
+        one chunk of no rows where n is 1. A chunk's rows are at most those whose logits the torch engine computes at
+        once.
+
+        Batches are made of neighbouring windows of one length. `scratch` is a folder for the hidden states, new or that
+        of a pass over the same windows and models that did not end: that is continued. What any other pass left there
+        is removed. The folder is gone once the iterator has ended, unless something else is in it. `progress` counts
+        layers × models × batches. `UserError` for a token that the models do not know, and for a full disk.
+        """
+        for index, window in enumerate(windows):
+            if unknown := [token for token in window if not 0 <= token < self.vocabulary]:
+                raise UserError(
+                    f"Window {index} has the token {unknown[0]}, and {self._models[0].folder} knows "
+                    f"{self.vocabulary:,} tokens.",
+                    "Tokenize with the model's own tokenizer.",
+                )
+        batches = [_batch(batch) for batch in batches_of_equals(windows, batch_size)]
+        identity = {
+            "models": [model.identity for model in self._models],
+            "windows": hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest(),
+            "batch_size": batch_size,
+        }
+        return self._pass(batches, _Scratch(scratch, identity), hidden_bytes, progress or (lambda *_: None))
+
+    def memory(self) -> Memory:
+        """The peaks of this process since the models were opened."""
+        return peak_memory(self._device)
+
+    @torch.inference_mode()
+    def _pass(
+        self, batches: Sequence[Batch], scratch: "_Scratch", hidden_bytes: int, progress: Progress
+    ) -> Iterator[Chunk]:
+        num, num_layers = len(self._models), self._models[0].num_layers
+        # Of each model the states in front of its next layer are open, and of one those behind it too.
+        memory = hidden_bytes // (num + 1)
+
+        def states_of(number: int, boundary: int) -> HiddenStates:
+            model, path = self._models[number], scratch.folder / f"{_HIDDEN}{number}-{boundary % 2}"
+            return HiddenStates(path, batches, model.width, model.dtype, self._device, memory)
+
+        # One step: the states of one model at one boundary, first those of all models in front of layer 0.
+        steps = [(boundary, number) for boundary in range(num_layers + 1) for number in range(num)]
+        finished = scratch.open(2 * sum(model.state_bytes(batches) for model in self._models))
+        done, total = max(0, finished - num) * len(batches), num_layers * num * len(batches)
+        progress(done, total, "score layers")
+        before: dict[int, HiddenStates] = {}
+        after: dict[int, HiddenStates] = {}
+        try:
+            for boundary, number in steps[max(0, finished - num) : finished]:
+                before[number] = states_of(number, boundary)
+            for step, (boundary, number) in enumerate(steps[finished:], finished + 1):
+                after[number] = states_of(number, boundary)
+                if boundary == 0:
+                    self._models[number].embed(batches, after[number])
+                else:
+                    for _ in self._models[number].advance(boundary - 1, batches, before[number], after[number]):
+                        done += 1
+                        progress(done, total, "score layers")
+                after[number].sync()
+                scratch.save(step)
+                if number in before:
+                    before[number].close()
+                before[number] = after.pop(number)
+            heads = self._heads()
+            first_window = 0
+            for place, batch in enumerate(batches):
+                hidden = [model.normed(before[number][place]) for number, model in enumerate(self._models)]
+                for window, first, tables in _predictions(batch, hidden, heads):
+                    yield Chunk(first_window + window, first, tables)
+                first_window += len(batch.ids)
+        finally:
+            for states in (*before.values(), *after.values()):
+                states.close()
+        scratch.remove()
+
+    def _heads(self) -> list["_Head"]:
+        """The head of each model; one that another model stores too is in memory once."""
+        found: list[_Head] = []
+        for number, model in enumerate(self._models):
+            same = (found[other] for other in range(number) if model.stores_the_head_of(self._models[other]))
+            found.append(next(same, None) or model.head())
+        return found
+
+
+@dataclass(frozen=True)
+class _Head:
+    """`weight` [vocabulary, width] in float32, or None for a quantized head."""
+
+    module: Any
+    weight: Tensor | None
+
+
+class _Absent(nn.Module):
+    """In the place of a module that is not in memory: what goes in comes out."""
+
+    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+        return hidden
+
+
+class _Model:
+    """A checkpoint as transformers' model without weights, of which one layer at a time is filled."""
+
+    def __init__(self, folder: Path, dtype: str, requested: str, device: torch.device) -> None:
+        model, self._stored = load_empty(folder, dtype)
+        self.folder, self.dtype, self._device = folder, DTYPES[dtype], device
+        trunk, head = model.get_decoder(), model.get_output_embeddings()
+        self._names = {module: name for name, module in model.named_modules()}
+        self._trunk, self._head, self._layers, self._norm = trunk, head, list(trunk.layers), trunk.norm
+        self.num_layers = len(self._layers)
+        self.vocabulary, self.width = (int(size) for size in head.weight.shape)
+        info = describe("streamed", model, folder, dtype, requested, device)
+        head_bytes = weight_bytes(head) if formats_of(head) else 4 * head.weight.numel()
+        own = {
+            "use_cache": {"score": False},
+            "weight_bytes_resident": max(head_bytes, *(weight_bytes(layer) for layer in self._layers)),
+        }
+        self.info = replace(info, effective={**info.effective, **own})
+        trunk.rotary_emb = type(trunk.rotary_emb)(config=trunk.config).to(device)  # computed, not stored
+        trunk.layers = nn.ModuleList(_Absent() for _ in self._layers)
+        trunk.norm = _Absent()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers, as JSON."""
+        info = self.info
+        return {
+            "checkpoint": self._stored.checkpoint.fingerprint(),
+            "computed_by": [info.version, info.device, info.effective["cpu_capability"], info.dtype],
+            "kernels": dict(info.kernels),
+        }
+
+    def state_bytes(self, batches: Sequence[Batch]) -> int:
+        """The size of the hidden states of all batches."""
+        return sum(batch.ids.numel() for batch in batches) * self.width * self.dtype.itemsize
+
+    def embed(self, batches: Sequence[Batch], after: HiddenStates) -> None:
+        """Writes the embeddings of all batches; only their rows are read."""
+        name = f"{self._names[self._trunk.embed_tokens]}.weight"
+        for place, batch in enumerate(batches):
+            rows, places = embedding_rows(self._stored.checkpoint, name, batch.ids)
+            after[place] = rows.to(self.dtype)[places]
+
+    def advance(
+        self, index: int, batches: Sequence[Batch], before: HiddenStates, after: HiddenStates
+    ) -> Iterator[None]:
+        """Takes all batches through decoder layer `index`, which is in memory for that long; a step a batch."""
+        with out_of_memory(f"Loading a layer of {self.folder}", "Use a machine with more memory."):
+            self._trunk.layers[index] = self._filled(self._layers[index])
+        try:
+            for place, batch in enumerate(batches):
+                with _scoring(batch):
+                    after[place] = self._forward(before[place])
+                yield
+        finally:
+            self._trunk.layers[index] = _Absent()
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the head reads, from what the last layer wrote, both [batch, time, width]."""
+        self._trunk.norm = self._filled(self._norm)
+        try:
+            return self._forward(hidden)
+        finally:
+            self._trunk.norm = _Absent()
+
+    def head(self) -> _Head:
+        """The head, with its weights."""
+        if self._head_is_tied:
+            head = copy.deepcopy(self._head)
+            head.weight = self._filled(self._trunk.embed_tokens).weight
+        else:
+            head = self._filled(self._head)
+        if not formats_of(head):
+            head = head.float()  # so that `wide_head` is no second copy
+        return _Head(head, wide_head(head))
+
+    def stores_the_head_of(self, other: "_Model") -> bool:
+        """Whether the heads of both are not quantized and have the same bytes on the disk."""
+        if formats_of(self._head) or formats_of(other._head):
+            return False
+        one, two = self._stored.checkpoint, other._stored.checkpoint
+        names = self._head_name, other._head_name
+        entries = one.tensors[names[0]], two.tensors[names[1]]
+        return (entries[0].dtype, entries[0].shape) == (entries[1].dtype, entries[1].shape) and all(
+            a == b for a, b in zip(one.pieces(names[0]), two.pieces(names[1]), strict=True)
+        )
+
+    @property
+    def _head_is_tied(self) -> bool:
+        return self._head.weight is self._trunk.embed_tokens.weight
+
+    @property
+    def _head_name(self) -> str:
+        return f"{self._names[self._trunk.embed_tokens if self._head_is_tied else self._head]}.weight"
+
+    def _forward(self, hidden: Tensor) -> Tensor:
+        """The trunk's own forward, as far as its modules are in memory."""
+        found: Tensor = self._trunk(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return found
+
+    def _filled(self, module: nn.Module) -> Any:
+        """A copy of a module with its weights."""
+        copied = copy.deepcopy(module).to_empty(device="cpu")
+        self._stored.fill(copied, f"{self._names[module]}.")
+        return copied.to(self._device)
+
+
+def _batch(windows: Sequence[Sequence[int]]) -> Batch:
+    ids = torch.tensor(windows)
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def _scoring(batch: Batch) -> contextlib.AbstractContextManager[None]:
+    windows, tokens = batch.ids.shape
+    return out_of_memory(f"Scoring {windows} windows of {tokens} tokens", "Lower the batch size.")
+
+
+def _predictions(
+    batch: Batch, hidden: Sequence[Tensor], heads: Sequence[_Head]
+) -> Iterator[tuple[int, int, tuple[NDArray[np.float32], ...]]]:
+    """(Window of the batch, first position, log-distributions by model) from `hidden` [batch, time, width] by model.
+    The rows of one product are those of the torch engine, since another number may sum in another order."""
+    num_windows, num_rows = batch.ids.shape[0], batch.ids.shape[1] - 1
+    flat = [states[:, :-1].flatten(0, 1) for states in hidden]
+    if not num_rows:
+        empty = tuple(np.empty((0, head.module.weight.shape[0]), np.float32) for head in heads)
+        yield from ((window, 0, empty) for window in range(num_windows))
+        return
+    step = rows_at_once(heads[0].module)
+    for start in range(0, num_windows * num_rows, step):
+        with _scoring(batch):
+            tables = tuple(
+                _distributions(states[start : start + step], head) for states, head in zip(flat, heads, strict=True)
+            )
+        done = 0
+        while done < len(tables[0]):
+            window, first = divmod(start + done, num_rows)
+            part = slice(done, min(len(tables[0]), done + num_rows - first))
+            yield window, first, tuple(table[part] for table in tables)
+            done = part.stop
+        del tables  # before the next are made
+
+
+def _distributions(hidden: Tensor, head: _Head) -> NDArray[np.float32]:
+    """Log-distributions [rows, vocabulary] from hidden states [rows, width]."""
+    logits = wide_logits(hidden, head.module, head.weight)
+    found: NDArray[np.float32] = logits.sub_(logits.logsumexp(dim=1, keepdim=True)).cpu().numpy()
+    return found
+
+
+class _Scratch:
+    """A folder for the hidden states of one pass, with how many of its steps are finished."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self._identity = folder, identity
+
+    def open(self, num_bytes: int) -> int:
+        """The finished steps of the pass that this one continues, or 0 in a folder that `num_bytes` will fit into."""
+        try:
+            state = json.loads((self.folder / _STATE).read_bytes())
+            if state["identity"] == self._identity:
+                return int(state["finished"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # no pass was here, or it left nothing that can be continued
+        try:
+            self.remove()
+            check_disk(self.folder, num_bytes)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror}).", "Give a folder on another disk."
+            ) from error
+        return 0
+
+    def save(self, finished: int) -> None:
+        """Says that so many steps are finished; their hidden states are on the disk."""
+        state = {"identity": self._identity, "finished": finished}
+        write_file(self.folder / _STATE, json.dumps(state).encode())
+
+    def remove(self) -> None:
+        """Removes what passes left here, and the folder if nothing else is in it. The state goes first: without it
+        nothing is continued."""
+        for path in (self.folder / _STATE, *self.folder.glob(f"{_HIDDEN}*")):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+
+class StreamedEngine(Engine):
+    """One checkpoint that only scores, larger than memory if need be. Its hidden states lie in the system's folder for
+    temporary files (`TMPDIR` names another) and are gone after each call."""
+
+    def __init__(self, folder: Path, start: Start) -> None:
+        if start.options:
+            raise UserError(f"The streamed engine has no option '{next(iter(start.options))}'.", "Leave it out.")
+        self._streamed = Streamed([folder], dtype=start.dtype, device=start.device)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What runs, and how."""
+        return self._streamed.infos[0]
+
+    def score(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float64]]:
+        """Log-probabilities, in nats, of tokens 1 … n - 1 of each window of n tokens, in order; the first after all
+        windows went through all layers."""
+        found: list[NDArray[np.float32]] = []
+        for chunk in self._chunks(windows, batch_size):
+            (table,), first = chunk.log_probs, chunk.first + 1
+            found.append(table[np.arange(len(table)), windows[chunk.window][first : first + len(table)]])
+            if chunk.first + len(table) == len(windows[chunk.window]) - 1:
+                yield np.concatenate(found).astype(np.float64)
+                found.clear()
+
+    def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
+        """Log-distributions [n - 1, vocabulary], in nats, after the first n - 1 tokens of each window, in order."""
+        table = np.empty((0, 0), np.float32)
+        for chunk in self._chunks(windows, batch_size):
+            if chunk.first == 0:
+                table = np.empty((len(windows[chunk.window]) - 1, self._streamed.vocabulary), np.float32)
+            (rows,) = chunk.log_probs
+            table[chunk.first : chunk.first + len(rows)] = rows
+            if chunk.first + len(rows) == len(table):
+                yield table
+
+    def top_log_probs(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[Top]:
+        """The most probable tokens at each place of each window, in order; of equal ones the lowest id first."""
+        for window, table in zip(windows, self.log_probs(windows, batch_size), strict=True):
+            yield top_of(window, table, num)
+
+    def _chunks(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Chunk]:
+        with tempfile.TemporaryDirectory(prefix="harness-streamed-", ignore_cleanup_errors=True) as scratch:
+            yield from self._streamed.log_probs(windows, batch_size, scratch=Path(scratch) / "states")
+
+    def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
+        """Not to be had: each new token would read the whole checkpoint."""
+        raise _only_scores()
+
+    def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
+        """Not to be had."""
+        raise _only_scores()
+
+    def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """Not to be had."""
+        raise _only_scores()
+
+    def memory(self) -> Memory:
+        """The peaks since this engine began to load."""
+        return self._streamed.memory()
+
+    def close(self) -> None:
+        """Nothing is in memory, or on the disk, but during a call."""
+
+
+def _only_scores() -> UserError:
+    return UserError("The streamed engine only scores texts.", "Use the torch or the vLLM engine.")
