@@ -15,8 +15,6 @@ from harness.errors import UserError, did_you_mean
 from harness.measure import tasks
 from harness.measure.answers import Journal
 from harness.measure.lm import Texts
-from harness.model.checkpoint import read_json
-from harness.model.qwen35 import parse_config
 from harness.progress import named
 from harness.record import results
 from harness.record.results import Record, RunWriter
@@ -27,6 +25,7 @@ from harness.stages import (
     check_engine,
     chosen_setups,
     chosen_variants,
+    max_length,
     new_run,
     noted_failures,
     running_engine,
@@ -77,7 +76,8 @@ def prepare(job: Job, variants: Sequence[str] | None, named_tasks: Sequence[str]
     loaded = {}
     for done, one in enumerate(taken):
         job.progress(done, len(taken), "prompts", one.label)
-        loaded[one.label] = tasks.load(one, texts, _max_length(suite, one.wanted), suite.engine.name)
+        longest = max_length(suite, one.wanted.max_length, one.wanted.setups)
+        loaded[one.label] = tasks.load(one, texts, longest, suite.engine.name)
     job.progress(len(taken), len(taken), "prompts")
     setups = dict.fromkeys(setup for task in wanted.values() for setup in chosen_setups(suite, task.setups))
     return Evaluation(built_models(job, names, list(setups)), loaded)
@@ -88,21 +88,6 @@ def _place(suite: Suite, task: Task) -> str | Path:
     if task.task.startswith(_DEMO):
         return demo.task_file(task.task.removeprefix(_DEMO))
     return suite.path(task.task) if task.task.startswith((".", "/", "~")) else task.task
-
-
-def _max_length(suite: Suite, task: Task) -> int:
-    """The most tokens of a sequence: the least of what the model, the engine in each setup and the task say."""
-    source = suite_source(suite)
-    said = [parse_config(read_json(source / "config.json"), str(source)).max_position_embeddings, task.max_length]
-    if suite.engine.name == "vllm":
-        said += [suite.vllm_options(setup).get("max_model_len") for setup in chosen_setups(suite, task.setups)]
-    known = [one for one in said if one is not None]
-    if not known:
-        raise UserError(
-            f"The configuration of suite '{suite.name}'s source does not say how many tokens it takes.",
-            "Set max_length for every task.",
-        )
-    return min(known)
 
 
 def evaluate(job: Job, work: Evaluation, *, limit: int | None = None, fresh: bool = False) -> Evaluated:

@@ -216,36 +216,23 @@ class Measured:
     failures: dict[str, str]
 
 
-def prepare(job: Job, measure: str, names: Sequence[str] | None) -> Work:
-    """The source and the variants that a measure is about, built where missing, and the text's token ids.
+def prepare(job: Job, names: Sequence[str] | None) -> Work:
+    """The source and the variants that speed is measured of, built where missing, and the text's token ids.
 
     `UserError` for a suite that cannot be measured, before anything is built for it.
     """
     variants = chosen_variants(job.suite, names, with_source=True)
     check_engine(job.suite)
-    if measure == "ppl":
-        wanted = _required(job.suite, "ppl", job.suite.ppl)
-        protocol = perplexity.get_protocol(wanted.protocol)
-        ids, dataset = _tokens(job.suite, wanted.text)
-        windows = perplexity.windows(protocol, len(ids))
-        setups, longest = wanted.setups, max(window.num_tokens for window in windows) + 1
-        dataset |= {
-            "protocol": protocol.name,
-            "num_windows": len(windows),
-            "num_scored": sum(window.num_scored for window in windows),
-        }
-    else:
-        bench = _required(job.suite, "bench", job.suite.bench)
-        ids, dataset = _tokens(job.suite, bench.text)
-        _check_text(bench, ids)
-        setups = bench.setups
-        checked = max(_depths(bench)) + decode.COHERENCE_TOKENS + 1
-        longest = max(checked, *(one.prompt_tokens + one.new_tokens for one in _shapes(bench)))
-        if bench.variants is not None and names is None:
-            chosen_variants(job.suite, bench.variants, with_source=True)
-            variants = [name for name in variants if name in (SOURCE, *bench.variants)]
-    chosen = chosen_setups(job.suite, setups)
-    _check_lengths(job.suite, measure, chosen, longest)
+    bench = required(job.suite, "bench", job.suite.bench)
+    ids, dataset = tokenized(job.suite, bench.text)
+    _check_text(bench, ids)
+    checked = max(_depths(bench)) + decode.COHERENCE_TOKENS + 1
+    longest = max(checked, *(one.prompt_tokens + one.new_tokens for one in _shapes(bench)))
+    if bench.variants is not None and names is None:
+        chosen_variants(job.suite, bench.variants, with_source=True)
+        variants = [name for name in variants if name in (SOURCE, *bench.variants)]
+    chosen = chosen_setups(job.suite, bench.setups)
+    check_lengths(job.suite, "bench", chosen, longest)
     return Work(built_models(job, variants, chosen), ids, dataset)
 
 
@@ -283,7 +270,7 @@ def built_models(job: Job, variants: Sequence[str], setups: Sequence[str | None]
     return [replace(model, setup=setup) for setup in setups for model in models]
 
 
-def _check_lengths(suite: Suite, measure: str, setups: Sequence[str | None], longest: int) -> None:
+def check_lengths(suite: Suite, measure: str, setups: Sequence[str | None], longest: int) -> None:
     """`UserError` where vLLM is to take fewer tokens of a sequence than the measure gives it."""
     for setup in setups if suite.engine.name == "vllm" else ():
         most = suite.vllm_options(setup).get("max_model_len")
@@ -299,8 +286,8 @@ def prepare_server(job: Job, variant: str) -> tuple[Job, Work]:
     """The job and the work of measuring a server, which serves `variant` by its owner's word: nothing is built, and it
     is not started anew."""
     chosen_variants(job.suite, [variant], with_source=True)
-    bench = _required(job.suite, "bench", job.suite.bench)
-    ids, dataset = _tokens(job.suite, bench.text)
+    bench = required(job.suite, "bench", job.suite.bench)
+    ids, dataset = tokenized(job.suite, bench.text)
     _check_text(bench, ids)
     suite = replace(job.suite, engine=suites.Engine("server"), bench=replace(bench, starts=1))
     return replace(job, suite=suite), Work([Model(variant, suite_source(job.suite), None)], ids, dataset)
@@ -329,36 +316,10 @@ def fingerprint(source: Path) -> str:
     return open_checkpoint(source).fingerprint()
 
 
-def measure_perplexity(job: Job, work: Work, limit: int | None) -> Measured:
-    """One run a variant and setup, all on the same token ids."""
-    wanted = _required(job.suite, "ppl", job.suite.ppl)
-    protocol = perplexity.get_protocol(wanted.protocol)
-    measured = Measured({}, {})
-    for model in work.models:
-        with (
-            noted_failures(job, "ppl", perplexity.VERSION, model, work.dataset, measured.failures),
-            running_engine(job, model, "score") as engine,
-        ):
-            run = new_run(job, "ppl", perplexity.VERSION, model, engine=engine, dataset=work.dataset)
-            with RunWriter(job.results, run, expected=work.dataset["num_windows"]) as writer, said_in(writer):
-                samples = perplexity.measure(
-                    engine,
-                    work.ids,
-                    protocol,
-                    batch_size=wanted.batch_size,
-                    limit=limit,
-                    progress=named(job.progress, model.row),
-                )
-                for sample in samples:
-                    writer.sample(sample)
-                measured.records[model.row] = results.read(writer.finish())
-    return measured
-
-
 def measure_decode(job: Job, work: Work, limit: int | None) -> Measured:
     """Decode and prefill times. The engine is started anew for every variant and round, and the order of the variants
     turns round after each (A B, B A, …), so that a machine that slows down slows all of them alike."""
-    wanted = _required(job.suite, "bench", job.suite.bench)
+    wanted = required(job.suite, "bench", job.suite.bench)
     shapes = _shapes(wanted)
     timed = wanted.starts * ((wanted.warmups + wanted.repetitions) * len(shapes) + 1)
     measured = Measured({}, {})
@@ -426,6 +387,21 @@ def _coherent(job: Job, engine: Engine, work: Work, model: Model, prompt_tokens:
     return sample
 
 
+def max_length(suite: Suite, asked: int | None, setups: Sequence[str] | None) -> int:
+    """The most tokens of a sequence: the least of what the model, the engine in each setup and the suite say."""
+    source = suite_source(suite)
+    said = [parse_config(read_json(source / "config.json"), str(source)).max_position_embeddings, asked]
+    if suite.engine.name == "vllm":
+        said += [suite.vllm_options(setup).get("max_model_len") for setup in chosen_setups(suite, setups)]
+    known = [one for one in said if one is not None]
+    if not known:
+        raise UserError(
+            f"The configuration of suite '{suite.name}'s source does not say how many tokens it takes.",
+            "Set max_length.",
+        )
+    return min(known)
+
+
 @contextmanager
 def noted_failures(
     job: Job, measure: str, version: int, model: Model, dataset: dict[str, Any] | None, failures: dict[str, str]
@@ -438,7 +414,7 @@ def noted_failures(
         failures[model.row] = error.problem
         if not error.recorded:
             with RunWriter(job.results, new_run(job, measure, version, model, dataset=dataset)) as writer:
-                _write_failure(writer, error)
+                write_failure(writer, error)
 
 
 @contextmanager
@@ -447,12 +423,13 @@ def said_in(writer: RunWriter) -> Iterator[None]:
     try:
         yield
     except EngineDied as error:
-        _write_failure(writer, error)
+        write_failure(writer, error)
         error.recorded = True
         raise
 
 
-def _write_failure(writer: RunWriter, error: EngineDied) -> None:
+def write_failure(writer: RunWriter, error: EngineDied) -> None:
+    """Ends a run with what an engine said as it died."""
     writer.sample({"kind": "failure", "reason": error.problem, "log": list(error.log)})
     writer.finish("failed")
 
@@ -481,7 +458,7 @@ def import_benchmark(
 
 def measure_sensitivity(job: Job) -> Record:
     """What each format would cost each group of the source's layers, on the suite's calibration samples."""
-    _required(job.suite, "calibration", job.suite.calibration)
+    required(job.suite, "calibration", job.suite.calibration)
     source, calibration = suite_source(job.suite), job.calibration
     assert calibration is not None
     dataset = {
@@ -512,7 +489,7 @@ def with_stored_source(job: Job, measure: str, measured: Mapping[str, Record]) -
     return {**tables.newest(stored, job.suite.name, measure, (SOURCE,)), **measured}
 
 
-def _required(suite: Suite, table: str, value: T | None) -> T:
+def required(suite: Suite, table: str, value: T | None) -> T:
     if value is None:
         raise UserError(f"Suite '{suite.name}' has no [{table}] table.", "Add it, or measure another suite.")
     return value
@@ -522,30 +499,26 @@ def suite_source(suite: Suite) -> Path:
     return find_source(suite.source_location(), suite.source.revision)
 
 
-def _tokens(suite: Suite, text: Text) -> tuple[list[int], dict[str, Any]]:
+def tokenized(suite: Suite, text: Text) -> tuple[list[int], dict[str, Any]]:
     """Token ids by the source's tokenizer, and what identifies them."""
-    name, content = _text(suite, text)
+    about, content = read_text(suite, text)
     ids = perplexity.tokenize(suite_source(suite), content)
-    dataset = {
-        "name": name,
-        "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
-        "token_ids_sha256": perplexity.token_ids_digest(ids),
-        "num_tokens": len(ids),
-    }
-    return ids, dataset
+    return ids, {**about, "token_ids_sha256": perplexity.token_ids_digest(ids), "num_tokens": len(ids)}
 
 
-def _text(suite: Suite, text: Text) -> tuple[str, str]:
+def read_text(suite: Suite, text: Text, *, as_lines: bool = False) -> tuple[dict[str, Any], str]:
+    """What identifies a text, and the text; `as_lines` as for `texts.load_text`."""
     match text:
         case DemoText(split):
             if split not in _DEMO_TEXTS:
                 raise UserError(f"The embedded corpus has no text '{split}'.", did_you_mean(split, _DEMO_TEXTS))
-            return f"{_DEMO}{split}", _DEMO_TEXTS[split]()
+            name, content = f"{_DEMO}{split}", _DEMO_TEXTS[split]()
         case FileText(path):
-            return Path(path).name, texts.load_text(path=suite.path(path))
-        case DatasetText(dataset, config, split, column, revision):
-            name = "/".join(part for part in (dataset, config, split) if part)
-            return name, texts.load_text(dataset=dataset, config=config, split=split, column=column, revision=revision)
+            name, content = Path(path).name, texts.load_text(path=suite.path(path))
+        case DatasetText():
+            name = "/".join(part for part in (text.dataset, text.config, text.split) if part)
+            content = texts.load_text(**vars(text), as_lines=as_lines)
+    return {"name": name, "text_sha256": hashlib.sha256(content.encode()).hexdigest()}, content
 
 
 @contextmanager
@@ -591,7 +564,7 @@ def new_run(
             "bandwidth_bytes_per_second": bandwidth,
         }
         info = replace(engine.info, effective=effective).as_dict()
-    recipe = None if model.variant == SOURCE else job.suite.variants[model.variant].recipe
+    built = job.suite.variants.get(model.variant)
     return Run(
         measure=measure,
         measure_version=version,
@@ -600,7 +573,7 @@ def new_run(
         suite_digest=job.suite.digest,
         variant={
             "name": model.row,
-            "recipe": recipe,
+            "recipe": built and built.recipe,
             "setup": model.setup,
             "artifact_digest": model.digest,
             "source_digest": fingerprint(source),

@@ -1,5 +1,6 @@
 """What a newcomer does, in an empty folder: measure the embedded model, measure again, write the card."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -31,8 +32,10 @@ def test_the_embedded_model_has_learnt_and_nvfp4_visibly_costs_something(
 ) -> None:
     """The suite is found without a file, the variant is built, and both score the same 100,000 tokens and more."""
     document = run(place, monkeypatch, capsys, "ppl")
-    source, variant, calibrated = document["tables"][0]
-    assert (source["variant"], variant["variant"], calibrated["variant"]) == ("source", "nvfp4a16", "w4a4")
+    rows = {(row["protocol"], row["variant"]): row for row in document["tables"][0]}
+    protocols, variants = ("wikitext2-512", "llamacpp-512"), ("source", "nvfp4a16", "w4a4")
+    assert list(rows) == list(itertools.product(protocols, variants))
+    source, variant = (rows[protocols[0], name] for name in variants[:2])
     ids = tokenize(checkpoint_path("dense"), corpus.heldout_text())
     assert source["num_tokens"] == variant["num_tokens"] == len(ids) >= 100_000
     assert source["num_windows"] == math.ceil(len(ids) / 512)

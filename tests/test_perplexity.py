@@ -2,6 +2,9 @@
 
 import hashlib
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +12,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from datasets.arrow_writer import ArrowWriter
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from harness.demo import checkpoint_path
 from harness.engines.protocol import Decoded, EngineInfo, Memory
 from harness.errors import UserError
 from harness.measure import texts
@@ -23,8 +28,13 @@ from harness.measure.perplexity import (
     measure,
     token_ids_digest,
     tokenize,
+    whole,
     windows,
+    windows_digest,
 )
+
+CUTTING = {name: protocol for name, protocol in PROTOCOLS.items() if protocol.window is not None}
+"""The protocols that cut one text."""
 
 
 class PositionEngine:
@@ -50,6 +60,23 @@ class PositionEngine:
 
     def close(self) -> None:
         pass
+
+
+def fill_cache(home: Path, dataset: str, config: str, rows: list[str]) -> None:
+    """What `datasets.load_dataset` leaves behind of a dataset with one split, `test`, and one column, `text`."""
+    owner, _, name = dataset.partition("/")
+    folder = home / f"datasets/{owner}___{name}/{config}/0.0.0/{'0123456789' * 4}"
+    folder.mkdir(parents=True)
+    features = datasets.Features({"text": datasets.Value("string")})
+    writer = ArrowWriter(path=str(folder / f"{name}-test.arrow"), features=features)
+    for row in rows:
+        writer.write({"text": row})
+    num_examples, num_bytes = writer.finalize()
+    info = datasets.DatasetInfo(
+        features=features, builder_name="parquet", dataset_name=name, config_name=config, version="0.0.0"
+    )
+    info.splits = {"test": datasets.SplitInfo("test", num_bytes, num_examples, dataset_name=name)}
+    info.write_to_directory(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -121,17 +148,47 @@ def test_the_sliding_protocol_scores_every_token_but_the_first_once(num_tokens: 
     assert _scored("hf-1024-s512", num_tokens) == list(range(1, num_tokens))
 
 
-@given(st.sampled_from(sorted(PROTOCOLS)), st.integers(2048, 20_000))
+@given(st.sampled_from(sorted(CUTTING)), st.integers(2048, 20_000))
 def test_windows_lie_within_the_text_and_never_score_a_token_without_context(name: str, num_tokens: int) -> None:
     for window in windows(PROTOCOLS[name], num_tokens):
-        assert 0 < window.first_scored < window.num_tokens <= PROTOCOLS[name].window
+        longest = PROTOCOLS[name].window
+        assert longest is not None and 0 < window.first_scored < window.num_tokens <= longest
         assert 0 <= window.first_token <= num_tokens - window.num_tokens
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+@pytest.mark.parametrize("protocol", CUTTING.values(), ids=CUTTING)
 def test_a_text_shorter_than_one_window_is_the_users_error(protocol: Any) -> None:
     with pytest.raises(UserError, match="fewer than one window"):
         windows(protocol, protocol.window - 1)
+
+
+@given(st.sampled_from(sorted(CUTTING)), st.integers(2048, 20_000))
+def test_a_protocols_windows_are_the_first_of_those_that_leave_out_nothing(name: str, num_tokens: int) -> None:
+    def spans(protocol: Any) -> list[tuple[int, int]]:
+        return [(window.first_token, window.num_tokens) for window in windows(protocol, num_tokens)]
+
+    mine, all_of_them = spans(PROTOCOLS[name]), spans(whole(PROTOCOLS[name]))
+    assert all_of_them[: len(mine)] == mine
+    assert len(all_of_them) - len(mine) <= 1
+    assert sum(all_of_them[-1]) in (num_tokens, num_tokens - 1)
+
+
+def test_protocols_that_read_the_same_windows_have_one_digest_of_them() -> None:
+    def digest(name: str, num_tokens: int) -> str:
+        return windows_digest(windows(whole(PROTOCOLS[name]), num_tokens))
+
+    assert digest("wikitext2-512", 5000) == digest("llamacpp-512", 5000)
+    others = {digest(name, num_tokens) for name in CUTTING for num_tokens in (5000, 5001)}
+    assert len(others) == 6
+    spans = (0).to_bytes(8, "little") + (512).to_bytes(8, "little")
+    assert (
+        windows_digest([Window(0, 512, 1)]) == windows_digest([Window(0, 512, 9)]) == hashlib.sha256(spans).hexdigest()
+    )
+
+
+def test_a_protocol_of_documents_cuts_no_text() -> None:
+    with pytest.raises(ValueError, match="lmeval-word cuts documents"):
+        windows(PROTOCOLS["lmeval-word"], 5000)
 
 
 def test_an_unknown_protocol_is_the_users_error() -> None:
@@ -139,7 +196,7 @@ def test_an_unknown_protocol_is_the_users_error() -> None:
         get_protocol("wikitext-512")
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+@pytest.mark.parametrize("protocol", CUTTING.values(), ids=CUTTING)
 def test_every_sample_sums_just_the_scored_tokens(protocol: Any) -> None:
     ids = list(range(5000))
     engine = PositionEngine()
@@ -259,6 +316,52 @@ def test_dataset_rows_are_joined_with_nothing(tmp_path: Path) -> None:
         texts.load_text(dataset=str(tmp_path), split="test", column="prose")
     with pytest.raises(UserError, match="cannot be loaded"):
         texts.load_text(dataset=str(tmp_path), split="nope")
+
+
+def test_rows_as_lines_are_the_file_that_a_wikitext_dataset_was_made_of(tmp_path: Path) -> None:
+    file = " \n = Title = \n \n A line . \n \n = = Part = = \n \n Another , with a blank at its end . \n \n"
+    rows = [line if line.strip() else "" for line in file.splitlines(keepends=True)]
+    pages = [file[: file.index(" = = Part")].removesuffix("\n"), file[file.index(" = = Part") :]]
+    for name, texts_of in (("lines", rows), ("pages", pages)):
+        folder = tmp_path / name
+        folder.mkdir()
+        datasets.Dataset.from_dict({"text": texts_of}).to_parquet(str(folder / "test-0.parquet"))
+        assert texts.load_text(dataset=str(folder), as_lines=True) == file
+    assert texts.load_text(dataset=str(tmp_path / "lines")) == file.replace(" \n \n", " \n").removeprefix(" \n")
+
+
+def test_wikitext_comes_from_a_filled_cache_and_is_the_file_without_its_blank_lines(tmp_path: Path) -> None:
+    """`datasets.load_dataset("Salesforce/wikitext", …)` offline, by the suite's own table, and its tokens counted."""
+    lines = [" \n", " = Title = \n", " \n", *(f" Line {number} of it , naïve . \n" for number in range(300)), " \n"]
+    rows = [line if line.strip() else "" for line in lines]
+    fill_cache(tmp_path / "home", "Salesforce/wikitext", "wikitext-2-raw-v1", rows)
+    program = (
+        "import sys; from pathlib import Path; from harness.stages import tokenized; from harness.suite import load\n"
+        "suite = load(Path(sys.argv[1])); ids, about = tokenized(suite, suite.ppl.text)\n"
+        "print(len(ids), about['text_sha256'], about['token_ids_sha256'], about['name'])"
+    )
+    (tmp_path / "suite.toml").write_text(
+        'name = "x"\ntitle = "x"\nsource.location = "demo:dense"\nvariants.a.recipe = "rtn-a16"\n[ppl]\n'
+        'text = { dataset = "Salesforce/wikitext", config = "wikitext-2-raw-v1" }\nprotocols = ["wikitext2-512"]\n'
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_DATASETS_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "suite.toml")],
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    text = "".join(line for line in lines if line.strip())
+    ids = tokenize(checkpoint_path("dense"), text)
+    assert done.stdout.split() == [
+        str(len(ids)),
+        hashlib.sha256(text.encode()).hexdigest(),
+        token_ids_digest(ids),
+        "Salesforce/wikitext/wikitext-2-raw-v1/test",
+    ]
 
 
 def test_an_absent_dataset_says_how_to_fetch_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,12 @@ class Log:
     num_reused: int = 0
 
 
+def rolling_window(max_length: int, engine: str) -> int:
+    """The tokens of a window of rolling log-likelihoods where a sequence may have `max_length`: lm-eval's vllm model
+    leaves two of them free, its hf model none."""
+    return max_length - 2 if engine == "vllm" else max_length
+
+
 class Texts:
     """The tokenizer of a checkpoint folder; `UserError` where it has none."""
 
@@ -143,7 +149,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         special = _add_special_kwargs(add_special_tokens, None)
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
             special = {"add_special_tokens": False}
-        return cast(list[int], self.tokenizer.encode(string, **special))
+        # Verbose, it warns of texts longer than the model takes, and those are cut into windows or refused here.
+        return cast(list[int], self.tokenizer.encode(string, verbose=False, **special))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the model's template writes it; thinking is left to the template where nothing is said."""
@@ -202,22 +209,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """See `lm_eval.api.model.LM`; windows are cut by lm-eval's own functions."""
-        windows = [
-            [
-                (tuple(before), tuple(after))
-                for before, after in map(
-                    make_disjoint_window,
-                    get_rolling_token_windows(
-                        token_list=self.tok_encode(instance.args[0]),
-                        prefix_token=self.prefix_token_id,
-                        max_seq_len=self._settings.window,
-                        context_len=1,
-                    ),
-                )
-            ]
-            for instance in requests
-        ]
+        """See `lm_eval.api.model.LM`."""
+        windows = [self.rolling(instance.args[0]) for instance in requests]
         answers = iter(self._choices([pair for pairs in windows for pair in pairs], "windows"))
         found = []
         for instance, pairs in zip(requests, windows, strict=True):
@@ -235,6 +228,17 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             )
             found.append(total)
         return found
+
+    def rolling(self, text: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(Tokens that are only read, those that are predicted) of each window of a text, cut by lm-eval's own
+        functions; the first one reads `prefix_token_id`."""
+        windows = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self._settings.window,
+            context_len=1,
+        )
+        return [(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, windows)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """See `lm_eval.api.model.LM`."""

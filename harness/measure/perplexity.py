@@ -5,13 +5,17 @@ Perplexity is exp of the mean negative log-likelihood per scored token. The same
 the start of its window is predicted from nothing and costs much more. So a protocol has a name, its windows are
 data (`PROTOCOLS`), and the name, the number of tokens, windows and scored tokens belong to every number.
 
+Several protocols may score the same windows and differ only in the tokens that count: the engine's answers are kept for
+all of them (`log_probs`), and each protocol takes its tokens from there.
+
 The measure yields one raw sample per window and averages nothing: two variants measured on the same windows can then be
 compared pairwise, which is far tighter than comparing two means.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +25,13 @@ from tokenizers import Tokenizer
 
 from harness.engines.protocol import Engine
 from harness.errors import UserError, did_you_mean
+from harness.measure.log_probs import LogProbs
 from harness.progress import Progress
 
 VERSION = 1
 
 ScoredRule = Literal["all but the first", "second half", "new tokens"]
+Unit = Literal["token", "word"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,11 @@ class Protocol:
     """How a text of token ids is cut into windows, and which tokens of each are scored."""
 
     name: str
-    window: int
-    """Tokens per window."""
-    stride: int
-    """Tokens from one window's start to the next one's."""
+    window: int | None
+    """Tokens per window. None: the text is read document by document, in windows as long as the model takes
+    (`wikitext`)."""
+    stride: int | None
+    """Tokens from one window's start to the next one's; None with `window`."""
     scored: ScoredRule
     """`all but the first`: whatever has at least one token before it in the window. `second half`: the tokens
     whose context is longer than half a window. `new tokens`: those that no earlier window has seen."""
@@ -44,6 +51,8 @@ class Protocol:
     """Whether a last, shorter window counts, or is dropped."""
     description: str
     source: str
+    unit: Unit = "token"
+    """What the mean is taken over."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class Window:
     first_token: int
     num_tokens: int
     first_scored: int
+    document: int | None = None
+    """Of which it is a part, where the text is read document by document."""
 
     @property
     def num_scored(self) -> int:
@@ -100,6 +111,17 @@ PROTOCOLS = {
             description="Windows of 1024 every 512 tokens; of each the tokens that no window before it has scored.",
             source="transformers' guide 'Perplexity of fixed-length models', its loss weighted by its true tokens.",
         ),
+        Protocol(
+            name="lmeval-word",
+            window=None,
+            stride=None,
+            scored="new tokens",
+            keep_tail=True,
+            description="Pages of WikiText, detokenized, each after an end-of-text token; every token of a page, over "
+            "the words that the page had before.",
+            source="lm-eval's task `wikitext` (version 2) on EleutherAI/wikitext_document_level: word_perplexity.",
+            unit="word",
+        ),
     )
 }
 
@@ -112,7 +134,10 @@ def get_protocol(name: str) -> Protocol:
 
 
 def windows(protocol: Protocol, num_tokens: int) -> list[Window]:
-    """The windows of a text of `num_tokens` tokens. A tail of one token has nothing to score and is left out."""
+    """The windows of a text of `num_tokens` tokens, by a protocol that cuts one text. A tail of one token has nothing
+    to score and is left out."""
+    if protocol.window is None or protocol.stride is None:
+        raise ValueError(f"{protocol.name} cuts documents and no text")
     if num_tokens < protocol.window:
         raise UserError(
             f"The text has {num_tokens:,} tokens, fewer than one window of {protocol.name} ({protocol.window:,}).",
@@ -162,6 +187,18 @@ def token_ids_digest(ids: Sequence[int]) -> str:
     return hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).hexdigest()
 
 
+def whole(protocol: Protocol) -> Protocol:
+    """The protocol of the same window and stride that leaves out nothing. Its windows are what is kept of an engine's
+    answers: those of `protocol` are the first of them, with perhaps fewer tokens that count."""
+    return replace(protocol, scored="all but the first", keep_tail=True)
+
+
+def windows_digest(cut: Iterable[Window]) -> str:
+    """SHA-256 of where windows begin and how long they are, as little-endian 64-bit integers; whatever is scored."""
+    spans = [(window.first_token, window.num_tokens) for window in cut]
+    return hashlib.sha256(np.asarray(spans, dtype="<i8").tobytes()).hexdigest()
+
+
 def measure(
     engine: Engine,
     ids: Sequence[int],
@@ -171,18 +208,20 @@ def measure(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One sample per window, in order; `limit` keeps the first windows only.
+    """The samples of a protocol, as `samples` describes them, with nothing kept; `limit` scores the first windows only.
+    `batch_size` is a matter of speed: see `Engine.score`."""
+    cut = windows(protocol, len(ids))[:limit]
+    yield from samples(cut, score(engine, ids, cut, batch_size, name=protocol.name, progress=progress))
+
+
+def samples(cut: Sequence[Window], rows: Iterable[NDArray[np.float32]]) -> Iterator[dict[str, Any]]:
+    """One sample per window, in order, from the log-probabilities [num_tokens - 1] of each window's tokens but the
+    first.
 
     `{"kind": "window", "index", "first_token", "num_tokens", "num_scored", "nll_nats"}`, where `nll_nats` is the
-    summed negative log-likelihood of the scored tokens. `batch_size` is a matter of speed: see `Engine.score`.
+    summed negative log-likelihood of the scored tokens; with `document` where there are several.
     """
-    cut = windows(protocol, len(ids))[:limit]
-    scores = engine.score([ids[w.first_token : w.first_token + w.num_tokens] for w in cut], batch_size)
-    if progress is not None:
-        progress(0, len(cut), protocol.name)
-    returned = 0
-    for index, (window, log_probs) in enumerate(zip(cut, scores, strict=False)):
-        _check(log_probs, window, index)
+    for index, (window, log_probs) in enumerate(zip(cut, rows, strict=True)):
         yield {
             "kind": "window",
             "index": index,
@@ -190,19 +229,77 @@ def measure(
             "num_tokens": window.num_tokens,
             "num_scored": window.num_scored,
             # log_probs[i] belongs to token i + 1 of the window
-            "nll_nats": -float(np.sum(log_probs[window.first_scored - 1 :], dtype=np.float64)),
+            "nll_nats": -float(np.sum(log_probs[window.first_scored - 1 :].astype(np.float64))),
+            **({} if window.document is None else {"document": window.document}),
         }
-        returned = index + 1
+
+
+def extend(
+    stored: LogProbs,
+    engine: Engine,
+    described: dict[str, Any],
+    ids: Sequence[int],
+    cut: Sequence[Window],
+    num_windows: int,
+    *,
+    batch_size: int,
+    name: str,
+    progress: Progress | None = None,
+) -> int:
+    """Scores what is missing of the first `num_windows` windows of `cut` into `stored`, and returns how many it had.
+
+    `described` is the engine in a run's header. Only whole batches are kept and asked for, a few windows more than
+    `num_windows` if need be: an answer may depend, in its last bits, on those that it is computed with, and so it is
+    the same however often a run was interrupted.
+    """
+    ends = [0, *_batch_ends([window.num_tokens for window in cut], batch_size)]
+    first = stored.go_on(described, max(end for end in ends if end <= len(stored)))
+    last = min(end for end in ends if end >= num_windows)
+    for row in score(engine, ids, cut[:last], batch_size, first=first, name=name, progress=progress):
+        stored.append(row)
+    return min(first, num_windows)
+
+
+def _batch_ends(lengths: Iterable[int], batch_size: int) -> Iterator[int]:
+    """Where the batches end that an engine makes of windows: see `Engine.score`."""
+    end = 0
+    for _, run in groupby(lengths):
+        num = sum(1 for _ in run)
+        yield from (end + min(start + batch_size, num) for start in range(0, num, batch_size))
+        end += num
+
+
+def score(
+    engine: Engine,
+    ids: Sequence[int],
+    cut: Sequence[Window],
+    batch_size: int,
+    *,
+    first: int = 0,
+    name: str,
+    progress: Progress | None = None,
+) -> Iterator[NDArray[np.float32]]:
+    """The log-probabilities [num_tokens - 1], in nats, of every token but the first of each window from `first` on, as
+    the engine computes them. `UserError` for too few of them, and for a value that is not finite."""
+    rows = engine.score([ids[w.first_token : w.first_token + w.num_tokens] for w in cut[first:]], batch_size)
+    done = first
+    if progress is not None:
+        progress(done, len(cut), name)
+    for window, row in zip(cut[first:], rows, strict=False):
+        log_probs = row.astype(np.float32)
+        _check(log_probs, window, done)
+        yield log_probs
+        done += 1
         if progress is not None:
-            progress(returned, len(cut), protocol.name)
-    if returned < len(cut):
+            progress(done, len(cut), name)
+    if done < len(cut):
         raise UserError(
-            f"The {engine.info.name} engine scored {returned} of {len(cut)} windows.",
+            f"The {engine.info.name} engine scored {done} of {len(cut)} windows.",
             "The run is not usable: repeat it.",
         )
 
 
-def _check(log_probs: NDArray[np.float64], window: Window, index: int) -> None:
+def _check(log_probs: NDArray[np.float32], window: Window, index: int) -> None:
     """Refuse what would silently spoil a mean."""
     if len(log_probs) != window.num_tokens - 1:
         raise UserError(

@@ -34,7 +34,7 @@ from lm_eval.tasks import TaskManager
 from harness.engines.protocol import Engine
 from harness.errors import UserError
 from harness.measure.answers import Journal, digest
-from harness.measure.lm import Detail, EngineLM, Log, Settings, Texts
+from harness.measure.lm import Detail, EngineLM, Log, Settings, Texts, rolling_window
 from harness.progress import Progress
 from harness.sampling import PRESETS
 from harness.suite import Task
@@ -101,9 +101,7 @@ def load(taken: Taken, texts: Texts, max_length: int, engine: str) -> Loaded:
         "tokenizer_digest": texts.digest,
         "tasks": {name: _about(task) for name, task in tasks.items()},
     }
-    # lm-eval's vllm model leaves two tokens of a window free, its hf model none.
-    window = max_length - 2 if engine == "vllm" else max_length
-    settings = Settings(wanted.thinking, wanted.seed, wanted.batch_size, window)
+    settings = Settings(wanted.thinking, wanted.seed, wanted.batch_size, rolling_window(max_length, engine))
     loaded = Loaded(label, wanted, texts, settings, tasks, taken.groups, num_docs, identity)
     # vLLM adds a token to every prompt that it scores.
     _check_requests(loaded, max_length, 1 if engine == "vllm" else 0)

@@ -1,12 +1,15 @@
 """Where the text of a measurement comes from: a local file, or a column of a dataset on the model hub.
 
 A text is one string. How it was put together changes its tokens, and with them every number, so there is one way: the
-rows of a dataset are joined with nothing in between (WikiText's rows carry their own line ends).
+rows of a dataset are joined with nothing in between (WikiText's rows carry their own line ends). Only what reads a text
+line by line asks for lines: WikiText's rows are the lines of its files, with nothing in place of the blank ones.
 """
 
 from pathlib import Path
 
 from harness.errors import UserError
+
+_LINE_FEED = "\n"
 
 
 def load_text(
@@ -17,15 +20,21 @@ def load_text(
     split: str = "test",
     column: str = "text",
     revision: str | None = None,
+    as_lines: bool = False,
 ) -> str:
-    """The text of a UTF-8 file (`path`), or of `dataset` on the hub; exactly one of the two."""
+    """The text of a UTF-8 file (`path`), or of `dataset` on the hub; exactly one of the two. `as_lines`: a row of the
+    dataset is a line, or several, whether it ends with a line feed or not, and an empty row is a line with one blank,
+    which makes a WikiText dataset the file that it was made of."""
     if (path is None) == (dataset is None):
         raise UserError("A text needs either a path or a dataset.", "Name exactly one of them in the suite.")
     if path is not None:
         text = _read_file(path)
     else:
         assert dataset is not None
-        text = _read_dataset(dataset, config, split, column, revision)
+        rows = _read_dataset(dataset, config, split, column, revision)
+        text = (
+            "".join(f"{row.removesuffix(_LINE_FEED) or ' '}{_LINE_FEED}" for row in rows) if as_lines else "".join(rows)
+        )
     if not text.strip():
         raise UserError(f"The text of {path or dataset} is empty.", "Check its path, split and column.")
     return text
@@ -41,7 +50,7 @@ def _read_file(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path in the suite.") from None
 
 
-def _read_dataset(dataset: str, config: str | None, split: str, column: str, revision: str | None) -> str:
+def _read_dataset(dataset: str, config: str | None, split: str, column: str, revision: str | None) -> list[str]:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError:
@@ -61,4 +70,4 @@ def _read_dataset(dataset: str, config: str | None, split: str, column: str, rev
         raise UserError(
             f"The dataset {dataset} has no column '{column}'.", f"Its columns: {', '.join(rows.column_names)}."
         )
-    return "".join(rows[column])
+    return list(rows[column])

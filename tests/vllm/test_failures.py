@@ -39,7 +39,7 @@ text_only = true
 max_model_len = 128
 [ppl]
 text = {{ demo = "heldout" }}
-protocol = "wikitext2-512"
+protocols = ["wikitext2-512"]
 setups = ["tiny"]
 [bench]
 text = {{ demo = "heldout" }}
@@ -136,7 +136,7 @@ def test_ppl_and_bench_run_through_the_command_line(
     suite.write_text(SUITE.format(source="demo:dense", max_model_len=600).replace('setups = ["tiny"]', ""))
     assert main(["ppl", "--suite", str(suite), "--limit", "4", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert set(document["records"]) == {"source", "nvfp4a16"}
+    assert set(document["records"]["wikitext2-512"]) == {"source", "nvfp4a16"}
     assert any("four times" in line for line in document["warnings"])
     assert main(["bench", "--suite", str(suite)]) == 0
     out = capsys.readouterr().out
