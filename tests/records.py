@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.record.packed import pack
 from harness.record.results import End, Record, Run
 
 ENGINE: dict[str, Any] = {
@@ -299,3 +300,55 @@ def demo_records() -> list[Record]:
         make_record("bench", "source", decodes(1 / 170.3) + decodes(1 / 150, batch=4) + prefills(0.25) + MEMORY),
         make_record("bench", "nvfp4a16", decodes(1 / 163.4) + decodes(1 / 140, batch=4) + prefills(0.3) + MEMORY),
     ]
+
+
+FIDELITY: dict[str, Any] = {
+    "name": "demo:heldout",
+    "token_ids_sha256": "1" * 64,
+    "num_tokens": 8_000,
+    "window": 1024,
+    "distribution": "whole vocabulary",
+}
+
+
+def fidelity_windows(
+    kl_nats: Sequence[float], loss_nats: float = 0.0, agreed: float = 1.0, num_tokens: int = 1025
+) -> list[dict[str, Any]]:
+    """One window for each mean divergence, in nats per token; after 512 tokens it is twice that before. All lose
+    `loss_nats` of log-perplexity, and find the same token the likeliest in the share `agreed`."""
+    samples = []
+    for index, mean in enumerate(kl_nats):
+        nums = (511, num_tokens - 512)
+        unit = mean * sum(nums) / (nums[0] + 2 * nums[1])
+        per_band = [unit * nums[0], 2 * unit * nums[1]]
+        bands = [
+            {
+                "end": end,
+                "num_scored": num,
+                "kl_nats": nats,
+                "num_agreed": round(agreed * num),
+                "squared_dp": 0.0001 * num,
+            }
+            for end, num, nats in zip((512, 4096), nums, per_band, strict=True)
+        ]
+        samples.append(
+            {
+                "kind": "window",
+                "index": index,
+                "first_token": index * (num_tokens - 1),
+                "num_tokens": num_tokens,
+                "num_scored": num_tokens - 1,
+                **{key: sum(band[key] for band in bands) for key in ("kl_nats", "num_agreed", "squared_dp")},
+                "nll_nats": (2.0 + loss_nats) * (num_tokens - 1),
+                "source_nll_nats": 2.0 * (num_tokens - 1),
+                "bands": bands,
+                "kl_codes": pack([unit] * nums[0] + [2 * unit] * nums[1]),
+            }
+        )
+    return samples
+
+
+def fidelity_record(variant: str, samples: Iterable[dict[str, Any]], **header: Any) -> Record:
+    """A run of fidelity; any field of the header can be given."""
+    fields = {"suite": {"name": "demo", "fidelity": {"batch_size": 4}}, "engine": ENGINE, "dataset": FIDELITY}
+    return make_record("fidelity", variant, samples, **{**fields, **header})

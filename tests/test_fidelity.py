@@ -2,18 +2,22 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 from scipy.special import log_softmax
 
 from harness.demo import checkpoint_path
-from harness.engines.protocol import open_engine
+from harness.engines.protocol import Chunk, Top, open_engine
 from harness.errors import UserError
 from harness.measure import fidelity
 from harness.measure.fidelity import token_kl_nats
+from harness.record.packed import unpack
 
 
 class Told:
@@ -83,26 +87,78 @@ def test_many_rows_are_taken_in_pieces_without_a_seam(monkeypatch: pytest.Monkey
     assert token_kl_nats(log_p, log_q).tolist() == whole.tolist()
 
 
+def pairs(reference: Told, variant: Told, windows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    chunks = fidelity.chunks_of([reference, variant], windows, 1)
+    return [sample for _, sample in fidelity.measure(chunks, windows, ["w4a4"])]
+
+
 def test_a_window_is_summed_and_its_agreements_counted() -> None:
     reference = Told(logs((0.6, 0.3, 0.1), (0.2, 0.5, 0.3)), logs((0.1, 0.1, 0.8)))
     variant = Told(logs((0.5, 0.4, 0.1), (0.5, 0.2, 0.3)), logs((0.1, 0.1, 0.8)))
-    first, second = fidelity.measure(reference, variant, [[1, 0, 1], [2, 2]])
+    first, second = pairs(reference, variant, [[1, 0, 1], [2, 2]])
     by_hand = 0.6 * math.log(1.2) + 0.3 * math.log(0.75) + 0.2 * math.log(0.4) + 0.5 * math.log(2.5)
+    sums = {
+        "kl_nats": pytest.approx(by_hand, rel=1e-5),
+        "num_agreed": 1,
+        "squared_dp": pytest.approx(0.1**2 + 0.3**2, rel=1e-5),
+    }
+    codes = first.pop("kl_codes")
+    assert unpack(codes).sum() == pytest.approx(by_hand, rel=1e-3)
     assert first == {
         "kind": "window",
         "index": 0,
         "num_tokens": 3,
         "num_scored": 2,
-        "kl_nats": pytest.approx(by_hand, rel=1e-5),
-        "num_agreed": 1,
+        **sums,
+        "nll_nats": pytest.approx(-math.log(0.5 * 0.2), rel=1e-5),
+        "source_nll_nats": pytest.approx(-math.log(0.6 * 0.5), rel=1e-5),
+        "bands": [{"end": 512, "num_scored": 2, **sums}],
     }
     assert (second["index"], second["num_scored"], second["num_agreed"]) == (1, 1, 1)
     assert second["kl_nats"] == 0
 
 
+def test_a_prediction_belongs_to_the_band_of_the_tokens_before_it() -> None:
+    """511 tokens before: the last prediction of the first band; 512: the first one of the second."""
+    num = 600
+    window = [0] * num
+    reference = Told(np.log(np.full((num - 1, 2), 0.5)).astype(np.float32))
+    table = np.log(np.full((num - 1, 2), 0.5)).astype(np.float32)
+    table[511] = np.log([0.25, 0.75])  # after 512 tokens
+    (sample,) = pairs(reference, Told(table), [window])
+    assert [(band["end"], band["num_scored"]) for band in sample["bands"]] == [(512, 511), (4096, 88)]
+    assert sample["bands"][0]["kl_nats"] == 0
+    assert sample["bands"][1]["kl_nats"] == pytest.approx(sample["kl_nats"])
+    assert unpack(sample["kl_codes"])[511] == pytest.approx(sample["kl_nats"], rel=1e-3)
+
+
+@given(st.data())
+def test_chunks_may_be_cut_anywhere(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(2, 9), min_size=1, max_size=4))
+    windows = [[number % 5 for number in range(length)] for length in lengths]
+    tables = [
+        [random_logs(model * 10 + i, n - 1, 5).astype(np.float32) for i, n in enumerate(lengths)] for model in (0, 1, 2)
+    ]
+
+    def stream(models: Sequence[int]) -> Iterator[Chunk]:
+        for index, length in enumerate(lengths):
+            cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=3)) | {length - 1})
+            for first, last in zip([0, *cuts], cuts, strict=False):
+                yield Chunk(index, first, tuple(tables[model][index][first:last] for model in models))
+
+    found = dict.fromkeys(("a", "b"), 0.0)
+    for name, sample in fidelity.measure(fidelity.side_by_side(stream([0, 1]), stream([2])), windows, ["a", "b"]):
+        found[name] += sample["kl_nats"]
+    whole = {
+        name: sum(token_kl_nats(p, q).sum() for p, q in zip(tables[0], tables[model], strict=True))
+        for name, model in (("a", 1), ("b", 2))
+    }
+    assert found == pytest.approx(whole, rel=1e-12)
+
+
 def test_another_vocabulary_is_an_error() -> None:
-    with pytest.raises(UserError, match="knows 3 tokens and the variant 2"):
-        list(fidelity.measure(Told(logs((0.2, 0.3, 0.5))), Told(logs((0.5, 0.5))), [[0, 1]]))
+    with pytest.raises(UserError, match="knows 3 tokens and w4a4 2"):
+        pairs(Told(logs((0.2, 0.3, 0.5))), Told(logs((0.5, 0.5))), [[0, 1]])
 
 
 @pytest.mark.parametrize("short", ["reference", "variant"])
@@ -110,26 +166,27 @@ def test_windows_that_an_engine_left_out_are_an_error(short: str) -> None:
     one = logs((0.5, 0.5))
     engines = {"reference": Told(one, one), "variant": Told(one, one)} | {short: Told(one)}
     with pytest.raises(UserError, match="1 of 2 windows"):
-        list(fidelity.measure(**engines, windows=[[0, 1], [0, 1]]))
+        pairs(**engines, windows=[[0, 1], [0, 1]])
 
 
 def test_a_missing_position_is_an_error() -> None:
-    with pytest.raises(UserError, match="Window 0 has 3 tokens"):
-        list(fidelity.measure(Told(logs((0.5, 0.5))), Told(logs((0.5, 0.5))), [[0, 1, 1]]))
+    with pytest.raises(UserError, match="Window 0 has 3 tokens, and the engines predicted 1 of its 2 last"):
+        pairs(Told(logs((0.5, 0.5))), Told(logs((0.5, 0.5))), [[0, 1, 1]])
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_broken_distribution_is_named_by_window_and_position(value: float) -> None:
     broken = logs((0.5, 0.5), (0.5, 0.5))
     broken[1, 0] = value
-    with pytest.raises(UserError, match=r"Window 0 has a divergence of (nan|inf) at position 1"):
-        list(fidelity.measure(Told(logs((0.5, 0.5), (0.5, 0.5))), Told(broken), [[0, 1, 0]]))
+    with pytest.raises(UserError, match=r"Window 0 of w4a4 has a divergence of (nan|inf) at position 1"):
+        pairs(Told(logs((0.5, 0.5), (0.5, 0.5))), Told(broken), [[0, 1, 0]])
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     windows = [list(range(10, 30)), list(range(50, 60)), list(range(70, 90))]
     engine = open_engine("torch", checkpoint_path("dense"), dtype="float32", device="cpu")
-    samples = list(fidelity.measure(engine, engine, windows, batch_size=2))
+    chunks = fidelity.chunks_of([engine, engine], windows, 2)
+    samples = [sample for _, sample in fidelity.measure(chunks, windows, ["itself"])]
     assert [sample["kl_nats"] for sample in samples] == [0, 0, 0]
     assert [sample["num_agreed"] for sample in samples] == [19, 9, 19]
 
@@ -137,5 +194,49 @@ def test_a_model_does_not_diverge_from_itself() -> None:
 def test_progress_counts_windows_to_the_end() -> None:
     told = Told(*[logs((0.5, 0.5))] * 3)
     seen: list[tuple[int, int, str]] = []
-    list(fidelity.measure(told, told, [[0, 1]] * 3, progress=lambda *step: seen.append(step)))
+    chunks = fidelity.chunks_of([told, told], [[0, 1]] * 3, 1)
+    list(fidelity.measure(chunks, [[0, 1]] * 3, ["w4a4"], progress=lambda *step: seen.append(step)))
     assert seen == [(done, 3, "fidelity") for done in range(4)]
+
+
+def top(table: NDArray[np.float64], num: int, actual: Sequence[int]) -> Top:
+    """What an engine names of whole distributions."""
+    ids = np.argsort(-table, axis=1, kind="stable")[:, :num].astype(np.int32)
+    rows = np.arange(len(table))
+    return Top(ids, np.take_along_axis(table, ids, 1).astype(np.float32), table[rows, actual].astype(np.float32))
+
+
+def test_a_divergence_of_named_tokens_is_by_hand_that_of_merged_events() -> None:
+    """Tokens 0 and 1 are named by both, token 4 came, 2 and 3 are the rest."""
+    p, q = [0.4, 0.3, 0.15, 0.1, 0.05], [0.3, 0.35, 0.1, 0.05, 0.2]
+    found = fidelity.compare_top(top(np.log([p]), 2, [4]), top(np.log([q]), 2, [4]), [4])
+    events = ([0.4, 0.3, 0.05, 0.25], [0.3, 0.35, 0.2, 0.15])
+    assert found.kl_nats == pytest.approx([scipy_stats.entropy(*events)], rel=1e-5)
+    assert not found.agreed[0]
+    assert found.log_prob == pytest.approx([math.log(0.2)])
+    assert found.reference_log_prob == pytest.approx([math.log(0.05)])
+
+
+@given(st.integers(0, 1000), st.integers(1, 50))
+def test_a_divergence_of_named_tokens_never_exceeds_the_whole_one(seed: int, num: int) -> None:
+    log_p = random_logs(seed)
+    log_q = log_softmax(log_p + np.random.default_rng(seed).normal(0, 0.5, log_p.shape), axis=1)
+    actual = np.random.default_rng(seed + 1).integers(0, 50, len(log_p)).tolist()
+    whole = fidelity.compare(log_p.astype(np.float32), log_q.astype(np.float32), actual)
+    found = fidelity.compare_top(top(log_p, num, actual), top(log_q, num, actual), actual)
+    assert (found.kl_nats <= whole.kl_nats + 2e-6).all()
+    assert (found.agreed == whole.agreed).all()
+    assert found.log_prob == pytest.approx(whole.log_prob)
+    if num == 50:
+        assert found.kl_nats == pytest.approx(whole.kl_nats, rel=1e-5, abs=2e-6)
+
+
+def test_the_torch_engine_names_what_its_distributions_do() -> None:
+    windows = [list(range(10, 30)), list(range(50, 60))]
+    engine = open_engine("torch", checkpoint_path("dense"), dtype="float32", device="cpu")
+    for window, table, named in zip(
+        windows, engine.log_probs(windows, 2), engine.top_log_probs(windows, 2, 7), strict=True
+    ):
+        assert (named.ids == np.argsort(-table, axis=1)[:, :7]).all()
+        assert (named.log_probs == np.sort(table, axis=1)[:, :-8:-1]).all()
+        assert named.actual.tolist() == [table[at, token] for at, token in enumerate(window[1:])]

@@ -5,7 +5,7 @@ does, and then looks better than what it was made from. The Kullback-Leibler div
 how much of the source's whole distribution P over the next token the variant's Q has lost. It is never negative,
 it is zero only where the two agree on every token of the vocabulary, and it does not need to know which token came.
 
-The arithmetic. Both engines give float32 log-probabilities, whose sum of probabilities misses 1 by about 1e-6, while
+The arithmetic. Engines give float32 log-probabilities, whose sum of probabilities misses 1 by about 1e-6, while
 a good variant's divergence is 1e-3. Written as usual, Σ p (ln p - ln q), that miss enters at first order. So every
 token of the vocabulary contributes
 
@@ -13,21 +13,35 @@ token of the vocabulary contributes
 
 in float64: the two further terms add up to zero for exact distributions, no term cancels another, and a miss
 enters at second order only.
+
+An engine that serves tells the k most probable tokens. Two such lists are compared over the tokens that both name, the
+token that really came, and one bucket for all others. Sums over coarser events never exceed those over finer ones (the
+log-sum inequality: Cover and Thomas, Elements of Information Theory, theorem 2.7.1), so that divergence is a lower
+bound, and is called one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.engines.protocol import Chunk, Top
 from harness.errors import UserError
 from harness.progress import Progress
+from harness.record.packed import pack
 
-VERSION = 1
+VERSION = 2
+
+BAND_ENDS = (512, 4096, 32_768, 1 << 20)
+"""Predictions are summed by how many tokens stand before them: fewer than 512, fewer than 4,096 … An error that a
+recurrent state gathers grows from band to band."""
 
 _ROWS_ELEMENTS = 1 << 20  # log-probabilities widened at a time: 8 MB of float64 per temporary
+_LEAST_TAIL = 1e-6
+"""Below this, what is left of 1 after a float32 sum is rounding."""
 
 
 class Predictor(Protocol):
@@ -36,6 +50,18 @@ class Predictor(Protocol):
     def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
         """For each window of n token ids, in order, the natural-log probabilities [n - 1, vocabulary] of what
         follows its tokens 0 … n - 2."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A variant beside its reference, each [n]: one value for every prediction."""
+
+    kl_nats: NDArray[np.float64]
+    agreed: NDArray[np.bool_]
+    """Whether both find the same token the likeliest."""
+    log_prob: NDArray[np.float64]
+    """Of the token that came, by the variant, in nats."""
+    reference_log_prob: NDArray[np.float64]
 
 
 def token_kl_nats(reference: NDArray[np.float32], variant: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -52,50 +78,164 @@ def token_kl_nats(reference: NDArray[np.float32], variant: NDArray[np.float32]) 
     for start in range(0, num, step):
         rows = slice(start, start + step)
         log_p, log_q = reference[rows].astype(np.float64), variant[rows].astype(np.float64)
-        p = np.exp(log_p)
-        with np.errstate(invalid="ignore"):  # 0 · (-inf - x), replaced by its limit 0
-            lost = np.where(p > 0, p * (log_p - log_q), 0.0)
-        divergence[rows] = (lost - p + np.exp(log_q)).sum(axis=1)
+        divergence[rows] = _terms(log_p, log_q).sum(axis=1)
     return divergence
 
 
+def _terms(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What each event contributes to a divergence."""
+    p = np.exp(log_p)
+    with np.errstate(invalid="ignore"):  # 0 · (-inf - x), replaced by its limit 0
+        lost = np.where(p > 0, p * (log_p - log_q), 0.0)
+    terms: NDArray[np.float64] = lost - p + np.exp(log_q)
+    return terms
+
+
+def compare(reference: NDArray[np.float32], variant: NDArray[np.float32], actual: Sequence[int]) -> Compared:
+    """Two arrays of log-probabilities [n, vocabulary], and the n tokens that came."""
+    rows = np.arange(len(reference))
+    return Compared(
+        token_kl_nats(reference, variant),
+        reference.argmax(axis=1) == variant.argmax(axis=1),
+        variant[rows, actual].astype(np.float64),
+        reference[rows, actual].astype(np.float64),
+    )
+
+
+def compare_top(reference: Top, variant: Top, actual: Sequence[int]) -> Compared:
+    """The same from what two engines name at n places where `actual` came; the divergence is a lower bound."""
+    both, log_q = _found(reference.ids, variant)
+    is_actual = (reference.ids == np.asarray(actual)[:, None]) & both
+    named_p, named_q = (np.where(both, one, -np.inf) for one in (reference.log_probs.astype(np.float64), log_q))
+    # The token that came is an event of its own, whether it is among the named ones or not.
+    alone_p, alone_q = (
+        np.where(is_actual.any(axis=1), -np.inf, one.actual.astype(np.float64)) for one in (reference, variant)
+    )
+    events_p = np.concatenate([named_p, alone_p[:, None]], axis=1)
+    events_q = np.concatenate([named_q, alone_q[:, None]], axis=1)
+    tails = [np.maximum(1 - np.exp(one).sum(axis=1), 0) for one in (events_p, events_q)]
+    tail_p, tail_q = (np.where(tail < _LEAST_TAIL, _LEAST_TAIL, tail) for tail in tails)
+    return Compared(
+        _terms(events_p, events_q).sum(axis=1) + _terms(np.log(tail_p), np.log(tail_q)),
+        reference.ids[:, 0] == variant.ids[:, 0],
+        variant.actual.astype(np.float64),
+        reference.actual.astype(np.float64),
+    )
+
+
+def _found(ids: NDArray[np.int32], top: Top) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Which of `ids` [n, k] `top` names at their place, and what log-probability it gives those."""
+    # One sorted list for all places: an id beyond those of the places before.
+    base = np.arange(len(ids))[:, None] * (1 + int(max(ids.max(initial=0), top.ids.max(initial=0))))
+    order = np.argsort(top.ids, axis=1)
+    keys = (np.take_along_axis(top.ids, order, axis=1) + base).ravel()
+    at = np.searchsorted(keys, ids + base).clip(max=len(keys) - 1)
+    log_probs = np.take_along_axis(top.log_probs.astype(np.float64), order, axis=1).ravel()
+    return keys[at] == ids + base, log_probs[at]
+
+
+def chunks_of(predictors: Sequence[Predictor], windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Chunk]:
+    """The distributions of several models, the reference first, a window at a time; all walk through the windows in
+    step, so that only one batch of each is in memory."""
+    walks = zip_longest(*(one.log_probs(windows, batch_size) for one in predictors))
+    for index, found in enumerate(walks):
+        if any(one is None for one in found):
+            return
+        yield Chunk(index, 0, tuple(found))
+
+
+def side_by_side(*streams: Iterable[Chunk]) -> Iterator[Chunk]:
+    """The chunks of several passes over the same windows as those of one, with the models of all: cut where any of
+    them is."""
+    walks = [iter(stream) for stream in streams]
+    left: list[Chunk | None] = [None] * len(walks)
+    while True:
+        for number, walk in enumerate(walks):
+            left[number] = left[number] or next(walk, None)
+        if any(one is None for one in left):
+            return
+        now = [one for one in left if one is not None]
+        place = (now[0].window, now[0].first)
+        if any((one.window, one.first) != place for one in now):
+            raise ValueError(f"passes that differ at window {place[0]}, place {place[1]}")
+        num = min(len(one.log_probs[0]) for one in now)
+        yield Chunk(*place, tuple(table[:num] for one in now for table in one.log_probs))
+        left = [
+            Chunk(one.window, one.first + num, rest)
+            if len((rest := tuple(table[num:] for table in one.log_probs))[0])
+            else None
+            for one in now
+        ]
+
+
 def measure(
-    reference: Predictor,
-    variant: Predictor,
+    chunks: Iterable[Chunk],
     windows: Sequence[Sequence[int]],
+    names: Sequence[str],
     *,
-    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(Name, sample) of each window and variant, in order. The first model of a chunk is the reference, the others are
+    called `names`; see `sample`. `UserError` for a vocabulary of another size, a divergence that is not finite, or
+    missing windows."""
+    if progress is not None:
+        progress(0, len(windows), "fidelity")
+    done: dict[str, list[Compared]] = {name: [] for name in names}
+    index = place = 0
+    for chunk in chunks:
+        reference, *variants = chunk.log_probs
+        if (chunk.window, chunk.first) != (index, place) or index >= len(windows):
+            break
+        window = windows[index]
+        actual = window[place + 1 : place + 1 + len(reference)]
+        for name, variant in zip(names, variants, strict=True):
+            _check(name, reference, variant, len(actual), index, len(window))
+            compared = compare(reference, variant, actual)
+            _check_finite(name, compared, index, place)
+            done[name].append(compared)
+        place += len(reference)
+        if place == len(window) - 1:
+            for name, pieces in done.items():
+                yield name, sample(index, len(window), _joined(pieces))
+                pieces.clear()
+            index, place = index + 1, 0
+            if progress is not None:
+                progress(index, len(windows), "fidelity")
+    if place:
+        raise UserError(
+            f"Window {index} has {len(windows[index])} tokens, and the engines predicted {place} of its "
+            f"{len(windows[index]) - 1} last.",
+            "The run is not usable: repeat it.",
+        )
+    if index < len(windows):
+        raise UserError(
+            f"The engines predicted {index} of {len(windows)} windows.", "The run is not usable: repeat it."
+        )
+
+
+def measure_top(
+    reference: Iterable[Top],
+    variant: Iterable[Top],
+    windows: Sequence[Sequence[int]],
+    name: str,
+    *,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One sample per window of token ids, in order; both engines walk through the windows in step, so that only
-    one batch of distributions is in memory.
-
-    `{"kind": "window", "index", "num_tokens", "num_scored", "kl_nats", "num_agreed"}`: `kl_nats` is summed over the
-    window's `num_scored` = `num_tokens` - 1 predictions, and in `num_agreed` of them both find the same token the
-    likeliest. `UserError` for a vocabulary of another size, a divergence that is not finite, or missing windows.
-    """
-    pairs = zip_longest(reference.log_probs(windows, batch_size), variant.log_probs(windows, batch_size))
+    """One sample per window, in order, of a variant called `name`, from the most probable tokens on both sides; see
+    `sample`. `UserError` for probabilities that are not finite or missing windows."""
     if progress is not None:
         progress(0, len(windows), "fidelity")
     returned = 0
-    for index, (window, (expected, found)) in enumerate(zip(windows, pairs, strict=False)):
-        if expected is None or found is None:
-            break
-        _check(expected, found, len(window), index)
-        divergence = token_kl_nats(expected, found)
-        if len(bad := np.flatnonzero(~np.isfinite(divergence))):
+    for index, (window, expected, found) in enumerate(zip(windows, reference, variant, strict=False)):
+        num = len(window) - 1
+        if not len(expected.ids) == len(found.ids) == num:
             raise UserError(
-                f"Window {index} has a divergence of {divergence[bad[0]]} at position {int(bad[0])}.",
-                "Run `harness verify`: a scale or weight of the checkpoint is broken.",
+                f"Window {index} has {len(window)} tokens, and {name} predicted {len(found.ids)} of its {num} last.",
+                "The run is not usable: repeat it.",
             )
-        yield {
-            "kind": "window",
-            "index": index,
-            "num_tokens": len(window),
-            "num_scored": len(divergence),
-            "kl_nats": float(divergence.sum()),
-            "num_agreed": int((expected.argmax(axis=1) == found.argmax(axis=1)).sum()),
-        }
+        compared = compare_top(expected, found, window[1:])
+        _check_finite(name, compared, index, 0)
+        yield sample(index, len(window), compared)
         returned = index + 1
         if progress is not None:
             progress(returned, len(windows), "fidelity")
@@ -105,16 +245,72 @@ def measure(
         )
 
 
-def _check(expected: NDArray[np.float32], found: NDArray[np.float32], num_tokens: int, index: int) -> None:
-    """Refuse what cannot be compared position by position."""
-    if expected.shape[1] != found.shape[1]:
+def _check_finite(name: str, compared: Compared, index: int, place: int) -> None:
+    if len(bad := np.flatnonzero(~np.isfinite(compared.kl_nats))):
         raise UserError(
-            f"The reference knows {expected.shape[1]:,} tokens and the variant {found.shape[1]:,}.",
+            f"Window {index} of {name} has a divergence of {compared.kl_nats[bad[0]]} at position "
+            f"{place + int(bad[0])}.",
+            "Run `harness verify`: a scale or weight of the checkpoint is broken.",
+        )
+
+
+def _check(
+    name: str,
+    reference: NDArray[np.float32],
+    variant: NDArray[np.float32],
+    num_wanted: int,
+    index: int,
+    num_tokens: int,
+) -> None:
+    """Refuse what cannot be compared position by position."""
+    if reference.shape[1] != variant.shape[1]:
+        raise UserError(
+            f"The reference knows {reference.shape[1]:,} tokens and {name} {variant.shape[1]:,}.",
             "Compare a variant with the source that it was made from.",
         )
-    if len(expected) != num_tokens - 1 or len(found) != num_tokens - 1:
+    if not len(reference) == len(variant) == num_wanted:
         raise UserError(
-            f"Window {index} has {num_tokens} tokens, and the engines gave {len(expected)} and {len(found)} "
-            "distributions.",
+            f"Window {index} has {num_tokens} tokens, and the engines gave {len(reference)} and {len(variant)} "
+            f"distributions where {num_wanted} were left.",
             "The run is not usable: repeat it.",
         )
+
+
+def _joined(pieces: Sequence[Compared]) -> Compared:
+    return Compared(*(np.concatenate([getattr(piece, one.name) for piece in pieces]) for one in fields(Compared)))
+
+
+def sample(index: int, num_tokens: int, compared: Compared) -> dict[str, Any]:
+    """The record of one window of `num_tokens` tokens, all of whose n - 1 predictions are compared.
+
+    `{"kind": "window", "index", "num_tokens", "num_scored", "kl_nats", "num_agreed", "squared_dp", "nll_nats",
+    "source_nll_nats", "bands", "kl_codes"}`: sums over the predictions. `squared_dp` is of the difference of the
+    probability of the token that came; `bands` has the sums by the number of tokens before (`BAND_ENDS`); `kl_codes`
+    has the divergence of every single prediction (record/packed.py), for percentiles.
+    """
+    before = np.arange(1, num_tokens)
+    band = np.searchsorted(BAND_ENDS, before, side="right")
+    squared = (np.exp(compared.log_prob) - np.exp(compared.reference_log_prob)) ** 2
+    return {
+        "kind": "window",
+        "index": index,
+        "num_tokens": num_tokens,
+        "num_scored": len(before),
+        **_sums(compared, squared, np.full(len(before), True)),
+        "nll_nats": -float(compared.log_prob.sum()),
+        "source_nll_nats": -float(compared.reference_log_prob.sum()),
+        "bands": [
+            {"end": end, "num_scored": int((band == number).sum()), **_sums(compared, squared, band == number)}
+            for number, end in enumerate(BAND_ENDS)
+            if (band == number).any()
+        ],
+        "kl_codes": pack(compared.kl_nats),
+    }
+
+
+def _sums(compared: Compared, squared: NDArray[np.float64], of: NDArray[np.bool_]) -> dict[str, float | int]:
+    return {
+        "kl_nats": float(compared.kl_nats[of].sum()),
+        "num_agreed": int(compared.agreed[of].sum()),
+        "squared_dp": float(squared[of].sum()),
+    }

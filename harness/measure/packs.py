@@ -1,0 +1,87 @@
+"""Reference packs: what a source predicts, kept on the disk, so that a variant can be compared with it when the source
+is not in memory any more: an engine that serves takes all of it for one model.
+
+A pack belongs to one source, one engine and one text, which are its `identity`, and is built once. One file:
+
+    {"identity": {...}, "num": 64}                  a line of JSON
+    ids, log_probs, actual of window 0              little-endian int32 [n - 1, k], float32 [n - 1, k], float32 [n - 1]
+    ids, log_probs, actual of window 1 ...
+
+512 bytes a token at k = 64. It gets its name when it is whole; one that a crash cut is refused by its size.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.engines.protocol import Top
+from harness.errors import UserError
+from harness.measure.answers import digest
+
+_ITEM = 4  # bytes of an id, and of a log-probability
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A pack on the disk; `num` tokens are named at each place. `reused`: it was there already."""
+
+    path: Path
+    num: int
+    reused: bool
+
+    def tops(self, windows: Sequence[Sequence[int]]) -> Iterator[Top]:
+        """What it says of each of `windows`, those that it was built of, in order."""
+        with self.path.open("rb") as stream:
+            start = len(stream.readline())
+            if self.path.stat().st_size != start + sum(_num_bytes(len(window), self.num) for window in windows):
+                raise UserError(f"{self.path} is cut.", "Delete it: it is built again.")
+            for window in windows:
+                rows = len(window) - 1
+                yield Top(
+                    np.frombuffer(stream.read(_ITEM * rows * self.num), "<i4").reshape(rows, self.num),
+                    np.frombuffer(stream.read(_ITEM * rows * self.num), "<f4").reshape(rows, self.num),
+                    np.frombuffer(stream.read(_ITEM * rows), "<f4"),
+                )
+
+
+def _num_bytes(num_tokens: int, num: int) -> int:
+    return _ITEM * (num_tokens - 1) * (2 * num + 1)
+
+
+def pack_of(
+    folder: Path, identity: Mapping[str, Any], predict: Callable[[], Iterable[Top]], *, fresh: bool = False
+) -> Pack:
+    """The pack of `identity` in `folder`: the one that lies there, unless `fresh`, or what `predict` gives now."""
+    path = folder / f"{digest(identity)[:16]}.pack"
+    if path.is_file() and not fresh:
+        with path.open("rb") as stream:
+            header = json.loads(stream.readline())
+        if header["identity"] == json.loads(json.dumps(dict(identity))):
+            return Pack(path, header["num"], reused=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    num = 0
+    with temporary.open("wb") as stream:
+        for top in predict():
+            if not num:
+                num = top.ids.shape[1]
+                header = {"identity": dict(identity), "num": num}
+                stream.write(json.dumps(header, separators=(",", ":")).encode() + b"\n")
+            for array, kind in ((top.ids, "<i4"), (top.log_probs, "<f4"), (top.actual, "<f4")):
+                stream.write(_finite(array).astype(kind).tobytes())
+    temporary.replace(path)
+    return Pack(path, num, reused=False)
+
+
+def _finite(array: NDArray[Any]) -> NDArray[Any]:
+    if np.isnan(array).any():
+        raise UserError(
+            "The source predicts NaN: there is nothing to compare a variant with.",
+            "Look at its weights, or measure in another --dtype.",
+        )
+    return array
