@@ -339,7 +339,7 @@ def diverging(name: str, near: list[float], far: list[float]) -> Record:
     return make_record("peers", name, [verdict, *samples])
 
 
-def test_a_race_is_the_ratio_of_medians_and_says_whether_it_is_won() -> None:
+def test_a_race_is_a_ratio_and_says_whether_it_is_won() -> None:
     records = [taken("fast", 2.0, 1.0, 10**8), taken("slow", 24.0, 9.0, 5 * 10**8)]
     _, standings = tables.speed("test", records, [Race("fast", "slow", 10, memory_share=1 / 4)])
     by_what = {row[1]: row[2:] for row in standings.rows}

@@ -12,9 +12,10 @@ from harness.demo import checkpoint_path
 from harness.engines import vllm_engine, vllm_options
 from harness.engines.protocol import Start
 from harness.errors import UserError
-from harness.peers import bench, contest, evals, page, tables
+from harness.peers import bench, contest, evals, page, races, tables
 from harness.peers.__main__ import main
 from harness.peers.contest import Evaluator, Race
+from harness.peers.stopwatch import Timed
 from harness.record.results import Record
 
 from .records import make_record
@@ -63,7 +64,7 @@ def answered(name: str, call: float, num: int = 6, accuracy: float = 0.9, **scor
 
 def test_both_sides_answer_alike_and_a_failing_one_is_recorded(session: bench.Bench) -> None:
     contestants = (CONTESTANTS["harness-torch"], BROKEN, CONTESTANTS["lm-eval-hf-float32"])
-    records = evals.race(session, "speed-tasks", contestants, checkpoint_path("dense"), Path(sys.executable))
+    records = evals.tasks(session, "speed-tasks", contestants, checkpoint_path("dense"), Path(sys.executable))
     named = tables.by_name(records)
     assert list(named) == [one.name for one in contestants]
     (ours,), (theirs,) = (named[one].kind("evaluation") for one in ("harness-torch", "lm-eval-hf-float32"))
@@ -80,21 +81,18 @@ def test_both_sides_answer_alike_and_a_failing_one_is_recorded(session: bench.Be
     assert [row[0] for row in standings.rows] == ["lm-eval-hf-float32 / harness-torch"]
 
 
-def test_contestants_take_turns_and_one_that_failed_is_not_asked_again(
-    session: bench.Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contestants_take_turns_and_one_that_failed_is_not_asked_again(session: bench.Bench) -> None:
     asked: list[str] = []
     told = {"seconds": 1.0, "num_items": 9, "num_requests": 30, "scores": {"a": 0.5}, "packages": {"lm_eval": "0"}}
 
-    def answer(one: Evaluator, *_: Any) -> evals.Answered:
+    def answer(one: Evaluator) -> races.Answered:
         asked.append(one.name)
-        run = evals.Timed(0, 2.0, 10**8, "", "")
-        return evals.Answered(run, failure="exit code 1: boom") if one is BROKEN else evals.Answered(run, told)
+        run = Timed(0, 2.0, 10**8, "", "")
+        return races.Answered(run, failure="exit code 1: boom") if one is BROKEN else races.Answered(run, told)
 
-    monkeypatch.setattr(evals, "answer", answer)
     first, second = CONTESTANTS["harness-torch"], CONTESTANTS["lm-eval-hf"]
     twice = dataclasses.replace(session, repetitions=3)
-    records = evals.race(twice, "speed-tasks", (first, BROKEN, second), checkpoint_path("dense"), Path("python"))
+    records = races.race(twice, "speed-tasks", {"source": "dense"}, (first, BROKEN, second), "3" * 64, answer)
     names = [first.name, second.name]
     assert asked == [first.name, BROKEN.name, second.name, *reversed(names), *names]
     assert [len(record.kind("evaluation")) for record in records] == [3, 0, 3]

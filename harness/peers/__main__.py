@@ -13,7 +13,7 @@ from pathlib import Path
 from harness.errors import UserError, did_you_mean
 
 QUANTIZING = ("speed-a16", "speed-w4a4", "quality", "agreement")
-MEASURED = (*QUANTIZING, "speed-tasks")
+MEASURED = (*QUANTIZING, "speed-tasks", "speed-scoring")
 IN_VLLM = "speed-tasks-vllm"
 PARTS = (*MEASURED, IN_VLLM, "report")
 PAGE = "reports/peers/README.md"
@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         "--limit",
         type=_positive,
         metavar="N",
-        help="for quality: only N windows of each text; for speed-tasks: only N documents of each task",
+        help="for quality: only N windows of each text; for speed-scoring: only N windows; for speed-tasks: only N "
+        "documents of each task",
     )
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="F", help=f"for speed: true widths ({CONFIG})")
     parser.add_argument("--peers-python", type=Path, default=PYTHON, metavar="P", help=f"({PYTHON})")
@@ -101,7 +102,7 @@ def _positive(text: str) -> int:
 
 def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     from harness.demo import checkpoint_path
-    from harness.peers import bench, contest, evals, tables
+    from harness.peers import bench, contest, evals, scoring, tables
     from harness.record.results import Record, new_id
 
     for part in options.parts:
@@ -158,6 +159,8 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
         ("agreement", lambda: bench.agreement(session, dense)),
         ("speed-tasks", lambda: evals.speed_tasks(session, dense, evals_python)),
         (IN_VLLM, lambda: evals.speed_tasks_vllm(session, dense, vllm_python)),
+        ("speed-scoring", lambda: scoring.synthetic(session, options.config)),
+        ("speed-scoring", lambda: scoring.embedded(session, dense)),
     ]
     for part, run in runs:
         if part in wanted:

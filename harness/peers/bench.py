@@ -57,8 +57,15 @@ LAYERS, VOCABULARY = 4, 32_000
 _COMPRESSOR = Path(__file__).with_name("compressor.py")
 _CALIBRATION_DOCUMENTS = 600
 _BATCH = 4
+_STORED = ("kind", "index", "num_tokens", "num_scored", "kl_nats", "num_agreed")
+"""Of a window's sample; the divergence of every token is not looked at here."""
 _MEMORY_FOLDER = Path("/dev/shm")
-_SCRATCH_BYTES = {"speed-a16": 9 * 10**9, "speed-w4a4": 10**9}
+_SCRATCH_BYTES = {
+    "speed-a16": 9 * 10**9,
+    "speed-w4a4": 10**9,
+    "speed-scoring-synthetic": 11 * 10**9,
+    "speed-scoring-dense": 10**9,
+}
 _MADE = "made.json"
 
 
@@ -235,7 +242,7 @@ def _audit(folder: Path, source: Path, progress: Progress) -> dict[str, Any]:
 def speed_a16(bench: Bench, config: Path) -> list[Record]:
     """Round-to-nearest without data on a few layers of true width, random weights."""
     raw = read_json(config)
-    with _scratch("speed-a16", bench.progress) as (folder, in_memory):
+    with scratch("speed-a16", bench.progress) as (folder, in_memory):
         source = folder / "source"
         synthesize(raw, source, num_layers=LAYERS, vocab_size=VOCABULARY, seed=0, progress=bench.progress)
         # Random weights have no tokenizer, and need none.
@@ -246,7 +253,7 @@ def speed_a16(bench: Bench, config: Path) -> list[Record]:
 
 def speed_w4a4(bench: Bench, original: Path) -> list[Record]:
     """Weights and activations, with calibration, on an embedded model."""
-    with _scratch("speed-w4a4", bench.progress) as (folder, in_memory):
+    with scratch("speed-w4a4", bench.progress) as (folder, in_memory):
         source = Path(shutil.copytree(original, folder / "source"))
         data = write_calibration(source, folder, contest.SPEED_SAMPLES, bench.progress)
         about = {"source": original.name, "calibration_digest": data.digest, "in_memory": in_memory}
@@ -282,7 +289,7 @@ def _interleaved(
                 bench.progress(0, 1, f"{part}, repetition {repetition + 1} of {bench.repetitions}: {name}")
                 out = folder / name
                 shutil.rmtree(out, ignore_errors=True)
-                _warm(folder, checkpoint.num_bytes)
+                warm(folder, checkpoint.num_bytes)
                 made = quantize(bench, entry, source, out, data) if entry else _copy(original, out)
                 bench.progress(1, 1, f"{part}, repetition {repetition + 1} of {bench.repetitions}: {name}")
                 if name not in writers:
@@ -302,7 +309,7 @@ def _interleaved(
     return records
 
 
-def _warm(folder: Path, num_bytes: int) -> None:
+def warm(folder: Path, num_bytes: int) -> None:
     """Writes and removes so many bytes, so that every run finds memory that the machine really has: a virtual one
     gives what is free back to its host after seconds, and pays several times the cost of a write to get it again."""
     path, piece = folder / "warm", bytes(16 << 20)
@@ -323,7 +330,7 @@ def _copy(original: Path, out: Path) -> Made:
 
 
 @contextmanager
-def _scratch(part: str, progress: Progress) -> Iterator[tuple[Path, bool]]:
+def scratch(part: str, progress: Progress) -> Iterator[tuple[Path, bool]]:
     """A folder that is gone afterwards, and whether it is in memory: where twice its size is free there."""
     needed = _SCRATCH_BYTES[part]
     in_memory = (
@@ -395,8 +402,9 @@ def quality(bench: Bench, source: Path, groups: Sequence[contest.Group] = contes
             else:
                 for text, cut in windows.items():
                     progress = named(told.progress, text)
-                    for sample in fidelity.measure(reference[text], variant, cut, batch_size=_BATCH, progress=progress):
-                        writer.sample({**sample, "text": text})
+                    chunks = fidelity.chunks_of([reference[text], variant], cut, _BATCH)
+                    for _, sample in fidelity.measure(chunks, cut, [name], progress=progress):
+                        writer.sample({**{key: sample[key] for key in _STORED}, "text": text})
             records.append(results.read(writer.finish()))
     return records
 

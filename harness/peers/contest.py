@@ -1,5 +1,5 @@
-"""What is compared: our recipes and options beside llm-compressor's methods, in groups of equal bits; and our engines
-beside lm-eval's own model classes.
+"""What is compared: our recipes and options beside llm-compressor's methods, in groups of equal bits; our engines
+beside lm-eval's own model classes; and the streamed scorer beside the torch engine.
 
 A group has one baseline, our round-to-nearest on absmax scales, and every divergence in the group is also given
 as a share of the baseline's. Both sides quantize the same modules: their ignore list is the recipe's own.
@@ -235,3 +235,23 @@ _VLLM = Evaluator(
 )
 SPEED_TASKS_VLLM = (_VLLM, _THEIR_VLLM)
 RACES_TASKS_VLLM = (Race(_VLLM.name, _THEIR_VLLM.name, 1),)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One way to score a source and its variants: `streamed` takes them through their layers together, `separate` loads
+    one after the other into the torch engine."""
+
+    name: Literal["streamed", "separate"]
+
+    def job(self) -> dict[str, Any]:
+        """The part of a `scorer` job that says how."""
+        return {"way": self.name}
+
+
+STREAMED, SEPARATE = Scorer("streamed"), Scorer("separate")
+SPEED_SCORING = (STREAMED, SEPARATE)
+SCORED = (Ours("rtn-a16"), Ours("rtn-a16", "search"))
+"""The variants that are scored together with their source."""
+SCORED_WINDOWS, SCORED_TOKENS = 2, 512
+"""Tokens are drawn: how likely they are matters to no time."""

@@ -11,10 +11,15 @@ from harness.record.results import Record
 from harness.report.blocks import filled
 from harness.report.tables import escape
 
-PARTS = (
-    *("speed-a16", "speed-w4a4", "speed-tasks", "speed-tasks-vllm"),
-    *("quality-dense", "quality-moe", "agreement-dense"),
-)
+PARTS = {
+    **{part: part for part in ("speed-a16", "speed-w4a4", "speed-tasks", "speed-tasks-vllm")},
+    "speed-scoring-synthetic": "speed-scoring",
+    "speed-scoring-dense": "speed-scoring",
+    "quality-dense": "quality",
+    "quality-moe": "quality",
+    "agreement-dense": "agreement",
+}
+"""Block of the page -> the word that measures it."""
 SUITE = "peers"
 """What the page's markers call this comparison."""
 
@@ -51,8 +56,7 @@ def newest(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def _block(part: str, records: Sequence[Record], folder: str) -> str:
     if not records:
-        asked = part if part.startswith("speed") else part.partition("-")[0]
-        return f"No record yet: run `nox -s peers -- {asked}`."
+        return f"No record yet: run `nox -s peers -- {PARTS[part]}`."
     first = records[0].run
     machine = first.machine
     sides = dict.fromkeys(filter(None, (_side(record.run.packages) for record in records)))

@@ -1,7 +1,7 @@
-"""Tables of a session's records: times and their ratios, divergences and what is left of the baseline's, accuracies."""
+"""Tables of a session's records: times and their ratios, divergences and what is left of the baseline's, scores."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ from harness.peers.contest import (
     RACES_TASKS,
     RACES_TASKS_VLLM,
     RACES_W4A4,
+    SEPARATE,
     SPEED_SAMPLES,
+    STREAMED,
     Group,
     Ours,
     Race,
@@ -49,6 +51,10 @@ def of_part(records: Sequence[Record]) -> list[Table]:
         engine, races = ("vLLM", RACES_TASKS_VLLM) if about["name"].endswith("vllm") else ("torch", RACES_TASKS)
         cut = "" if about["limit"] is None else f", {about['limit']} documents of each"
         return [*evaluations(f"Task evals in {engine}, demo:{about['source']}{cut}", records, races)]
+    if about["name"].startswith("speed-scoring"):
+        of = f"{about['layers']} layers of {about['source']} width" if "layers" in about else f"demo:{about['source']}"
+        text = f"{about['num_windows']} × {about['num_window_tokens']} tokens"
+        return [*scoring(f"Perplexity of {len(about['models'])} models in float32, {of}, {text}", records)]
     if about["name"].startswith("agreement"):
         return [agreement(f"Rounding to nearest, demo:{about['source']}", records)]
     present = {record.run.variant["name"] for record in records}
@@ -106,7 +112,7 @@ def speed(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple
                 standings.append(_standing(race, what, above, below))
         above, below = _column(winner, "peak_rss_bytes"), _column(loser, "peak_rss_bytes")
         if race.memory_share is not None and above and below:
-            share = stats.median_ratio(above, below)
+            share = stats.hodges_lehmann_ratio(above, below)
             standings.append(
                 (
                     f"{race.winner} / {race.loser}",
@@ -123,11 +129,43 @@ def evaluations(title: str, records: Sequence[Record], races: Sequence[Race]) ->
     """Medians with intervals, and how they stand to each other; beside them how right the answers were, so that nobody
     is fast by answering something else."""
     named = by_name(records)
+    standings = []
+    for race in races:
+        if race.winner in named and race.loser in named:
+            above, below = (_column(named[name], "call_seconds", "evaluation") for name in (race.loser, race.winner))
+            if above and below:
+                standings.append(_standing(race, "call alone", above, below))
+    return _answers(title, ("evaluator", "items/s"), named, "num_items", "{:.4f}".format), _ratios(title, standings)
+
+
+def scoring(title: str, records: Sequence[Record]) -> tuple[Table, Table]:
+    """Medians with intervals, and what one pass takes of what separate runs take; beside them the scores in nats, with
+    so many digits that equal text is equal bits."""
+    named = by_name(records)
+    standings = []
+    if STREAMED.name in named and SEPARATE.name in named:
+        for key, what in (
+            ("wall_seconds", "whole process"),
+            ("call_seconds", "call alone"),
+            ("peak_rss_bytes", "peak RSS"),
+        ):
+            above, below = (_column(named[one.name], key, "evaluation") for one in (STREAMED, SEPARATE))
+            if above and below:
+                share = format_estimate(stats.hodges_lehmann_ratio(above, below), ".3f")
+                standings.append((f"{STREAMED.name} / {SEPARATE.name}", what, share))
+    ratios = Table(f"{title}: ratios", ("", "of", "ratio"), tuple(standings))
+    return _answers(title, ("scorer", "tokens/s"), named, "num_requests", repr), ratios
+
+
+def _answers(
+    title: str, heads: tuple[str, str], named: Mapping[str, Record], counted: str, text: Callable[[float], str]
+) -> Table:
+    """Times, memory and scores of contestants; `heads` are theirs and that of how many `counted` they do a second."""
     takes = {name: record.kind("evaluation") for name, record in named.items()}
-    tasks = list(dict.fromkeys(task for samples in takes.values() for one in samples for task in one["scores"]))
+    scores = list(dict.fromkeys(score for samples in takes.values() for one in samples for score in one["scores"]))
     rows = []
     for name, record in named.items():
-        rates = [one["num_items"] / one["call_seconds"] for one in takes[name]]
+        rates = [one[counted] / one["call_seconds"] for one in takes[name]]
         rows.append(
             (
                 name,
@@ -136,17 +174,11 @@ def evaluations(title: str, records: Sequence[Record], races: Sequence[Race]) ->
                 _median(_column(record, "call_seconds", "evaluation")),
                 _median(rates),
                 _most_bytes(record, "peak_rss_bytes", "evaluation"),
-                *(_accuracy([one["scores"][task] for one in takes[name]]) for task in tasks),
+                *(_range([one["scores"][score] for one in takes[name]], text) for score in scores),
             )
         )
-    heads = ("evaluator", "times", "whole process, s", "call alone, s", "items/s", "peak RSS", *tasks)
-    standings = []
-    for race in races:
-        if race.winner in named and race.loser in named:
-            above, below = (_column(named[name], "call_seconds", "evaluation") for name in (race.loser, race.winner))
-            if above and below:
-                standings.append(_standing(race, "call alone", above, below))
-    return Table(title, heads, tuple(rows)), _ratios(title, standings)
+    who, rate = heads
+    return Table(title, (who, "times", "whole process, s", "call alone, s", rate, "peak RSS", *scores), tuple(rows))
 
 
 def quality(title: str, records: Sequence[Record], group: Group) -> Table:
@@ -170,7 +202,7 @@ def quality(title: str, records: Sequence[Record], group: Group) -> Table:
             totals = _windows(record, text)
             scored = [sample["num_scored"] for sample in _samples(record, text)]
             agreed = sum(sample["num_agreed"] for sample in _samples(record, text)) / sum(scored)
-            divergence = stats.paired_mean_difference([0.0] * len(totals), totals, scored)
+            divergence = stats.weighted_mean(totals, scored)
             cells += [format_estimate(divergence, ".5f"), f"{agreed:.4f}"]
             share = _share(named, one.name, group.baseline.name, text)
             target = group.targets[index] if group.targets and isinstance(one, Ours) else None
@@ -214,18 +246,18 @@ def agreement(title: str, records: Sequence[Record]) -> Table:
 
 def _standing(race: Race, what: str, above: Sequence[float], below: Sequence[float]) -> tuple[str, ...]:
     """A row of ratios: the loser's times over the winner's, and whether they are what was wanted."""
-    ratio = stats.median_ratio(above, below)
+    ratio = stats.hodges_lehmann_ratio(above, below)
     wanted = (NONE, NONE) if race.times is None else (f"≥ {race.times:.3g}", _met(ratio, least=race.times))
     return (f"{race.loser} / {race.winner}", what, format_estimate(ratio, ".2f"), *wanted)
 
 
 def _ratios(title: str, standings: Sequence[tuple[str, ...]]) -> Table:
-    return Table(f"{title}: ratios of medians", ("", "of", "ratio", "wanted", "met"), tuple(standings))
+    return Table(f"{title}: ratios", ("", "of", "ratio", "wanted", "met"), tuple(standings))
 
 
-def _accuracy(scores: Sequence[float]) -> str:
-    """The one accuracy of all repetitions, or the least and the greatest."""
-    return " … ".join(f"{score:.4f}" for score in sorted({min(scores), max(scores)})) if scores else NONE
+def _range(scores: Sequence[float], text: Callable[[float], str]) -> str:
+    """The one score of all repetitions, or the least and the greatest."""
+    return " … ".join(text(score) for score in sorted({min(scores), max(scores)})) if scores else NONE
 
 
 def _samples(record: Record, text: str) -> list[dict[str, Any]]:
