@@ -2,7 +2,8 @@
 
 Arguments in, a table on stdout, progress on stderr. Nothing else in the package prints or exits.
 
-Exit codes: 0 good, 1 findings or a stale report, 2 the user's error (one sentence and a remedy), 130 interrupted.
+Exit codes: 0 good, 1 findings, a failed gate or a stale report, 2 the user's error (one sentence and a remedy), 3 a
+gate that cannot tell, 130 interrupted.
 """
 
 import argparse
@@ -22,10 +23,13 @@ from harness.errors import UserError
 from harness.suite import SOURCE, Suite, load
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from harness.audit.findings import Finding
     from harness.progress import Progress
     from harness.quantize.build import Artifact
-    from harness.stages import Job, Model
+    from harness.record.results import Record
+    from harness.stages import Job, Measured, Model
 
 DEFAULT_SUITE = "suites/demo.toml"
 _MOST_FINDINGS = 20
@@ -46,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "harness: interrupted. The same command starts again; builds and task evals continue where they were.",
+            "harness: interrupted. The same command starts again; builds, perplexities and task evals continue where "
+            "they were.",
             file=sys.stderr,
         )
         return 130
@@ -115,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("tasks", _tasks, "Task evals by lm-eval of the source and its variants, item by item."),
         ("ppl", _ppl, "Perplexity of the source and its variants on the same tokens."),
+        ("fidelity", _fidelity, "How far every variant predicts from its source, token by token, and what is noise."),
         ("bench", _bench, "Decode and prefill speed of the source and its variants."),
     ):
         measure = command(name, run, text)
@@ -126,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "tasks":
             measure.add_argument("--task", action="append", metavar="T", help="only this task (may be repeated)")
-            measure.add_argument("--fresh", action="store_true", help="forget the answers of earlier runs")
+        if name in ("tasks", "ppl"):
+            measure.add_argument("--fresh", action="store_true", help="forget what earlier runs have computed")
         if name == "bench":
             measure.add_argument(
                 "--server", metavar="URL", help="measure a running OpenAI-compatible server of the one --variant"
@@ -166,6 +173,20 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
     report.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything is stale")
     _json_option(report)
+
+    gate = command("gate", _gate, "Judge the suite's rules by the records: pass, fail, inconclusive or incomparable.")
+    gate.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
+    gate.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="the new records (results)")
+    gate.add_argument(
+        "--baselines", type=Path, metavar="DIR", help="records with baselines/, to compare with (results)"
+    )
+    gate.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML, a test case for each rule")
+    gate.add_argument(
+        "--step-summary", type=Path, metavar="FILE", help='append Markdown, for example to "$GITHUB_STEP_SUMMARY"'
+    )
+    gate.add_argument("--update-baseline", action="store_true", help="make the newest records the baseline")
+    gate.add_argument("--reason", metavar="TEXT", help="with --update-baseline: why; it is kept")
+    _json_option(gate)
 
     demo = commands.add_parser("demo", help="The embedded models and synthetic checkpoints.")
     kinds = demo.add_subparsers(required=True, metavar="WHAT")
@@ -543,36 +564,63 @@ def _sensitivity(options: argparse.Namespace, arguments: tuple[str, ...]) -> int
 
 
 def _ppl(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
-    from harness.stages import measure_perplexity
-
-    return _measure(options, arguments, "ppl", measure_perplexity)
-
-
-def _bench(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
-    from harness.stages import measure_decode
-
-    return _measure(options, arguments, "bench", measure_decode)
-
-
-def _measure(options: argparse.Namespace, arguments: tuple[str, ...], measure: str, stage: Callable[..., Any]) -> int:
     from dataclasses import replace
 
+    from harness.perplexity import measure, prepare, with_stored_source
     from harness.report import tables
-    from harness.stages import prepare, prepare_server, with_engine, with_stored_source
+    from harness.stages import with_engine
 
     with _job(options, arguments) as job:
         job = replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
-        if server := getattr(options, "server", None):
-            if options.engine or options.dtype or len(options.variant or ()) != 1:
-                raise UserError("--server takes one --variant, the one it serves, no --engine, no --dtype.", "Name it.")
-            job, work = prepare_server(replace(job, server=server), options.variant[0])
-        else:
-            work = prepare(job, measure, options.variant)
+        work = prepare(job, options.variant)
         if not options.json:
             _print_models(work.models)
-        measured = stage(job, work, options.limit)
+        found = measure(job, work, options.limit, fresh=options.fresh)
+        frame = tables.perplexity(with_stored_source(job, found.records))
+    code = 1 if found.failures else 0
+    files = {name: {row: str(record.path) for row, record in rows.items()} for name, rows in found.records.items()}
+    warnings = tables.warnings({row: record for rows in found.records.values() for row, record in rows.items()})
+    if options.json:
+        shown = [] if frame.empty else [tables.rows(frame)]
+        _print_json({"records": files, "tables": shown, "warnings": warnings, "failures": found.failures})
+        return code
+    if files:
+        print(f"\n{tables.text(frame)}")
+        for line in tables.reused_windows(found.records):
+            print(line)
+        print("\nRecords:", *(f"  {path}" for rows in files.values() for path in rows.values()), sep="\n")
+    for line in (*warnings, *(f"{row} failed: {reason}" for row, reason in found.failures.items())):
+        print(f"harness: {line}", file=sys.stderr)
+    return code
+
+
+def _bench(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
+    from dataclasses import replace
+
+    from harness.report import tables
+    from harness.stages import measure_decode, prepare, prepare_server, with_engine, with_stored_source
+
+    with _job(options, arguments) as job:
+        job = replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
+        if options.server:
+            if options.engine or options.dtype or len(options.variant or ()) != 1:
+                raise UserError("--server takes one --variant, the one it serves, no --engine, no --dtype.", "Name it.")
+            job, work = prepare_server(replace(job, server=options.server), options.variant[0])
+        else:
+            work = prepare(job, options.variant)
+        if not options.json:
+            _print_models(work.models)
+        measured = measure_decode(job, work, options.limit)
         records = measured.records
-        frames = tables.of_measure(measure, with_stored_source(job, measure, records)) if records else []
+        frames = tables.of_measure("bench", with_stored_source(job, "bench", records)) if records else []
+    return _print_measured(options, measured, frames)
+
+
+def _print_measured(options: argparse.Namespace, measured: "Measured", frames: "Sequence[DataFrame]") -> int:
+    """The tables of a measure, where its records lie, and what failed; the exit code."""
+    from harness.report import tables
+
+    records = measured.records
     code = 1 if measured.failures else 0
     warnings = tables.warnings(records)
     if options.json:
@@ -633,6 +681,23 @@ def _tasks(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     for line in (*warnings, *invalid, *(f"{row} failed: {reason}" for row, reason in found.failures.items())):
         print(f"harness: {line}", file=sys.stderr)
     return code
+
+
+def _fidelity(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
+    from dataclasses import replace
+
+    from harness.fidelity import compare, prepare
+    from harness.report import fidelities
+    from harness.stages import with_engine
+
+    with _job(options, arguments) as job:
+        job = replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
+        work = prepare(job, options.variant)
+        if not options.json:
+            _print_models(work.models)
+        measured = compare(job, work, options.limit)
+    frames = [fidelities.divergences(measured.records), fidelities.bands(measured.records)]
+    return _print_measured(options, measured, [frame for frame in frames if not frame.empty])
 
 
 def _import(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
@@ -703,15 +768,10 @@ def _serve_command(options: argparse.Namespace, _: tuple[str, ...]) -> int:
 
 
 def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
-    from harness.record import results
     from harness.report import card
 
     suite = _load_suite(options)
-    if not options.results.is_dir() and (options.results.exists() or options.results != Path("results")):
-        raise UserError(f"{options.results} is not a folder.", "Give the folder of the records as --results.")
-    records, skipped = results.read_all(options.results)
-    for one in skipped:
-        print(f"harness: {one.path} is not used: {one.reason}", file=sys.stderr)
+    records = _stored_records(options.results)
     named = [Path(page) for page in options.pages] or [page for page in (Path("README.md"),) if page.exists()]
     pages = {}
     for page in named:
@@ -730,6 +790,53 @@ def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     if options.check and changed and not options.json:
         print("Run `nox -s report` and commit what it writes.")
     return 1 if options.check and changed else 0
+
+
+def _stored_records(folder: Path) -> "list[Record]":
+    """Every complete run of a results folder; what is not used is named."""
+    from harness.record import results
+
+    if not folder.is_dir() and (folder.exists() or folder != Path("results")):
+        raise UserError(f"{folder} is not a folder.", "Give the folder of the records as --results.")
+    records, skipped = results.read_all(folder)
+    for one in skipped:
+        print(f"harness: {one.path} is not used: {one.reason}", file=sys.stderr)
+    return records
+
+
+def _gate(options: argparse.Namespace, _: tuple[str, ...]) -> int:
+    from harness.record import baselines
+    from harness.report import gate, tables
+
+    if options.update_baseline != (options.reason is not None):
+        raise UserError("--update-baseline and --reason go together.", "A baseline is changed for a reason: give both.")
+    suite = _load_suite(options)
+    records = _stored_records(options.results)
+    folder = options.baselines or Path("results")
+    if options.update_baseline:
+        from harness.record.provenance import git
+
+        checkout = git(Path(__file__).parent)
+        chosen = gate.for_baseline(suite, records)
+        commit = checkout["commit"] if checkout else None
+        path = baselines.update(folder, suite.name, chosen, reason=options.reason, commit=commit)
+        named = {where: {row: str(one.path) for row, one in rows.items()} for where, rows in chosen.items()}
+        if options.json:
+            _print_json({"baseline": str(path), "records": named})
+        else:
+            print(f"{path}: updated", *(f"  {file}" for rows in named.values() for file in rows.values()), sep="\n")
+        return 0
+    judgements = gate.judge(suite, records, baselines.read(folder, suite.name))
+    if options.json:
+        _print_json({"suite": suite.name, "judgements": gate.rows(judgements)})
+    else:
+        print(f"{tables.text(gate.frame(judgements))}\n\n{gate.words(judgements)}")
+    if options.junit:
+        options.junit.write_text(gate.junit(suite.name, judgements), encoding="utf-8")
+    if options.step_summary:
+        with options.step_summary.open("a", encoding="utf-8") as page:
+            page.write(gate.step_summary(suite.name, judgements))
+    return gate.exit_code(judgements)
 
 
 def _synthesize(options: argparse.Namespace, _: tuple[str, ...]) -> int:

@@ -18,8 +18,11 @@
                  user = ["question"], assistant = "answer", samples = 256, max_tokens = 2048 }]
 
     [ppl]
-    protocol = "wikitext2-512"
+    protocols = ["wikitext2-512", "llamacpp-512"]
     text = { demo = "heldout" }         # or { path = "wiki.txt" }, or { dataset = "Salesforce/wikitext", ... }
+
+    [fidelity]
+    text = { demo = "heldout" }
 
     [setups.mtp1]                       # options of vLLM that are measured beside the suite's own
     speculative_tokens = 1
@@ -37,6 +40,12 @@
 
     [audit]
     cap_hit_share = 0.05
+
+    [[gate]]
+    metric = "log_ppl"                  # of METRICS
+    variant = "nvfp4a16"
+    versus = "source"                   # or another variant, or "baseline": what `harness gate` wrote down before
+    margin = 0.02                       # the largest loss that is accepted, in the metric's unit
 
 The dataclasses below *are* the schema: one reader walks their fields, so a key is documented, typed, defaulted
 and checked in one place. Every key that is not a field is an error with the nearest known one. A suite file never
@@ -64,6 +73,9 @@ from harness.errors import UserError, did_you_mean
 from harness.sampling import PRESETS
 
 SOURCE = "source"  # the name that the unquantized model has among the variants of a run
+BASELINE = "baseline"  # what a rule compares a variant with: an older run of its own
+NOISE = ("noise-restart", "noise-batch", "noise-engine")
+"""The source beside itself: rows of `harness fidelity`, and no names for variants."""
 _SETUP = "+"  # between a variant and the setup that it was measured in
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -101,8 +113,11 @@ def _is_name(value: str) -> str | None:
 def _are_variant_names(value: Mapping[str, "Variant"]) -> str | None:
     if not value:
         return "must name at least one variant"
-    if SOURCE in value:
-        return f"must not use '{SOURCE}', which always means the unquantized model"
+    for name, meaning in ((SOURCE, "the unquantized model"), (BASELINE, "an older run of a variant")):
+        if name in value:
+            return f"must not use '{name}', which always means {meaning}"
+    if taken := next((name for name in value if name in NOISE), None):
+        return f"must not use '{taken}', which means the source measured against itself"
     return next((f"has a variant that {wrong}" for name in value if (wrong := _is_name(name))), None)
 
 
@@ -286,13 +301,39 @@ class Engine:
     vllm: VllmOptions | None = None  # not looked at by any other engine
 
 
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a protocol must come to on the right text by the right tokenizer; what is left out is not looked at."""
+
+    num_tokens: int | None = _checked(_at_least(1), default=None)
+    num_windows: int | None = _checked(_at_least(1), default=None)
+    num_scored: int | None = _checked(_at_least(1), default=None)
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """`harness ppl`: a protocol fixes windows and scored tokens, the text fixes the rest."""
 
-    protocol: str
+    protocols: tuple[str, ...]  # the first one is the one that the card's headline speaks of
     text: Text
     batch_size: int = _checked(_at_least(1), default=4)  # windows per forward pass
+    max_length: int | None = _checked(
+        _at_least(2), default=None
+    )  # tokens of a document read at once (lmeval-word); the model's own where left out
+    expected: Mapping[str, Counts] = field(default_factory=dict)  # by protocol: another text or tokenizer is refused
+    setups: tuple[str, ...] | None = None  # measured too, each with every variant
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """`harness fidelity`: how far every prediction is from the source's, in disjoint windows of a text."""
+
+    text: Text
+    window: int = _checked(_at_least(2), default=2048)  # tokens; errors that a state gathers show deep in a window
+    batch_size: int = _checked(_at_least(1), default=4)  # windows per forward pass
+    noise_batch_size: int = _checked(_at_least(1), default=1)  # of the source's other pass: what differs is noise
+    noise_engine: str | None = None  # runs the source too: what differs between engines is noise
+    named_tokens: int = _checked(_at_least(1), default=64)  # at each place, by engines that do not tell all
     setups: tuple[str, ...] | None = None  # measured too, each with every variant
 
 
@@ -355,6 +396,45 @@ class Audit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What a rule on one metric may say."""
+
+    unit: str | None  # of the loss and its margin; None: found or not found, of one model alone, without a margin
+    table: str | None = None  # of the suite, which says how it is measured
+    option: str | None = None  # the key that says which of several numbers is meant
+    has_baseline: bool = True
+
+
+_SHARE = "share"
+METRICS = {
+    # Per token, or per word, as the protocol counts.
+    "log_ppl": Metric(unit="nats", table="ppl", option="protocol"),
+    "kl": Metric(unit="nats", table="fidelity"),  # per token, to the source
+    "top1": Metric(unit=_SHARE, table="fidelity"),  # of the places where the likeliest token is not the source's
+    "score": Metric(unit=_SHARE, table="tasks", option="task"),
+    # Speed is a ratio within one session: a stored figure lets regressions through.
+    "decode_speed": Metric(unit=_SHARE, table="bench", option="batch", has_baseline=False),
+    "prefill_speed": Metric(unit=_SHARE, table="bench", has_baseline=False),
+    "verify": Metric(unit=None),  # no finding that is an error
+    "arithmetic": Metric(unit=None),  # every engine computed what the checkpoint says
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What `harness gate` holds a variant to: it loses at most `margin` against `versus`. Read, a rule has nothing open
+    but the task, where it is about all of them together."""
+
+    metric: str = _checked(_one_of(*METRICS))
+    variant: str  # or the source, against its baseline
+    versus: str | None = None  # the source where left out
+    margin: float | None = None  # in the metric's unit; below zero where a gain is wanted
+    task: str | None = None  # of a score: all tasks where left out
+    protocol: str | None = None  # of log_ppl: the suite's first where left out
+    batch: int | None = _checked(_at_least(1), default=None)  # of decode_speed: 1 where left out
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """One model card: a source, its variants, and how they are measured."""
 
@@ -367,9 +447,11 @@ class Suite:
     engine: Engine = Engine()
     setups: Mapping[str, VllmOptions] = _checked(_are_setup_names, default_factory=dict)  # options over [engine.vllm]
     ppl: Perplexity | None = None
+    fidelity: Fidelity | None = None
     bench: Bench | None = None
     tasks: Mapping[str, Task] = _checked(_are_task_names, default_factory=dict)
     audit: Audit = Audit()
+    gate: tuple[Rule, ...] = ()
     folder: Path = field(default=Path(), metadata={"in_file": False})  # where the file lies
 
     def vllm_options(self, setup: str | None = None) -> dict[str, Any]:
@@ -417,14 +499,84 @@ def load(path: Path) -> Suite:
     """Read and check one suite file."""
     suite: Suite = _Reader(path, "suite").table(Suite, _document(path, "suite", "--suite"), "")
     tasks = ((f"tasks.{name}", task) for name, task in suite.tasks.items())
-    for table, wanted in (("ppl", suite.ppl), ("bench", suite.bench), *tasks):
+    for table, wanted in (("ppl", suite.ppl), ("fidelity", suite.fidelity), ("bench", suite.bench), *tasks):
         for setup in (wanted and wanted.setups) or ():
             if setup not in suite.setups:
                 raise UserError(
                     f"{path}: '{table}.setups' names '{setup}', and there is no [setups.{setup}].",
                     did_you_mean(setup, suite.setups),
                 )
-    return dataclasses.replace(suite, folder=path.parent)
+    for name in suite.ppl.expected if suite.ppl else ():
+        if suite.ppl and name not in suite.ppl.protocols:
+            raise UserError(
+                f"{path}: 'ppl.expected' has '{name}', which is not among the protocols.",
+                did_you_mean(name, suite.ppl.protocols),
+            )
+    rules = tuple(_completed(f"{path}: 'gate[{place}]", rule, suite) for place, rule in enumerate(suite.gate))
+    return dataclasses.replace(suite, gate=rules, folder=path.parent)
+
+
+def _completed(where: str, rule: Rule, suite: Suite) -> Rule:
+    """A rule with what it leaves open filled in; `UserError` for one that this suite has no numbers for."""
+    metric = METRICS[rule.metric]
+    if metric.table and not getattr(suite, metric.table):
+        raise UserError(
+            f"{where}.metric' is {rule.metric}, and the suite has no [{metric.table}] table.",
+            "Add the table, or leave the rule out.",
+        )
+    rows = suite.variants if metric.unit is None else suite.rows()
+    if rule.variant not in rows:
+        raise UserError(f"{where}.variant' names '{rule.variant}', which is none.", did_you_mean(rule.variant, rows))
+    filled = _with_option(where, rule, suite)
+    if metric.unit is None:
+        for key in ("versus", "margin"):
+            if getattr(rule, key) is not None:
+                raise UserError(f"{where}.{key}' is set, and {rule.metric} looks at one model alone.", "Leave it out.")
+        return filled
+    versus = rule.versus or SOURCE
+    against = [*rows, BASELINE] if metric.has_baseline else list(rows)
+    against.remove(rule.variant)
+    if rule.variant == SOURCE:  # which the others are held against, and whose fidelity to itself is none
+        against = [row for row in against if row == BASELINE and metric.table != "fidelity"]
+    if versus not in against:
+        raise UserError(
+            f"{where}.versus' is '{versus}', which {rule.metric} of '{rule.variant}' cannot be held against.",
+            did_you_mean(versus, against) if against else "Name a variant.",
+        )
+    if rule.margin is None:
+        raise UserError(f"{where}.margin' is missing.", f"Say what loss is accepted, for example 0.01 ({metric.unit}).")
+    if metric.unit == _SHARE and abs(rule.margin) >= 1:
+        raise UserError(f"{where}.margin' is {rule.margin:g}, and a share is below 1.", "Write 0.03 for three points.")
+    if rule.margin < 0 and metric.has_baseline and versus in (SOURCE, BASELINE):
+        raise UserError(
+            f"{where}.margin' is {rule.margin:g}: below zero it asks for a gain, which rounding does not bring.",
+            "Use a margin of at least 0.",
+        )
+    return dataclasses.replace(filled, versus=versus)
+
+
+def _with_option(where: str, rule: Rule, suite: Suite) -> Rule:
+    """The rule with the default of its metric's own key, which must be something that the suite measures."""
+    option = METRICS[rule.metric].option
+    protocols = suite.ppl.protocols if suite.ppl else ()
+    filled = dataclasses.replace(
+        rule,
+        protocol=rule.protocol or (protocols[0] if option == "protocol" else None),
+        batch=rule.batch or (1 if option == "batch" else None),
+    )
+    measured = {
+        "task": tuple(suite.tasks),
+        "protocol": protocols,
+        "batch": suite.bench.batch_sizes if suite.bench else (),
+    }
+    for key, known in measured.items():
+        value = getattr(filled, key)
+        if value is not None and key != option:
+            raise UserError(f"{where}.{key}' is set, and {rule.metric} has none.", "Leave it out.")
+        if value is not None and value not in known:
+            remedy = did_you_mean(str(value), map(str, known))
+            raise UserError(f"{where}.{key}' is {value}, which the suite does not measure.", remedy)
+    return filled
 
 
 def load_calibration(path: Path) -> tuple[Calibration, Path]:

@@ -16,18 +16,21 @@ FLOORS = {
     2: ("model", "record", "suite"),
     3: ("engines",),
     4: ("measure", "quantize", "audit", "report", "demo"),
-    5: ("cli", "stages", "evaluation", "serve", "peers", "__main__"),
+    5: ("cli", "stages", "evaluation", "fidelity", "perplexity", "serve", "peers", "simulation", "__main__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ON_ONE_FLOOR = {
     ("evaluation", "stages"),
-    *(("cli", under) for under in ("stages", "evaluation", "serve")),
+    ("fidelity", "stages"),
+    ("perplexity", "stages"),
+    *(("cli", under) for under in ("stages", "evaluation", "fidelity", "perplexity", "serve")),
     ("__main__", "cli"),
 }
-"""On the top floor `stages` lies under `evaluation`, all under `cli`, which lies under `__main__`."""
+"""On the top floor `stages` lies under `evaluation`, `fidelity` and `perplexity`, all under `cli`, and that under
+`__main__`."""
 
 ONLY_IN = {
-    "lm_eval": ("harness/measure/tasks.py", "harness/measure/lm.py", "harness/peers/evaluator.py"),
+    "lm_eval": (*(f"harness/measure/{name}.py" for name in ("tasks", "lm", "wikitext")), "harness/peers/evaluator.py"),
     "vllm": ("harness/engines/vllm_*.py",),
     "llmcompressor": ("harness/peers/compressor.py",),
 }
@@ -36,6 +39,7 @@ MAY_PRINT = {
     "harness/cli.py": None,
     "harness/__main__.py": None,
     "harness/peers/__main__.py": None,
+    "harness/simulation/__main__.py": None,
     "harness/demo/train.py": "main",
     "harness/engines/vllm_engine.py": "capturing",  # it turns both streams aside, and flushes them for that
 }

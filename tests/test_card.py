@@ -1,6 +1,7 @@
 """The card: what it says, that it says the same everywhere, and that it touches nothing but its blocks."""
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from harness.report import card, plots
 from harness.suite import Suite, Task, load
 from tests.records import (
     BUILD,
+    DATASET,
     ENGINE,
     SENSITIVITY,
     answer,
     decodes,
     demo_records,
+    fidelity_record,
+    fidelity_windows,
     make_record,
     tasks_record,
     windows,
@@ -35,6 +39,11 @@ base_model = "example/dense"
 license = "apache-2.0"
 [variants.nvfp4a16]
 recipe = "rtn-a16"
+[ppl]
+protocols = ["wikitext2-512"]
+text = { demo = "heldout" }
+[fidelity]
+text = { demo = "heldout" }
 """
 CARD, SVG, PNG = (f"reports/demo/{name}" for name in ("README.md", "overview.svg", "overview.png"))
 
@@ -100,7 +109,26 @@ def test_every_section_is_there_without_any_record_and_says_what_to_run(suite: S
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == headings
     for measure in card.MEASURES:
         assert f"No record yet: run `nox -s {measure}`." in text
+    without = text_of(dataclasses.replace(suite, ppl=None, fidelity=None), demo_records())
+    assert "## Perplexity\n\nThe suite measures no perplexity." in without
+    assert "## Fidelity\n\nThe suite measures no fidelity." in without
     assert "**nvfp4a16** (rtn-a16): not measured yet." in text
+
+
+def test_fidelity_stands_beside_its_noise_and_says_what_is_not_above_it(suite: Suite) -> None:
+    measured = [fidelity_record("nvfp4a16", fidelity_windows([0.01, 0.012, 0.011]))]
+    text = text_of(suite, measured)
+    assert "**There is no noise floor yet" in text
+    assert "**By the tokens before**" in text
+    noise = fidelity_record("noise-batch", fidelity_windows([0.02, 0.02], loss_nats=0.03))
+    text = text_of(suite, [*demo_records(), *measured, noise])
+    assert "There is no noise floor yet" not in text
+    section = text.partition("## Fidelity")[2].partition("##")[0]
+    assert re.search(r"^\| nvfp4a16 .*≤ noise", section, re.MULTILINE)
+    assert re.search(r"^\| noise-batch .*0\.02", section, re.MULTILINE)
+    loss = text.partition("## Perplexity")[2].partition("##")[0]
+    assert re.search(r"^\| nvfp4a16 .*≤ noise", loss, re.MULTILINE), "0.018 nats, where the source differs by 0.03"
+    assert re.search(r"^- \*\*nvfp4a16\*\* .*perplexity 8\.\d+ \(≤ noise\)", text, re.MULTILINE)
 
 
 def test_a_suite_with_tasks_has_their_section_with_scores_and_answers(suite: Suite) -> None:
@@ -120,6 +148,42 @@ def test_a_suite_with_tasks_has_their_section_with_scores_and_answers(suite: Sui
 def test_a_variant_without_a_run_is_named(suite: Suite) -> None:
     text = text_of(suite, [make_record("ppl", "source", windows(8.0))])
     assert "No record yet of `nvfp4a16`: run `nox -s ppl`." in text
+
+
+def test_the_headline_speaks_of_the_first_protocol_and_what_is_missing_is_named_by_protocol(suite: Suite) -> None:
+    assert suite.ppl is not None
+    protocols = ("wikitext2-512", "llamacpp-512")
+    both, swapped = (
+        dataclasses.replace(suite, ppl=dataclasses.replace(suite.ppl, protocols=order))
+        for order in (protocols, protocols[::-1])
+    )
+    records = [
+        make_record(
+            "ppl", name, windows(ppl), dataset={**DATASET, "protocol": protocol}, run_id=f"{ppl:.0f}{name[-7:]}"
+        )
+        for protocol, ppl in zip(protocols, (8.0, 5.0), strict=True)
+        for name in ("source", "nvfp4a16")
+    ]
+    for asked, ppl in ((both, 8.0), (swapped, 5.0)):
+        text = text_of(asked, records)
+        assert (
+            f"perplexity {ppl:.4f} against {ppl:.4f}" in text and "yet of `" not in text.split("## Perplexity")[1][:999]
+        )
+    assert "No record yet of `nvfp4a16` by llamacpp-512: run `nox -s ppl`." in text_of(both, records[:3])
+    assert all(f"[{record.run.run_id}]" in text_of(both, records) for record in records)
+
+
+def test_word_perplexity_is_called_by_its_name(suite: Suite) -> None:
+    assert suite.ppl is not None
+    asked = dataclasses.replace(suite, ppl=dataclasses.replace(suite.ppl, protocols=("lmeval-word",)))
+    header = {"protocol": "lmeval-word", "unit": "word", "documents": {"num_words": [5], "num_tokens": [511]}}
+    one = [{**windows(8.0)[0], "document": 0}]
+    text = text_of(
+        asked, [make_record("ppl", name, one, dataset={**DATASET, **header}) for name in ("source", "nvfp4a16")]
+    )
+    ppl = f"{math.exp(511 * math.log(8) / 5):.4f}"
+    assert f"word perplexity {ppl} against {ppl}" in text
+    assert "the bootstrap is over documents" in text and "over whole windows" not in text
 
 
 def test_every_run_that_is_linked_is_a_stored_file(suite: Suite, tmp_path: Path) -> None:

@@ -142,9 +142,38 @@ def test_the_order_of_the_items_does_not_matter(scores: list[tuple[float, float]
     assert found.num == len(scores)
 
 
-def test_a_model_against_itself_differs_by_zero_and_has_no_interval() -> None:
+def test_a_model_against_itself_differs_by_zero_and_its_interval_says_what_so_few_items_leave_open() -> None:
     found = delta(pair(answered([1, 0, 1, 1]), answered([1, 0, 1, 1])))
+    # Tango's score interval without a flip: z² / (n + z²).
+    assert found.value == 0
+    assert found.high == pytest.approx(1.959964**2 / (4 + 1.959964**2), abs=1e-4)
+    assert found.low == pytest.approx(-found.high)
+
+
+def test_equal_scores_that_are_no_shares_have_no_interval() -> None:
+    found = delta(pair(answered([7.0, 2.5]), answered([7.0, 2.5])))
     assert (found.value, found.low, found.high) == (0, None, None)
+
+
+def test_right_or_wrong_items_have_mcnemars_p_value_and_others_that_of_a_permutation() -> None:
+    flipped = row(evaluations.scores(pair(answered([1] * 8 + [0]), answered([0] * 7 + [1, 1]))), variant="nvfp4")
+    assert flipped["p_holm"] == pytest.approx(scipy_stats.binomtest(7, 8).pvalue)
+    graded = row(evaluations.scores(pair(answered([0.9, 0.8, 0.7]), answered([0.5, 0.5, 0.5]))), variant="nvfp4")
+    assert graded["p_holm"] == 2 / 2**3, "all three fell: one exchange of eight is as far, and one as far the other way"
+
+
+def test_several_tasks_are_adjusted_by_holm_and_pooled_in_a_row_of_their_own() -> None:
+    lost, same = (
+        pair(answered([1] * 9), answered([0] * 8 + [1]))["sums"],
+        pair(answered([1, 0]), answered([1, 0]))["sums"],
+    )
+    frame = evaluations.scores({"sums": lost, "facts": same})
+    p_value = scipy_stats.binomtest(8, 8).pvalue
+    assert row(frame, variant="nvfp4", task="sums")["p_holm"] == pytest.approx(2 * p_value)
+    assert row(frame, variant="nvfp4", task="facts")["p_holm"] == 1
+    together = row(frame, variant="nvfp4", task="all tasks")
+    assert together["delta_score"].value == pytest.approx((-8 / 9 + 0) / 2)
+    assert (together["num_items"], together["metric"]) == (11, "mean of 2")
 
 
 def test_flips_count_what_was_lost_and_what_was_won() -> None:
@@ -213,9 +242,9 @@ def test_a_group_shows_its_tasks_by_name_and_its_own_figure_without_a_difference
     }
     frame = evaluations.scores({"facts": records})
     variant = [one for one in frame.to_dict("records") if one["variant"] == "nvfp4"]
-    assert [one["task"] for one in variant] == ["facts: easy", "facts: hard", "facts: all"]
-    assert [one["score"] for one in variant] == [0.5, 0.25, pytest.approx(1 / 3)]
-    assert [one["num_items"] for one in variant] == [2, 4, 4]
+    assert [one["task"] for one in variant] == ["facts: easy", "facts: hard", "facts: all", "all tasks"]
+    assert [one["score"] for one in variant] == [0.5, 0.25, pytest.approx(1 / 3), None]
+    assert [one["num_items"] for one in variant] == [2, 4, 4, 6]
     # Documents of two tasks are different ones, whatever their numbers.
     assert delta({"facts": records}, task="facts: easy").value == -0.5
     assert delta({"facts": records}, task="facts: hard").value == -0.5
@@ -579,10 +608,10 @@ def test_names_that_would_break_a_table_are_escaped() -> None:
     records = {name: tasks_record(name, items, engine={**ENGINE, "served_as": hostile}) for name in ("source", "nvfp4")}
     frame = evaluations.scores({hostile: records})
     text = tables.markdown(frame, link)
-    assert table_cells(text, "task") == [f"{literal}: {literal}", f"{literal}: plain"] * 2
-    assert table_cells(text, "metric") == [f"{literal},none"] * 4
-    assert table_cells(text, "served as") == [literal] * 4
-    assert len(text.splitlines()) == 2 + 2 + 4  # caption, empty line, heading, rule, rows
+    assert table_cells(text, "task") == [*[f"{literal}: {literal}", f"{literal}: plain"] * 2, "all tasks"]
+    assert table_cells(text, "metric") == [*[f"{literal},none"] * 4, "mean of 2"]
+    assert table_cells(text, "served as") == [*[literal] * 4, "—"]
+    assert len(text.splitlines()) == 2 + 4 + 1  # heading, rule, rows
     alone = tables.markdown(evaluations.answers({hostile: records}), link)
     assert alone.splitlines()[0] == f"task {literal} · items 4"
     for record in records.values():

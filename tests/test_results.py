@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import harness
 from harness.errors import UserError
-from harness.record import provenance
+from harness.record import provenance, results
 from harness.record.results import COMPARABLE, SAMPLES, RunWriter, incomparable, new_id, read, read_all, utc_now
 from tests.records import ENGINE, answer, choice, decodes, make_record, make_run, result, windows
 
@@ -437,3 +437,74 @@ def test_provenance_does_not_import_torch() -> None:
         "import sys; from harness.record import provenance; provenance.machine(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, check=True)
+
+
+# -- Clocks ------------------------------------------------------------------------------------------------------
+
+
+def retimed(path: Path, started: str, ended: str) -> None:
+    """The file with other times in its header and at its end."""
+    head, *samples, end = lines(path)
+    rewrite(path, [{**head, "started_utc": started}, *samples, {**end, "ended_utc": ended}])
+
+
+@pytest.mark.parametrize("measure", ["ppl", "bench"])
+def test_a_run_that_ended_before_it_began_is_not_used(tmp_path: Path, measure: str) -> None:
+    path = store(tmp_path, WINDOWS if measure == "ppl" else decodes(0.01), measure=measure)
+    retimed(path, "2026-03-01T12:00:00Z", "2026-03-01T11:59:59Z")
+    jump = "its clock jumped: it began at 2026-03-01T12:00:00Z and ended at 2026-03-01T11:59:59Z"
+    assert only_skipped(tmp_path) == jump
+    with pytest.raises(UserError, match="its clock jumped"):
+        read(path)
+
+
+@pytest.mark.parametrize(("seconds", "is_used"), [(7.0, True), (6.0, True), (3.0, False)])
+def test_a_run_cannot_have_timed_more_than_it_lasted(tmp_path: Path, seconds: float, is_used: bool) -> None:
+    samples = decodes(0.05, repetitions=2, num_steps=10)  # 5 s of warm-up, 1 s of steps, 0.1 s of prefill each
+    timed = sum(sum(sample["step_seconds"]) + sample["prefill_seconds"] for sample in samples)
+    assert timed == pytest.approx(6.3)
+    path = store(tmp_path, samples, measure="bench")
+    retimed(path, "2026-03-01T12:00:00Z", f"2026-03-01T12:00:0{seconds:.0f}Z")
+    if is_used:  # a run that lasted 6.9 s may begin and end at seconds that are 6 s apart
+        assert read(path).kind("decode") == samples
+    else:
+        assert only_skipped(tmp_path).startswith("its clock jumped: it timed 6.3 s within 3 s")
+
+
+def test_answers_of_earlier_runs_bring_their_own_seconds(tmp_path: Path) -> None:
+    path = store(tmp_path, [answer(0, 1.0, seconds=900.0)], measure="tasks")
+    retimed(path, "2026-03-01T12:00:00Z", "2026-03-01T12:00:01Z")
+    assert read(path).kind("item")[0]["seconds"] == 900.0
+
+
+@pytest.mark.parametrize("ended", ["", "yesterday", "2026-13-01T12:00:00Z", "2026-03-01 12:00:00"])
+def test_a_run_whose_times_are_none_is_not_used(tmp_path: Path, ended: str) -> None:
+    retimed(store(tmp_path), "2026-03-01T12:00:00Z", ended)
+    assert only_skipped(tmp_path) == f"its start '2026-03-01T12:00:00Z' or its end '{ended}' is no time"
+
+
+def test_every_committed_run_can_still_be_read() -> None:
+    records, skipped = read_all(Path(harness.__file__).parent.parent / "results")
+    assert records and skipped == []
+
+
+# -- Runs that are watched against older ones --------------------------------------------------------------------
+
+
+def test_over_time_only_what_a_regression_comes_from_may_differ() -> None:
+    one = make_record("ppl", "source", WINDOWS)
+    moved = {"session_id": "f" * 8, "machine": {"name": "other"}}
+    engine = {**ENGINE, "version": "newer", "device": "cuda:0", "effective": {"cpu_capability": "AVX2"}}
+    other = make_record("ppl", "source", WINDOWS, engine=engine, **moved)
+    assert incomparable(one, other) == ["engine.version", "engine.device", "engine.effective.cpu_capability"]
+    assert incomparable(one, other, over_time=True) == []
+    for change in ({"engine": {**engine, "dtype": "float32"}}, {"measure_version": 9}):
+        assert len(incomparable(one, make_record("ppl", "source", WINDOWS, **{**moved, **change}), over_time=True)) == 1
+
+
+@pytest.mark.parametrize("measure", COMPARABLE)
+def test_every_watched_key_is_of_the_session_the_machine_or_the_engine(measure: str) -> None:
+    kept = [key for key in COMPARABLE[measure] if not results._is_watched(key)]
+    assert "measure_version" in kept
+    assert not [key for key in kept if key.startswith(("machine", "session", "engine.effective", "engine.version"))]
+    assert {key for key in COMPARABLE[measure] if key in ("engine.name", "engine.dtype")} <= set(kept)

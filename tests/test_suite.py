@@ -17,6 +17,7 @@ from harness.suite import (
     Audit,
     Bench,
     Calibration,
+    Counts,
     DatasetSamples,
     DatasetText,
     DemoSamples,
@@ -24,6 +25,7 @@ from harness.suite import (
     Engine,
     FileSamples,
     FileText,
+    Perplexity,
     Source,
     Task,
     Variant,
@@ -106,6 +108,11 @@ def task(entries: str) -> str:
     return f'{MINIMAL}[tasks.sums]\ntask = "demo:arithmetic"\n{entries}\n'
 
 
+def ppl(entries: str) -> str:
+    """A suite that measures perplexity."""
+    return f'{MINIMAL}[ppl]\ntext = {{ demo = "heldout" }}\n{entries}\n'
+
+
 def source(entry: str) -> str:
     """A suite with one calibration source."""
     return f"{MINIMAL}[calibration]\nsources = [{{ samples = 1, max_tokens = 9, {entry} }}]\n"
@@ -135,14 +142,16 @@ def test_the_minimal_suite_gets_every_default(tmp_path: Path) -> None:
 def test_every_key_is_read(tmp_path: Path) -> None:
     text = MINIMAL + (
         '[engine]\nname = "vllm"\ndtype = "float32"\ndevice = "cuda"\n'
-        '[ppl]\nprotocol = "gptq-2048"\nbatch_size = 3\ntext = { path = "wiki.txt" }\n'
+        '[ppl]\nprotocols = ["gptq-2048", "lmeval-word"]\nbatch_size = 3\ntext = { path = "wiki.txt" }\n'
+        "max_length = 4096\nexpected.gptq-2048 = { num_tokens = 5, num_scored = 4 }\n"
         '[bench]\ntext = { dataset = "Salesforce/wikitext", config = "c", split = "s", column = "x", revision = "r" }\n'
         "prompt_tokens = 7\nnew_tokens = 8\nbatch_sizes = [1, 9]\n"
         "prefill_tokens = 10\nrepetitions = 11\nwarmups = 0\nstarts = 12\n"
     )
     suite = load(written(tmp_path, text))
     assert suite.engine == Engine("vllm", "float32", "cuda")
-    assert suite.ppl is not None and suite.ppl.text == FileText("wiki.txt")
+    expected = {"gptq-2048": Counts(num_tokens=5, num_scored=4)}
+    assert suite.ppl == Perplexity(("gptq-2048", "lmeval-word"), FileText("wiki.txt"), 3, 4096, expected)
     dataset = DatasetText("Salesforce/wikitext", "c", "s", "x", "r")
     assert suite.bench == Bench(dataset, 7, 8, (1, 9), 10, 11, 0, 12)
 
@@ -333,7 +342,7 @@ def test_a_location_that_is_not_written_as_a_folder_stays_as_it_is(tmp_path: Pat
         ("[engin]\n", "engin", "engine"),
         ('[engine]\ndtpye = "x"\n', "engine.dtpye", "dtype"),
         ('[bench]\ntext = { demo = "x" }\nwarmup = 1\n', "bench.warmup", "warmups"),
-        ('[ppl]\nprotocol = "x"\ntext = { dataset = "x", splitt = "y" }\n', "ppl.text.splitt", "split"),
+        ('[ppl]\nprotocols = ["x"]\ntext = { dataset = "x", splitt = "y" }\n', "ppl.text.splitt", "split"),
         ('[variants.b]\nrecipe = "x"\nrecipee = "y"\n', "variants.b.recipee", "recipe"),
         ("[calibration]\nbatch_token = 1\n", "calibration.batch_token", "batch_tokens"),
         ('[tasks.sums]\ntask = "x"\nfewshot = 5\n', "tasks.sums.fewshot", "num_fewshot"),
@@ -363,7 +372,14 @@ def test_the_suites_own_folder_is_not_a_key(tmp_path: Path) -> None:
     [
         (MINIMAL.replace('title = "A demo"', ""), "'title' is missing"),
         (MINIMAL.replace('location = "demo:dense"', ""), "'source.location' is missing"),
-        (MINIMAL + '[ppl]\ntext = { demo = "x" }\n', "'ppl.protocol' is missing"),
+        (MINIMAL + '[ppl]\ntext = { demo = "x" }\n', "'ppl.protocols' is missing"),
+        (ppl("protocols = []"), "at least one value"),
+        (ppl('protocols = ["x", "x"]'), "none twice"),
+        (ppl('protocols = ["x"]\nmax_length = 1'), "'ppl.max_length' must be at least 2, not 1"),
+        (ppl('protocols = ["x"]\nexpected.y.num_tokens = 1'), "'ppl.expected' has 'y', which is not among the protoc"),
+        (ppl('protocols = ["x"]\nexpected.x.num_tokens = 0'), "'ppl.expected.x.num_tokens' must be at least 1, not 0"),
+        (ppl('protocols = ["x"]\nexpected.x.tokens = 1'), "unknown key 'ppl.expected.x.tokens'"),
+        (ppl('protocols = ["x"]\nprotocol = "x"'), "unknown key 'ppl.protocol'"),
         (MINIMAL.replace('"A demo"', "3"), "'title' must be a string, not a whole number"),
         (MINIMAL.replace('"A demo"', '""'), "'title' must not be empty"),
         ('engine = "torch"\n' + MINIMAL, "'engine' must be a table, not a string"),
@@ -535,7 +551,16 @@ SUITES = st.fixed_dictionaries(
             optional={"hidden_memory_gb": st.floats(0, 1e6)},
         ),
         "engine": st.fixed_dictionaries({}, optional={"name": WORDS, "dtype": WORDS, "device": WORDS}),
-        "ppl": st.fixed_dictionaries({"protocol": WORDS, "text": TEXTS}, optional={"batch_size": COUNTS}),
+        "ppl": st.fixed_dictionaries(
+            {"protocols": st.just(["x", "y"]), "text": TEXTS},
+            optional={
+                "batch_size": COUNTS,
+                "max_length": COUNTS,
+                "expected": st.dictionaries(
+                    st.sampled_from(["x", "y"]), st.fixed_dictionaries({}, optional={"num_tokens": COUNTS})
+                ),
+            },
+        ),
         "bench": st.fixed_dictionaries(
             {"text": TEXTS},
             optional={"new_tokens": COUNTS, "batch_sizes": st.lists(COUNTS, min_size=1, unique=True)},
@@ -593,5 +618,5 @@ def test_a_key_that_is_misspelt_anywhere_is_always_found(
 
 
 def test_the_demo_text_is_told_by_its_key(tmp_path: Path) -> None:
-    suite = load(written(tmp_path, MINIMAL + '[ppl]\nprotocol = "x"\ntext = { demo = "heldout" }\n'))
+    suite = load(written(tmp_path, MINIMAL + '[ppl]\nprotocols = ["x"]\ntext = { demo = "heldout" }\n'))
     assert suite.ppl is not None and suite.ppl.text == DemoText("heldout")

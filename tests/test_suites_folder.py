@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness.measure.perplexity import get_protocol
+from harness.measure.perplexity import get_protocol, windows
 from harness.model.census import SourceTensor
 from harness.quantize.plan import plan, quantized
 from harness.quantize.recipes import recipe_named
-from harness.suite import DatasetSamples, Suite, load
+from harness.suite import Counts, DatasetSamples, Suite, load
 from tests.conftest import census, published_config
 
 FOLDER = Path(harness.__file__).parent.parent / "suites"
@@ -99,7 +99,7 @@ def test_every_suite_names_recipes_and_a_protocol_that_exist(name: str) -> None:
         recipe = recipe_named(variant.recipe)
         assert suite(name).calibration is not None or not recipe.needs_calibration
     measured = suite(name).ppl
-    assert measured is not None and get_protocol(measured.protocol)
+    assert measured is not None and all(map(get_protocol, measured.protocols))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -195,5 +195,16 @@ def test_the_cards_are_measured_with_vllm_as_they_were(name: str) -> None:
 
 def test_the_mixed_cards_perplexity_is_that_of_windows_of_512() -> None:
     measured = suite("qwen3.6-35b-a3b-mixed").ppl
-    assert measured is not None and get_protocol(measured.protocol).window == 512
-    assert "296,472" in get_protocol(measured.protocol).source
+    assert measured is not None and measured.protocols == ("wikitext2-512",)
+    assert get_protocol("wikitext2-512").window == 512
+    assert "296,472" in get_protocol("wikitext2-512").source
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_cards_expect_the_published_counts_of_the_published_text(name: str) -> None:
+    measured = suite(name).ppl
+    assert measured is not None
+    expected = measured.expected["wikitext2-512"]
+    assert expected == Counts(num_tokens=297_053, num_windows=581, num_scored=296_472)
+    cut = windows(get_protocol("wikitext2-512"), 297_053)
+    assert (len(cut), sum(window.num_scored for window in cut)) == (expected.num_windows, expected.num_scored)

@@ -42,6 +42,11 @@ def bench_pair(source: list[dict[str, Any]], variant: list[dict[str, Any]], **he
     }
 
 
+def perplexity(records: dict[str, Record], floor: float | None = None) -> Any:
+    """The frame of one protocol."""
+    return tables.perplexity({"wikitext2-512": records}, floor)
+
+
 def link(record: Record) -> str:
     return f"../{record.path.name}"
 
@@ -56,7 +61,7 @@ def row(frame: Any, **wanted: object) -> dict[str, Any]:
 
 
 def test_the_published_perplexities_give_the_published_loss() -> None:
-    frame = tables.perplexity(ppl_pair(8.0481, 8.1939))
+    frame = perplexity(ppl_pair(8.0481, 8.1939))
     assert row(frame, variant="source")["ppl"] == pytest.approx(8.0481)
     loss = row(frame, variant="nvfp4")
     assert loss["delta_ppl"] == pytest.approx(0.1458)
@@ -67,19 +72,20 @@ def test_the_published_perplexities_give_the_published_loss() -> None:
         assert figure in text
 
 
-def test_the_paired_interval_is_over_windows() -> None:
+def test_the_paired_interval_is_over_blocks_of_neighbouring_windows() -> None:
     noise = [0.3 * math.sin(i) for i in range(13)]
     loss = [one + 0.01 + 0.002 * math.cos(i) for i, one in enumerate(noise)]
     pair = {
         "source": make_record("ppl", "source", windows(8.0, noise)),
         "nvfp4": make_record("ppl", "nvfp4", windows(8.0, loss)),
     }
-    cells = row(tables.perplexity(pair), variant="nvfp4")
+    cells = row(perplexity(pair), variant="nvfp4")
     samples = {name: record.kind("window") for name, record in pair.items()}
     expected = stats.paired_mean_difference(
         [one["nll_nats"] for one in samples["source"]],
         [one["nll_nats"] for one in samples["nvfp4"]],
         [one["num_scored"] for one in samples["source"]],
+        block=48,
     )
     assert cells["delta_log_ppl"] == expected and expected.num == 581
     assert cells["standard_errors"] == expected.standard_errors_from_zero
@@ -87,7 +93,7 @@ def test_the_paired_interval_is_over_windows() -> None:
 
 def test_other_tokens_are_refused_by_name() -> None:
     pair = ppl_pair(8.0, 8.1, dataset={**DATASET, "token_ids_sha256": "f" * 64})
-    cells = row(tables.perplexity(pair), variant="nvfp4")
+    cells = row(perplexity(pair), variant="nvfp4")
     assert cells["delta_log_ppl"] == "incomparable: dataset.token_ids_sha256"
     assert cells["delta_ppl"] is None and cells["relative_change_ratio"] is None
     assert cells["ppl"] == pytest.approx(8.1)
@@ -96,13 +102,138 @@ def test_other_tokens_are_refused_by_name() -> None:
 def test_other_windows_are_refused() -> None:
     pair = ppl_pair(8.0, 8.1)
     pair["nvfp4"] = make_record("ppl", "nvfp4", windows(8.1)[:580])
-    assert row(tables.perplexity(pair), variant="nvfp4")["delta_log_ppl"] == "incomparable: windows"
+    assert row(perplexity(pair), variant="nvfp4")["delta_log_ppl"] == "incomparable: windows"
+
+
+@pytest.mark.parametrize("key", ["first_token", "num_tokens", "num_scored"])
+def test_a_window_of_another_span_is_refused_and_its_number_does_not_matter(key: str) -> None:
+    moved = windows(8.1)
+    moved[3] = {**moved[3], key: moved[3][key] + 1}
+    renumbered = [{**one, "index": one["index"] + 1} for one in windows(8.1)]
+    for samples, refused in ((moved, True), (renumbered, False)):
+        pair = ppl_pair(8.0, 8.1) | {"nvfp4": make_record("ppl", "nvfp4", samples)}
+        assert (row(perplexity(pair), variant="nvfp4")["delta_log_ppl"] == "incomparable: windows") is refused
+
+
+def test_a_window_that_appears_twice_is_refused_even_where_both_have_it_twice() -> None:
+    twice = {name: make_record("ppl", name, [*windows(8.0), windows(8.0)[7]]) for name in ("source", "nvfp4")}
+    assert row(perplexity(twice), variant="nvfp4")["delta_log_ppl"] == "incomparable: a window twice"
+    once = {**ppl_pair(8.0, 8.0), "nvfp4": twice["nvfp4"]}
+    assert row(perplexity(once), variant="nvfp4")["delta_log_ppl"] == "incomparable: windows"
+
+
+def test_every_protocol_has_a_row_of_its_own_beside_its_own_source() -> None:
+    halves = [{**one, "num_scored": 255, "nll_nats": 255 * math.log(5)} for one in windows(8.0, num_tokens=297_000)]
+    llamacpp = {**DATASET, "protocol": "llamacpp-512"}
+    frame = tables.perplexity(
+        {
+            "wikitext2-512": ppl_pair(8.0, 8.1),
+            "llamacpp-512": {name: make_record("ppl", name, halves, dataset=llamacpp) for name in ("source", "nvfp4")},
+        }
+    )
+    assert list(zip(frame["protocol"], frame["variant"], strict=True)) == [
+        ("wikitext2-512", "source"),
+        ("wikitext2-512", "nvfp4"),
+        ("llamacpp-512", "source"),
+        ("llamacpp-512", "nvfp4"),
+    ]
+    assert row(frame, variant="nvfp4", protocol="llamacpp-512")["ppl"] == pytest.approx(5)
+    assert row(frame, variant="nvfp4", protocol="llamacpp-512")["delta_log_ppl"].value == 0
+    assert row(frame, variant="nvfp4", protocol="wikitext2-512")["delta_log_ppl"].value == pytest.approx(
+        math.log(8.1 / 8)
+    )
+
+
+def test_a_loss_of_at_most_the_floor_is_said_to_be_noise() -> None:
+    loss = math.log(8.1 / 8.0)
+    below = row(perplexity(ppl_pair(8.0, 8.1), floor=loss * 0.999), variant="nvfp4")
+    assert below["delta_log_ppl"].value == pytest.approx(loss)
+    for pair in (ppl_pair(8.0, 8.1), ppl_pair(8.1, 8.0)):
+        frame = perplexity(pair, floor=loss * 1.001)
+        cells = row(frame, variant="nvfp4")
+        assert cells["delta_log_ppl"] == "≤ noise"
+        assert cells["delta_ppl"] is cells["relative_change_ratio"] is cells["standard_errors"] is None
+        assert cells["ppl"] is not None and "≤ noise" in tables.text(frame)
+    refused = ppl_pair(8.0, 8.1, dataset={**DATASET, "token_ids_sha256": "f" * 64})
+    assert row(perplexity(refused, floor=1.0), variant="nvfp4")["delta_log_ppl"].startswith("incomparable")
+
+
+PAGES = {"num_words": [10, 20, 40], "num_tokens": [15, 25, 50]}
+WORDS = {**DATASET, "protocol": "lmeval-word", "unit": "word", "num_tokens": 90, "documents": PAGES}
+
+
+def pages(*nats: float) -> list[dict[str, Any]]:
+    """Three documents, the last one in two windows."""
+    spans = [(0, 16, 15, 0), (16, 26, 25, 1), (42, 41, 40, 2), (82, 51, 10, 2)]
+    return [
+        {
+            "kind": "window",
+            "index": index,
+            "first_token": first,
+            "num_tokens": num_tokens,
+            "num_scored": num_scored,
+            "document": document,
+            "nll_nats": nll,
+        }
+        for index, ((first, num_tokens, num_scored, document), nll) in enumerate(zip(spans, nats, strict=False))
+    ]
+
+
+def test_by_words_everything_is_per_word_and_paired_by_document() -> None:
+    found = {
+        "source": make_record("ppl", "source", pages(20, 40, 50, 30), dataset=WORDS),
+        "nvfp4": make_record("ppl", "nvfp4", pages(21, 42, 52, 32), dataset=WORDS),
+    }
+    frame = tables.perplexity({"lmeval-word": found})
+    assert row(frame, variant="source")["ppl"] == pytest.approx(math.exp(140 / 70))
+    cells = row(frame, variant="nvfp4")
+    assert cells["delta_log_ppl"] == stats.paired_mean_difference([20, 40, 80], [21, 42, 84], [10, 20, 40])
+    assert (cells["num_words"], cells["num_documents"], cells["num_windows"], cells["num_scored"]) == (70, 3, 4, 90)
+    caption = tables.text(frame).splitlines()[0]
+    assert "PPL per word" in caption and "words 70 · documents 3" in caption
+    other = {**WORDS, "documents": {**PAGES, "num_words": [10, 20, 41]}}
+    found["nvfp4"] = make_record("ppl", "nvfp4", pages(21, 42, 52, 32), dataset=other)
+    cells = row(tables.perplexity({"lmeval-word": found}), variant="nvfp4")
+    assert cells["delta_log_ppl"] == "incomparable: dataset.documents"
+
+
+def test_the_floor_is_per_token_where_the_loss_is_per_word() -> None:
+    found = {
+        "source": make_record("ppl", "source", pages(20, 40, 50, 30), dataset=WORDS),
+        "nvfp4": make_record("ppl", "nvfp4", pages(21, 42, 52, 32), dataset=WORDS),
+    }
+    for floor, is_noise in ((7 / 90 * 1.001, True), (7 / 90 * 0.999, False)):  # 7 nats on 90 tokens, which are 70 words
+        cells = row(tables.perplexity({"lmeval-word": found}, floor), variant="nvfp4")
+        assert (cells["delta_log_ppl"] == "≤ noise") is is_noise
+
+
+def test_a_document_that_was_not_read_to_its_end_does_not_count() -> None:
+    for num, ppl, num_documents in ((3, math.exp(60 / 30), 2), (1, math.exp(2), 1)):
+        found = {"source": make_record("ppl", "source", pages(20, 40, 50)[:num], dataset=WORDS)}
+        cells = row(tables.perplexity({"lmeval-word": found}), variant="source")
+        assert (cells["ppl"], cells["num_documents"]) == (pytest.approx(ppl), num_documents)
+    cut = [{**pages(20)[0], "num_scored": 14}]
+    found = {name: make_record("ppl", name, cut, dataset=WORDS) for name in ("source", "nvfp4")}
+    cells = row(tables.perplexity({"lmeval-word": found}), variant="nvfp4")
+    assert cells["ppl"] is cells["delta_log_ppl"] is None
+
+
+def test_windows_of_earlier_runs_are_counted_out_loud() -> None:
+    told = [{"kind": "reused", "num_windows": 581, "num_reused": 300}]
+    records = {
+        "source": make_record("ppl", "source", windows(8.0) + told),
+        "a16": make_record("ppl", "a16", [*windows(8.0), {**told[0], "num_reused": 0}]),
+        "w4a4": make_record("ppl", "w4a4", windows(8.0)),
+    }
+    assert list(tables.reused_windows({"wikitext2-512": records})) == [
+        "source, wikitext2-512: 300 of 581 windows are of earlier runs."
+    ]
 
 
 def test_a_variant_without_a_source_is_compared_with_nothing() -> None:
     pair = ppl_pair(8.0, 8.1)
     del pair["source"]
-    assert row(tables.perplexity(pair), variant="nvfp4")["delta_log_ppl"] == "no record of the source"
+    assert row(perplexity(pair), variant="nvfp4")["delta_log_ppl"] == "no record of the source"
 
 
 # -- Speed -------------------------------------------------------------------------------------------------------
@@ -259,6 +390,22 @@ def test_the_newest_whole_run_speaks_for_a_variant() -> None:
     assert tables.newest(records, "demo", "ppl", ("source", "nvfp4")) == {"source": new}
 
 
+def test_the_newest_run_by_one_protocol_does_not_hide_another_protocols() -> None:
+    by = {
+        name: make_record(
+            "ppl",
+            "source",
+            windows(8.0),
+            dataset={**DATASET, "protocol": name},
+            started_utc=f"2026-01-0{day}T00:00:00Z",
+        )
+        for day, name in enumerate(("wikitext2-512", "llamacpp-512", "gptq-2048"), start=1)
+    }
+    found = tables.newest_by_protocol(list(by.values()), "demo", ("llamacpp-512", "wikitext2-512", "x"), ("source",))
+    assert found == {name: {"source": by[name]} for name in ("llamacpp-512", "wikitext2-512")}
+    assert list(found) == ["llamacpp-512", "wikitext2-512"]
+
+
 def test_variants_come_in_the_order_asked_for() -> None:
     records = [make_record("ppl", name, windows(8.0)) for name in ("a", "source", "b", "unasked")]
     assert list(tables.newest(records, "demo", "ppl", ("source", "b", "a"))) == ["source", "b", "a"]
@@ -266,19 +413,20 @@ def test_variants_come_in_the_order_asked_for() -> None:
 
 def test_what_all_rows_share_stands_in_the_caption_and_what_differs_in_columns() -> None:
     pair = ppl_pair(8.0, 8.1)
-    caption, _, header = tables.text(tables.perplexity(pair)).splitlines()[:3]
+    caption, _, header = tables.text(perplexity(pair)).splitlines()[:3]
     assert caption == (
-        "protocol wikitext2-512 · dataset demo:heldout · tokens 297,053 · windows 581 · scored tokens 296,472"
+        "protocol wikitext2-512 · PPL per token · dataset demo:heldout · tokens 297,053 · windows 581 · "
+        "scored tokens 296,472"
     )
     assert "protocol" not in header
-    pair["nvfp4"] = make_record("ppl", "nvfp4", windows(8.1), dataset={**DATASET, "protocol": "gptq-2048"})
-    caption, _, header = tables.text(tables.perplexity(pair)).splitlines()[:3]
+    both = tables.perplexity({"wikitext2-512": pair, "gptq-2048": pair})
+    caption, _, header = tables.text(both).splitlines()[:3]
     assert "protocol" not in caption and "protocol" in header
 
 
 def test_markdown_links_every_row_to_its_run() -> None:
     pair = ppl_pair(8.0, 8.1)
-    text = tables.markdown(tables.perplexity(pair), link)
+    text = tables.markdown(perplexity(pair), link)
     for record in pair.values():
         assert f"[{record.run.run_id}](../{record.path.name})" in text
 
@@ -292,10 +440,10 @@ def test_text_that_would_break_a_table_is_escaped() -> None:
 
 
 def test_rows_are_json_with_estimates_as_objects() -> None:
-    rows = tables.rows(tables.perplexity(ppl_pair(8.0, 8.1)))
+    rows = tables.rows(perplexity(ppl_pair(8.0, 8.1)))
     assert json.loads(json.dumps(rows)) == rows
     assert rows[0]["delta_log_ppl"] is None
-    assert set(rows[1]["delta_log_ppl"]) == {"value", "low", "high", "num", "method", "standard_error"}
+    assert set(rows[1]["delta_log_ppl"]) == {"value", "low", "high", "num", "method", "standard_error", "degrees"}
     assert rows[1]["run"] == ppl_pair(8.0, 8.1)["nvfp4"].run.run_id
 
 
@@ -304,7 +452,6 @@ def test_rows_are_json_with_estimates_as_objects() -> None:
     [
         ("build", BUILD, 1),
         ("verify", VERIFY, 1),
-        ("ppl", windows(8.0), 1),
         ("sensitivity", SENSITIVITY, 1),
         ("bench", decodes(0.1) + prefills(0.1) + MEMORY, 3),
         ("bench", decodes(0.1), 1),
@@ -335,4 +482,4 @@ def test_bytes_are_decimal(num_bytes: float, words: str) -> None:
 def test_paths_in_records_do_not_matter_to_a_frame() -> None:
     record = make_record("ppl", "source", windows(8.0))
     moved = Record(Path("/elsewhere/m") / record.path.name, record.run, record.samples, record.end)
-    assert tables.text(tables.perplexity({"source": record})) == tables.text(tables.perplexity({"source": moved}))
+    assert tables.text(perplexity({"source": record})) == tables.text(perplexity({"source": moved}))

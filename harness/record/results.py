@@ -88,6 +88,10 @@ def _are_times(value: object) -> bool:
     return isinstance(value, list) and value != [] and all(map(_is_time, value))
 
 
+def _are_bands(value: object) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(band, dict) for band in value)
+
+
 def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
@@ -114,6 +118,26 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
             "num_tokens": _is_positive_count,
             "num_scored": _is_positive_count,
             "nll_nats": _is_number,
+        },
+        "reused": {"num_windows": _is_count, "num_reused": _is_count},
+        "failure": _FAILURE,
+    },
+    # A variant beside its source, in sums over a window: `squared_dp` of the probability of the token that came,
+    # `bands` by the number of tokens before, `kl_codes` the divergence of each prediction (record/packed.py). A source
+    # beside itself is in rows of its own, whose names begin with `noise-`.
+    "fidelity": {
+        "window": {
+            "index": _is_count,
+            "first_token": _is_count,
+            "num_tokens": _is_positive_count,
+            "num_scored": _is_positive_count,
+            "kl_nats": _is_number,
+            "num_agreed": _is_count,
+            "squared_dp": _is_number,
+            "nll_nats": _is_number,
+            "source_nll_nats": _is_number,
+            "bands": _are_bands,
+            "kl_codes": _is_text,
         },
         "failure": _FAILURE,
     },
@@ -230,7 +254,8 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
         },
     },
     # One run per quantizer, or per way to answer task evals (`evaluation`: `call_seconds` loads no model, and `scores`
-    # are accuracies by task). `call_seconds` leaves the imports out, where the tool tells; a `failure` has no
+    # are accuracies by task) or to score several models (`evaluation`: it loads them, and `scores` are mean negative
+    # log-likelihoods in nats by model). `call_seconds` leaves the imports out, where the tool tells; a `failure` has no
     # times.
     "peers": {
         "repetition": {
@@ -282,6 +307,7 @@ COMPARABLE: dict[str, tuple[str, ...]] = {
         "variant.source_digest",
         "dataset.protocol",
         "dataset.token_ids_sha256",
+        "dataset.documents",
         "suite.ppl.batch_size",
         "engine.name",
         "engine.version",
@@ -290,6 +316,19 @@ COMPARABLE: dict[str, tuple[str, ...]] = {
         "engine.effective.cpu_capability",
         "engine.effective.attention_implementation",
         "engine.effective.deltanet_implementation",
+    ),
+    "fidelity": (
+        "measure_version",
+        "variant.source_digest",
+        "dataset.token_ids_sha256",
+        "dataset.window",
+        "dataset.distribution",
+        "suite.fidelity.batch_size",
+        "engine.name",
+        "engine.version",
+        "engine.dtype",
+        "engine.device",
+        "engine.effective.cpu_capability",
     ),
     "bench": (
         "measure_version",
@@ -330,6 +369,16 @@ COMPARABLE: dict[str, tuple[str, ...]] = {
     "verify": ("measure_version",),
 }
 
+# Of those, what may differ between a run and an older one that it is watched against: a new release of the engine, a
+# new driver or another machine is what a regression comes from, so it must not hide one.
+WATCHED = ("session_id", "machine", "engine.version", "engine.device", "engine.effective")
+
+# The times that a run's samples took of the run itself, one after the other. (Answers that are used again bring their
+# own seconds with them, and a build is over when its run begins.)
+_CLOCKED = {"bench": ("prefill_seconds", "step_seconds")}
+_CLOCK_TOLERANCE_SECONDS = 2.0  # a run begins and ends at whole seconds
+_UTC = "%Y-%m-%dT%H:%M:%SZ"
+
 
 def new_id() -> str:
     """Eight random hex digits: names a run, or the session that one command's runs share."""
@@ -338,7 +387,7 @@ def new_id() -> str:
 
 def utc_now() -> str:
     """The time as results write it: `2026-03-01T12:00:00Z`."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime(_UTC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +396,7 @@ class Run:
 
     The open tables hold JSON values only: `variant` {name, recipe, artifact_digest, source_digest, source_revision},
     `engine` {name, version, device, dtype, requested, effective, kernels: layer kind -> what computed it}, `dataset`
-    {name, protocol, text_sha256, token_ids_sha256, num_tokens}, `machine` as `provenance.machine` gives it. `engine`
+    {name, protocol, text_sha256, token_ids_sha256, num_tokens, …}, `machine` as `provenance.machine` gives it. `engine`
     and `dataset` are None where a measure has none. `engine.effective` carries what a decode ceiling is computed
     from: `weight_bytes_per_token`, `state_bytes`, `kv_bytes_per_token`, and `bandwidth_bytes_per_second`, None when
     unknown.
@@ -519,12 +568,17 @@ def read_all(results_dir: Path) -> tuple[list[Record], list[Skipped]]:
     return records, skipped
 
 
-def incomparable(a: Record, b: Record) -> list[str]:
-    """The header keys that forbid comparing two runs; empty if their numbers may stand side by side."""
+def incomparable(a: Record, b: Record, *, over_time: bool = False) -> list[str]:
+    """The header keys that forbid comparing two runs; empty if their numbers may stand side by side. `over_time`: one
+    is the baseline of the other, and what is `WATCHED` may differ."""
     if a.run.measure != b.run.measure:
         return ["measure"]
-    keys = COMPARABLE[a.run.measure]
+    keys = [key for key in COMPARABLE[a.run.measure] if not (over_time and _is_watched(key))]
     return [key for key in keys if _lookup(a.run, key) != _lookup(b.run, key)]
+
+
+def _is_watched(key: str) -> bool:
+    return any(key == watched or key.startswith(f"{watched}.") for watched in WATCHED)
 
 
 def _lookup(run: Run, dotted: str) -> object:
@@ -569,7 +623,27 @@ def _parse(path: Path) -> Record:
         raise _UnusableError("it is complete and has no samples")
     if not {"expected", "done"} <= end.coverage.keys():
         raise _UnusableError("its end line does not say what was covered")
-    return Record(path, run, tuple(samples), end)
+    record = Record(path, run, tuple(samples), end)
+    if jump := _clock_jump(record):
+        raise _UnusableError(f"its clock jumped: {jump}")
+    return record
+
+
+def _clock_jump(record: Record) -> str | None:
+    """What the times of a run say that cannot be; None for times that can."""
+    started, ended = record.run.started_utc, record.end.ended_utc
+    try:
+        lasted = (datetime.strptime(ended, _UTC) - datetime.strptime(started, _UTC)).total_seconds()
+    except ValueError as error:
+        raise _UnusableError(f"its start '{started}' or its end '{ended}' is no time") from error
+    if lasted < 0:
+        return f"it began at {started} and ended at {ended}"
+    keys = _CLOCKED.get(record.run.measure, ())
+    times = [sample[key] for sample in record.samples for key in keys if key in sample]
+    timed = math.fsum(math.fsum(one) if isinstance(one, list) else one for one in times)
+    if timed > lasted + _CLOCK_TOLERANCE_SECONDS:
+        return f"it timed {timed:.1f} s within {lasted:.0f} s, from {started} to {ended}"
+    return None
 
 
 def _object(number: int, line: str) -> Json:

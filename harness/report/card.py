@@ -13,8 +13,8 @@ A page may hold blocks:
 Each marker stands alone on its line. Text around the blocks is never touched, and neither is a block of another
 suite, nor a marker shown inside a fenced code block.
 
-One run speaks for each variant in each measure: the newest whole one. The numbers of two runs stand in relation
-only if `results.incomparable` allows it.
+One run speaks for each variant in each measure, and by each protocol of perplexity: the newest whole one. The
+numbers of two runs stand in relation only if `results.incomparable` allows it.
 """
 
 import json
@@ -31,11 +31,11 @@ import pandas as pd
 
 from harness.record.results import Record
 from harness.record.stats import RESAMPLES, Estimate
-from harness.report import evaluations, plots, tables
+from harness.report import evaluations, fidelities, plots, tables
 from harness.report.blocks import filled
-from harness.suite import SOURCE, Suite
+from harness.suite import NOISE, SOURCE, Suite
 
-MEASURES = ("build", "verify", "ppl", "bench")  # in the order in which they run; each is also a nox session
+MEASURES = ("build", "verify", "ppl", "fidelity", "bench")  # in the order in which they run; each is also a nox session
 OPTIONAL = ("sensitivity",)  # of the source alone; a card has the block of that name only where there is a record
 
 Link = Callable[[str], str]  # a path from the project's root -> its URL from where the text stands
@@ -47,14 +47,21 @@ class _Evidence:
 
     suite: Suite
     results_dir: str
-    records: Mapping[str, tables.Records]  # measure -> variant -> record
+    records: Mapping[str, tables.Records]  # measure -> variant -> record; all but perplexities and tasks
+    perplexities: tables.ByProtocol  # protocol -> variant -> record
     tasks: evaluations.ByTask  # task -> variant -> record
     frames: Mapping[str, pd.DataFrame]
 
     @property
     def chosen(self) -> list[Record]:
         """Every run that speaks on the card."""
-        return [record for runs in (*self.records.values(), *self.tasks.values()) for record in runs.values()]
+        measured = (*self.records.values(), *self.perplexities.values(), *self.tasks.values())
+        return [record for runs in measured for record in runs.values()]
+
+    @property
+    def protocol(self) -> str | None:
+        """Of the perplexities that stand where there is room for one: the suite's first."""
+        return self.suite.ppl.protocols[0] if self.suite.ppl else None
 
     def record_path(self, record: Record) -> str:
         return posixpath.join(self.results_dir, record.path.parent.name, record.path.name)
@@ -105,21 +112,29 @@ def _says(path: Path, data: bytes) -> bool:
 
 def _gather(suite: Suite, records: Sequence[Record], results_dir: str) -> _Evidence:
     variants = suite.rows()
-    chosen = {measure: tables.newest(records, suite.name, measure, variants) for measure in (*MEASURES, *OPTIONAL)}
+    chosen = {
+        measure: tables.newest(records, suite.name, measure, (*variants, *NOISE))
+        for measure in (*MEASURES, *OPTIONAL)
+        if measure != "ppl"
+    }
+    protocols = suite.ppl.protocols if suite.ppl else ()
+    perplexities = tables.newest_by_protocol(records, suite.name, protocols, variants)
     tasks = evaluations.newest(records, suite, variants)
     frames = {
         "size": tables.size(chosen["build"]),
         "roundtrip": tables.roundtrip(chosen["verify"]),
         "findings": tables.findings(chosen["verify"]),
         "sensitivity": tables.sensitivity(chosen["sensitivity"]),
-        "perplexity": tables.perplexity(chosen["ppl"]),
+        "perplexity": tables.perplexity(perplexities, fidelities.log_ppl_floor(chosen["fidelity"], perplexities)),
+        "fidelity": fidelities.divergences(chosen["fidelity"]),
+        "bands": fidelities.bands(chosen["fidelity"]),
         "decode": tables.decode(chosen["bench"]),
         "prefill": tables.prefill(chosen["bench"]),
         "memory": tables.memory(chosen["bench"]),
         "tasks": evaluations.scores(tasks),
         "answers": evaluations.answers(tasks),
     }
-    evidence = _Evidence(suite, results_dir, chosen, tasks, frames)
+    evidence = _Evidence(suite, results_dir, chosen, perplexities, tasks, frames)
     return replace(evidence, frames={**frames, "runs": tables.runs(evidence.chosen)})
 
 
@@ -155,11 +170,12 @@ def _size_words(evidence: _Evidence, variant: str) -> str | None:
 
 
 def _perplexity_words(evidence: _Evidence, variant: str) -> str | None:
-    row = _row(evidence.frames["perplexity"], variant=variant)
-    base = _row(evidence.frames["perplexity"], variant=SOURCE)
+    row = _row(evidence.frames["perplexity"], variant=variant, protocol=evidence.protocol)
+    base = _row(evidence.frames["perplexity"], variant=SOURCE, protocol=evidence.protocol)
     if row is None:
         return None
-    words = f"perplexity {tables.shown('ppl', row['ppl'])}"
+    kind = "perplexity" if row["unit"] == "token" else f"{row['unit']} perplexity"
+    words = f"{kind} {tables.shown('ppl', row['ppl'])}"
     loss = row["delta_log_ppl"]
     if base is None or not isinstance(loss, Estimate):
         return f"{words} ({loss})"
@@ -185,7 +201,7 @@ def _table(evidence: _Evidence, link: Link, frame: pd.DataFrame) -> str:
 def _no_record(evidence: _Evidence, measure: str) -> str | None:
     """Which variants a measure has no run of, and what to do; None if it has them all."""
     quantized = tuple(evidence.suite.variants)
-    of_the_source = () if measure in ("build", "verify") else (SOURCE,)
+    of_the_source = () if measure in ("build", "verify", "fidelity") else (SOURCE,)
     expected = of_the_source if measure in OPTIONAL else (*of_the_source, *quantized)
     missing = [variant for variant in expected if variant not in evidence.records[measure]]
     if not missing:
@@ -235,14 +251,55 @@ def _sensitivity(evidence: _Evidence, link: Link) -> str:
 
 
 def _perplexity(evidence: _Evidence, link: Link) -> str:
+    if evidence.suite.ppl is None:
+        return "The suite measures no perplexity."
     frame = evidence.frames["perplexity"]
     if frame.empty:
-        return _paragraphs(_no_record(evidence, "ppl"))
+        return "No record yet: run `nox -s ppl`."
+    units = set(frame["unit"])
     return _paragraphs(
         _table(evidence, link, frame),
         "Δ is paired: variant and source scored the same tokens, and their difference is taken window by window. The "
-        f"interval is a bootstrap over whole windows ({RESAMPLES:,} resamples).",
-        _no_record(evidence, "ppl"),
+        f"interval is a bootstrap over blocks of neighbouring windows ({RESAMPLES:,} resamples)."
+        if "token" in units
+        else None,
+        "Where PPL is per word, Δ is per word too, its pairs are documents, and the bootstrap is over documents."
+        if "word" in units
+        else None,
+        _no_perplexity(evidence),
+    )
+
+
+def _no_perplexity(evidence: _Evidence) -> str | None:
+    """Which variants have no run by which protocol; None if none is missing."""
+    protocols = evidence.suite.ppl.protocols if evidence.suite.ppl else ()
+    missing = [
+        f"`{variant}`" + (f" by {protocol}" if len(protocols) > 1 else "")
+        for protocol in protocols
+        for variant in (SOURCE, *evidence.suite.variants)
+        if variant not in evidence.perplexities.get(protocol, {})
+    ]
+    return f"No record yet of {', '.join(missing)}: run `nox -s ppl`." if missing else None
+
+
+def _fidelity(evidence: _Evidence, link: Link) -> str:
+    if evidence.suite.fidelity is None:
+        return "The suite measures no fidelity."
+    frame, bands = evidence.frames["fidelity"], evidence.frames["bands"]
+    if frame.empty:
+        return _paragraphs(_no_record(evidence, "fidelity"))
+    noise = evidence.records["fidelity"].keys() & set(NOISE)
+    return _paragraphs(
+        _table(evidence, link, frame),
+        "KL(source ‖ variant) of every next-token prediction: its mean with a bootstrap over blocks of windows, and "
+        "its percentiles over single predictions. RMS Δp is the root mean square of what the probability of the token "
+        "that came has changed by.",
+        "The `noise-` rows are the source beside itself: after a restart, in another batch, on another engine. What "
+        f"does not exceed them prints as {tables.AT_NOISE}."
+        if noise
+        else "**There is no noise floor yet: `nox -s fidelity` measures the source beside itself.**",
+        None if bands.empty else f"**By the tokens before**\n\n{_table(evidence, link, bands)}",
+        _no_record(evidence, "fidelity"),
     )
 
 
@@ -261,9 +318,10 @@ def _tasks(evidence: _Evidence, link: Link) -> str:
     answers = evidence.frames["answers"]
     return _paragraphs(
         _table(evidence, link, evidence.frames["tasks"]),
-        "Scores and standard errors are lm-eval's own. Δ is paired: variant and source answered the same prompts, and "
-        f"the interval is a bootstrap over documents ({RESAMPLES:,} resamples). Lost and won count the items that "
-        "only the source, and only the variant, gets right.",
+        "Scores and standard errors are lm-eval's own. Δ is paired: variant and source answered the same prompts. Its "
+        "interval is Tango's for answers that are right or wrong, and otherwise a bootstrap over documents "
+        f"({RESAMPLES:,} resamples). Lost and won count the items that only the source, and only the variant, gets "
+        "right; p is of no difference at all (McNemar's exact test or a permutation), by Holm over all tasks.",
         None if answers.empty else f"**Generated answers**\n\n{_table(evidence, link, answers)}",
         None
         if answers.empty
@@ -283,9 +341,10 @@ def _decode(evidence: _Evidence, link: Link) -> str:
     return _paragraphs(
         None if single.empty else f"**One user**\n\n{_table(evidence, link, single)}",
         f"**By batch size**, in total and for each user\n\n{_table(evidence, link, curve)}",
-        "Speeds are medians over repetitions with exact order-statistic intervals; the ratio's interval is a bootstrap "
-        "of both medians, and only runs of one session are compared. The ceiling is memory bandwidth over the bytes "
-        "that a step moves (weights, states, the prompt's keys and values), and a dash where the bandwidth is unknown.",
+        "Speeds are medians over repetitions with exact order-statistic intervals. The ratio is of runs of one "
+        "session, its interval over the engine's starts, since repetitions of one start are alike (of a single start: "
+        "over repetitions, by the exact Mann-Whitney test). The ceiling is memory bandwidth over the bytes that a step "
+        "moves (weights, states, the prompt's keys and values), and a dash where the bandwidth is unknown.",
         _kernels(evidence),
         _no_record(evidence, "bench"),
     )
@@ -336,7 +395,8 @@ def _figure_files(evidence: _Evidence) -> dict[str, bytes]:
         # Every build read the same source, so any of them tells its size.
         total = _row(sizes, role="total") if variant == SOURCE else _row(sizes, role="total", variant=variant)
         num_bytes = total and total["source_bytes" if variant == SOURCE else "output_bytes"]
-        loss = (_row(evidence.frames["perplexity"], variant=variant) or {}).get("delta_log_ppl")
+        ppl = _row(evidence.frames["perplexity"], variant=variant, protocol=evidence.protocol) or {}
+        loss = ppl.get("delta_log_ppl")
         speed = _row(evidence.frames["decode"], variant=variant, batch=1)
         steps: list[float] = []
         if speed and not isinstance(speed["speed_ratio"], str):
@@ -397,6 +457,7 @@ BLOCKS: dict[str, tuple[str | None, Callable[[_Evidence, Link], str]]] = {
     "roundtrip": ("Round-trip error", _roundtrip),
     "sensitivity": ("Sensitivity", _sensitivity),
     "perplexity": ("Perplexity", _perplexity),
+    "fidelity": ("Fidelity", _fidelity),
     "tasks": ("Tasks", _tasks),
     "decode": ("Decode speed", _decode),
     "prefill": ("Prefill speed", _prefill),

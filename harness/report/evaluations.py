@@ -54,16 +54,20 @@ def scores(by_task: ByTask) -> pd.DataFrame:
 
     `score` is the mean over repetitions of what lm-eval says; its standard error is that of one repetition. The
     difference is the mean over documents of the variant's score less the source's (repetitions of a document belong
-    together), with a bootstrap over documents, and without an interval where no score differs. There is none of a
-    metric that lm-eval aggregates in another way than by the mean. `flips` are the items that the source solved and the
-    variant does not, and the other way round, in a metric that is right or wrong.
+    together); see `_difference` for its interval. There is none of a metric that lm-eval aggregates in another way than
+    by the mean. `flips` are the items that the source solved and the variant does not, and the other way round, in a
+    metric that is right or wrong. `p_holm` is of the hypothesis that nothing differs (McNemar's exact test, or a
+    permutation of documents), of the first metric of each task, adjusted over all tasks of a variant. Where it has
+    several, a last row of the variant takes them together.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    compared: dict[str, list[dict[str, Any]]] = {}
     for label, records in by_task.items():
         for row, record in records.items():
             refusal = _refusal(records, row)
             for (task, metric), results in _by_metric(record).items():
                 errors = [one["standard_error"] for one in results if one["standard_error"] is not None]
+                first = metric == _first_metrics(_of_task(record, task)).get(task)
                 found: dict[str, Any] = {
                     "task": label if task == _only_task(record) else f"{label}: {task}",
                     "metric": metric,
@@ -83,8 +87,23 @@ def scores(by_task: ByTask) -> pd.DataFrame:
                     and all(_is_mean(one, task, metric) for one in (record, records[SOURCE]))
                 ):
                     found |= _compared(record, records[SOURCE], task, metric)
+                    compared.setdefault(row, []).extend([found] if first else [])
                 rows.append(found)
-    return tables.frame_of(rows)
+    for those in compared.values():
+        for one, p_value in zip(those, stats.holm([one["p_value"] for one in those]), strict=True):
+            one["p_holm"] = p_value
+    return tables.frame_of([*rows, *(_together(row, those) for row, those in compared.items() if len(those) > 1)])
+
+
+def _together(variant: str, compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of all compared tasks of a variant."""
+    return {
+        "task": "all tasks",
+        "metric": f"mean of {len(compared)}",
+        "variant": variant,
+        "num_items": sum(one["num_items"] for one in compared),
+        "delta_score": stats.pooled([one["delta_score"] for one in compared]),
+    }
 
 
 def answers(by_task: ByTask) -> pd.DataFrame:
@@ -202,17 +221,20 @@ def _refusal(records: Mapping[str, Record], row: str) -> str | None:
         return "no record of the source"
     if invalid(source, None):
         return "the source is invalid"
-    differing = incomparable(source, record)
-    twice = [doc_id for one in (record, source) if (doc_id := _duplicated(one)) is not None]
-    if not differing and twice:
-        differing = [f"item {twice[0]} twice"]
-    if not differing and any(
-        mine["prompt_sha256"] != theirs["prompt_sha256"] for mine, theirs in _joined(record, source)
-    ):
-        differing = ["prompts"]
-    if not differing and _by_item(record).keys() != _by_item(source).keys():
-        differing = ["items"]
-    return f"incomparable: {', '.join(differing)}" if differing else None
+    found = differing(record, source)
+    return f"incomparable: {', '.join(found)}" if found else None
+
+
+def differing(record: Record, other: Record, *, over_time: bool = False) -> list[str]:
+    """What forbids comparing two runs of a task item by item, `over_time` as for `results.incomparable`; empty if
+    nothing does."""
+    if keys := incomparable(other, record, over_time=over_time):
+        return keys
+    if twice := [doc_id for one in (record, other) if (doc_id := _duplicated(one)) is not None]:
+        return [f"item {twice[0]} twice"]
+    if any(mine["prompt_sha256"] != theirs["prompt_sha256"] for mine, theirs in _joined(record, other)):
+        return ["prompts"]
+    return ["items"] if _by_item(record).keys() != _by_item(other).keys() else []
 
 
 def _item(sample: Mapping[str, Any]) -> Item:
@@ -274,7 +296,7 @@ def _totals(
 
 
 def _compared(record: Record, source: Record, task: str, metric: str) -> dict[str, Any]:
-    """{delta_score, flips} of a variant's items against the source's."""
+    """{delta_score, flips, p_value} of a variant's items against the source's."""
 
     def score(item: Mapping[str, Any]) -> float:
         return float(item["outcomes"][metric])
@@ -286,7 +308,60 @@ def _compared(record: Record, source: Record, task: str, metric: str) -> dict[st
     if all(value in (0.0, 1.0) for pair in every for value in pair):
         flips = f"{sum(a > b for a, b in every)} / {sum(a < b for a, b in every)}"
     before, after, weights = _totals(pairs, score)
-    difference = stats.paired_mean_difference(before, after, weights)
-    if before == after:  # resampling knows nothing of what might have differed
-        difference = replace(difference, low=None, high=None)
-    return {"delta_score": difference, "flips": flips}
+    lost_won = _flips(before, after, weights)
+    return {
+        "delta_score": _difference(before, after, weights),
+        "flips": flips,
+        "p_value": stats.mcnemar(*lost_won) if lost_won else stats.paired_permutation(before, after),
+    }
+
+
+def _flips(before: Sequence[float], after: Sequence[float], weights: Sequence[float]) -> tuple[int, int] | None:
+    """How many documents were lost and won, where each is right or wrong and was asked once; else None."""
+    if any(weight != 1 for weight in weights) or any(score not in (0.0, 1.0) for score in (*before, *after)):
+        return None
+    pairs = list(zip(before, after, strict=True))
+    return sum(old > new for old, new in pairs), sum(old < new for old, new in pairs)
+
+
+def _difference(before: Sequence[float], after: Sequence[float], weights: Sequence[float]) -> stats.Estimate:
+    """The mean of what documents score more than before.
+
+    Where each is right or wrong and was asked once, the interval is that of two paired shares, which there is also
+    where nothing flipped. Else it is a bootstrap over documents. Scores that are all equal leave nothing to draw from:
+    they are taken as that many items of which none flipped, which is more cautious for scores from 0 to 1, and others
+    have no interval.
+    """
+    if lost_won := _flips(before, after, weights):
+        return stats.paired_share_difference(*lost_won, len(before))
+    if before == after and all(0 <= score <= weight for score, weight in zip(before, weights, strict=True)):
+        return stats.paired_share_difference(0, 0, len(before))
+    found = stats.paired_mean_difference(before, after, weights)
+    return replace(found, low=None, high=None) if before == after else found
+
+
+def loss(record: Record, other: Record) -> tuple[stats.Estimate, str] | str:
+    """How much worse a run scores than another one of the same items, and in what: the metric that its tasks name
+    first. Positive is worse, whichever way lm-eval says that the metric goes (up, where it does not say). Instead of
+    those, why there is no such number: tasks of several metrics, or one that is no mean over items. Its interval is
+    that of `_difference`.
+    """
+    items = record.kind("item")
+    first = _first_metrics(items)
+    named = sorted(set(first.values()))
+    if len(named) != 1:
+        return f"its tasks are scored by several metrics ({', '.join(named)})" if named else "it has no scores"
+    metric = named[0]
+    if not all(_is_mean(one, task, metric) for task in first for one in (record, other)):
+        return f"{metric} is no mean over items"
+    ups = {result.get("higher_is_better") for result in record.kind("result") if result["metric"] == metric}
+    if {True, False} <= ups:
+        return f"{metric} is better high in one of its tasks and low in another"
+    theirs = _by_item(other)
+    before, after, weights = _totals(
+        ((theirs[_item(item)], item) for item in items), lambda item: float(item["outcomes"][metric])
+    )
+    if False in ups:
+        before, after = after, before
+    told = metric if ups <= {True, False} else f"{metric}, taken to be better high"
+    return _difference(after, before, weights), told

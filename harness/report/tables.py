@@ -5,15 +5,17 @@ A frame holds values, not text: numbers, `Estimate`s with their interval, the `R
 written once, in `COLUMNS`. Columns that describe the measurement (protocol, number of tokens ...) move into the
 caption where all rows agree, and stay columns where they do not, so that nothing is hidden by tidiness.
 
-Every frame takes the records of one measure by variant, with the unquantized model under `source`. A row is
-compared with the source only if `results.incomparable` finds nothing; otherwise the cell says what differs.
+Every frame takes the records of one measure by variant, with the unquantized model under `source`; perplexity takes
+them by protocol and variant, since each protocol has a number of its own. A row is compared with the source only if
+`results.incomparable` finds nothing; otherwise the cell says what differs.
 """
 
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import pandas as pd
@@ -26,61 +28,112 @@ from harness.report.numbers import format_bytes, format_estimate, format_percent
 from harness.suite import SOURCE
 
 Records = Mapping[str, Record]  # variant -> the run that speaks for it, of one measure
+ByProtocol = Mapping[str, Records]  # protocol -> those of its perplexities
+
+AT_NOISE = "≤ noise"
 
 
-def newest(records: Sequence[Record], suite: str, measure: str, variants: Sequence[str]) -> dict[str, Record]:
-    """The latest whole run of each variant of a suite, in the order of `variants`.
+def newest(
+    records: Sequence[Record], suite: str, measure: str, variants: Sequence[str], protocol: str | None = None
+) -> dict[str, Record]:
+    """The latest whole run of each variant of a suite, in the order of `variants`; of perplexities those by `protocol`.
 
     Whole: complete and without `--limit`. Variants without such a run are left out.
     """
     latest: dict[str, Record] = {}
     for record in sorted(records, key=lambda record: (record.run.started_utc, record.run.run_id)):
-        if record.whole and record.run.measure == measure and record.run.suite["name"] == suite:
+        if (
+            record.whole
+            and record.run.measure == measure
+            and record.run.suite["name"] == suite
+            and protocol in (None, (record.run.dataset or {}).get("protocol"))
+        ):
             latest[record.run.variant["name"]] = record
     return {variant: latest[variant] for variant in variants if variant in latest}
+
+
+def newest_by_protocol(
+    records: Sequence[Record], suite: str, protocols: Sequence[str], variants: Sequence[str]
+) -> dict[str, dict[str, Record]]:
+    """The latest whole perplexity of each variant by each protocol; protocols without one are left out."""
+    found = {protocol: newest(records, suite, "ppl", variants, protocol) for protocol in protocols}
+    return {protocol: chosen for protocol, chosen in found.items() if chosen}
 
 
 # -- Frames ----------------------------------------------------------------------------------------------------
 
 
-def perplexity(records: Records) -> pd.DataFrame:
+def perplexity(by_protocol: ByProtocol, floor: float | None = None) -> pd.DataFrame:
     """Perplexity = exp(sum of nll / scored tokens), and what each variant loses against the source.
 
-    The loss is the paired difference of log-perplexities in nats, with its interval over windows; the relative
-    change of perplexity is exp(difference) - 1.
+    The loss is the paired difference of log-perplexities in nats, with its interval over blocks of neighbouring
+    windows; the relative change of perplexity is exp(difference) - 1. A loss of at most `floor` nats per token, which
+    is what the source differs from itself by, is no difference: the cell says so in place of a number.
+
+    By a protocol whose `unit` is the word, the sum is divided by words, the loss is per word, and pairs and interval
+    are over documents; of a run with a limit only the documents that it read to their end count.
     """
     rows = []
-    for variant, record in records.items():
-        windows = record.kind("window")
-        dataset = record.run.dataset or {}
-        row = {
-            "variant": variant,
-            "protocol": dataset.get("protocol"),
-            "dataset": dataset.get("name"),
-            "num_tokens": dataset.get("num_tokens"),
-            "num_windows": len(windows),
-            "num_scored": sum(window["num_scored"] for window in windows),
-            "ppl": _ppl(windows),
-            "delta_ppl": None,
-            "relative_change_ratio": None,
-            "delta_log_ppl": _refusal(records, variant),
-            "standard_errors": None,
-            "run": record,
-            **served_as(record),
-        }
-        if variant != SOURCE and row["delta_log_ppl"] is None:
-            base = records[SOURCE].kind("window")
-            loss = stats.paired_mean_difference(
-                [window["nll_nats"] for window in base],
-                [window["nll_nats"] for window in windows],
-                [window["num_scored"] for window in windows],
-            )
-            row["delta_ppl"] = row["ppl"] - _ppl(base)
-            row["relative_change_ratio"] = math.expm1(loss.value)
-            row["delta_log_ppl"] = loss
-            row["standard_errors"] = loss.standard_errors_from_zero
-        rows.append(row)
+    for protocol, records in by_protocol.items():
+        for variant, record in records.items():
+            windows = record.kind("window")
+            dataset = record.run.dataset or {}
+            clusters = clusters_of(record)
+            row = {
+                "variant": variant,
+                "protocol": protocol,
+                "unit": dataset.get("unit", "token"),
+                "dataset": dataset.get("name"),
+                "num_tokens": dataset.get("num_tokens"),
+                "num_windows": len(windows),
+                "num_scored": sum(window["num_scored"] for window in windows),
+                "ppl": _ppl(clusters),
+                "delta_ppl": None,
+                "relative_change_ratio": None,
+                "delta_log_ppl": _refusal(records, variant),
+                "standard_errors": None,
+                "run": record,
+                **served_as(record),
+            }
+            if "documents" in dataset:
+                row |= {"num_words": sum(weight for _, weight in clusters), "num_documents": len(clusters)}
+            if variant != SOURCE and clusters and row["delta_log_ppl"] is None:
+                block = 1 if "documents" in dataset else stats.block_length(len(clusters))
+                tokens_per_unit = row["num_scored"] / sum(weight for _, weight in clusters)
+                least = None if floor is None else floor * tokens_per_unit
+                row |= _lost(clusters, clusters_of(records[SOURCE]), block, least)
+            rows.append(row)
     return frame_of(rows)
+
+
+def _lost(
+    clusters: Sequence[tuple[float, int]], base: Sequence[tuple[float, int]], block: int, floor: float | None
+) -> dict[str, Any]:
+    """The cells that compare a variant with the source over the same clusters, `block` neighbours together."""
+    loss = stats.paired_mean_difference(
+        [nll for nll, _ in base], [nll for nll, _ in clusters], [weight for _, weight in clusters], block
+    )
+    if floor is not None and abs(loss.value) <= floor:
+        return {"delta_log_ppl": AT_NOISE}
+    ppl, base_ppl = _ppl(clusters), _ppl(base)
+    return {
+        "delta_ppl": ppl - base_ppl if ppl is not None and base_ppl is not None else None,
+        "relative_change_ratio": math.expm1(loss.value),
+        "delta_log_ppl": loss,
+        "standard_errors": loss.standard_errors_from_zero,
+    }
+
+
+def reused_windows(by_protocol: ByProtocol) -> Iterator[str]:
+    """Which runs took log-probabilities from earlier ones, a sentence each."""
+    for protocol, records in by_protocol.items():
+        for variant, record in records.items():
+            for told in record.kind("reused"):
+                if told["num_reused"]:
+                    yield (
+                        f"{variant}, {protocol}: {told['num_reused']:,} of {told['num_windows']:,} windows are of "
+                        "earlier runs."
+                    )
 
 
 def decode(records: Records) -> pd.DataFrame:
@@ -91,7 +144,7 @@ def decode(records: Records) -> pd.DataFrame:
     the DeltaNet states read and written, and the keys and values of the prompt. A model that does not fit
     into the processor's caches cannot exceed it.
     """
-    rows = _speeds(records, "decode", _decode_rate)
+    rows = _speeds(records, "decode")
     for row in rows:
         effective = (row["run"].run.engine or {}).get("effective", {})
         speed, batch = row["tokens_per_second"], row["batch"]
@@ -119,13 +172,7 @@ def decode(records: Records) -> pd.DataFrame:
 
 def prefill(records: Records) -> pd.DataFrame:
     """Prefill speed: the prompt's tokens over the time until the first new token is known."""
-    return frame_of(
-        _speeds(
-            records,
-            "prefill",
-            lambda sample: sample["batch"] * sample["prompt_tokens"] / sample["prefill_seconds"],
-        )
-    )
+    return frame_of(_speeds(records, "prefill"))
 
 
 def memory(records: Records) -> pd.DataFrame:
@@ -318,7 +365,6 @@ def of_measure(measure: str, records: Records) -> list[pd.DataFrame]:
     frames = {
         "build": (size,),
         "verify": (roundtrip, findings),
-        "ppl": (perplexity,),
         "sensitivity": (sensitivity,),
         "bench": (decode, prefill, memory),
         "served": (served,),
@@ -338,8 +384,35 @@ def frame_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame([[row.get(key) for key in columns] for row in rows], columns=columns, dtype=object)
 
 
-def _ppl(windows: Sequence[Mapping[str, Any]]) -> float:
-    return math.exp(math.fsum(one["nll_nats"] for one in windows) / sum(one["num_scored"] for one in windows))
+def clusters_of(record: Record) -> list[tuple[float, int]]:
+    """(Negative log-likelihood in nats, the tokens or words that it is of) of every piece of a text that belongs
+    together: its windows, or the documents that were read to their end."""
+    windows = record.kind("window")
+    documents = (record.run.dataset or {}).get("documents")
+    if documents is None:
+        return [(window["nll_nats"], window["num_scored"]) for window in windows]
+    by_document: dict[int, list[dict[str, Any]]] = {}
+    for window in windows:
+        by_document.setdefault(window["document"], []).append(window)
+    return [
+        (math.fsum(one["nll_nats"] for one in pieces), documents["num_words"][document])
+        for document, pieces in by_document.items()
+        if sum(one["num_scored"] for one in pieces) == documents["num_tokens"][document]
+    ]
+
+
+def clustering(record: Record) -> tuple[str, int]:
+    """What a run's pieces of text are, and how many neighbours count as one: windows of running text share what their
+    article makes hard, and as single ones they would give evidence that is not there; documents share nothing."""
+    if "documents" in (record.run.dataset or {}):
+        return "documents", 1
+    return "windows", stats.block_length(len(record.kind("window")))
+
+
+def _ppl(clusters: Sequence[tuple[float, int]]) -> float | None:
+    if not clusters:
+        return None
+    return math.exp(math.fsum(nll for nll, _ in clusters) / sum(weight for _, weight in clusters))
 
 
 def _scaled(estimate: Estimate, factor: float) -> Estimate:
@@ -352,31 +425,38 @@ def _refusal(records: Records, variant: str) -> str | None:
     """Why a variant cannot be compared with the source; None if it can, or is the source."""
     if SOURCE not in records:
         return "no record of the source"
-    differing = incomparable(records[SOURCE], records[variant])
-    if _spans(records[SOURCE]) != _spans(records[variant]):
-        differing.append("windows")
-    return f"incomparable: {', '.join(differing)}" if differing else None
+    found = differing(records[variant], records[SOURCE])
+    return f"incomparable: {', '.join(found)}" if found else None
+
+
+def differing(record: Record, other: Record, *, over_time: bool = False) -> list[str]:
+    """What forbids comparing two runs, `over_time` as for `results.incomparable`, windows that are not the same or are
+    there twice among it; empty if nothing does."""
+    found = incomparable(other, record, over_time=over_time)
+    spans = _spans(other)
+    if spans != _spans(record):
+        found.append("windows")
+    elif len(set(spans)) < len(spans):
+        found.append("a window twice")
+    return found
 
 
 def _spans(record: Record) -> list[tuple[int, ...]]:
     """What each window of a run covers, in order; none for other measures."""
-    keys = ("index", "first_token", "num_tokens", "num_scored")
+    keys = ("first_token", "num_tokens", "num_scored")
     return [tuple(window[key] for key in keys) for window in record.kind("window")]
 
 
-def _speeds(records: Records, kind: str, rate: Callable[[Mapping[str, Any]], float]) -> list[dict[str, Any]]:
-    """Rows of speed, one per variant and shape (batch size, prompt length).
-
-    `rate` gives one repetition's tokens per second, over the whole batch.
-    """
-    rows = []
+def _speeds(records: Records, kind: str) -> list[dict[str, Any]]:
+    """Rows of speed, one per variant and shape (batch size, prompt length)."""
+    rows, rate = [], RATES[kind]
     for variant, record in records.items():
         for shape, samples in by_shape(record, kind).items():
             rates = [rate(sample) for sample in samples]
             ratio: Estimate | str | None = _refusal(records, variant)
             if variant != SOURCE and ratio is None:
                 base = by_shape(records[SOURCE], kind).get(shape)
-                ratio = stats.median_ratio(rates, [rate(sample) for sample in base]) if base else None
+                ratio = speed_ratio(kind, samples, base)[0] if base else None
             rows.append(
                 {
                     "variant": variant,
@@ -391,6 +471,23 @@ def _speeds(records: Records, kind: str, rate: Callable[[Mapping[str, Any]], flo
                 }
             )
     return rows
+
+
+def speed_ratio(
+    kind: str, samples: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
+) -> tuple[Estimate, str]:
+    """How many times as fast a run is as another one of its session, of samples of one kind and shape, and what its
+    interval is over: the starts of the engine, which differ more than the repetitions within them, or the repetitions
+    where there was only one start."""
+    sides: list[list[list[float]]] = []
+    for side in (samples, base):
+        starts: dict[int, list[float]] = {}
+        for sample in side:
+            starts.setdefault(sample["start"], []).append(RATES[kind](sample))
+        sides.append(list(starts.values()))
+    if all(len(side) > 1 for side in sides):
+        return stats.ratio_of_groups(*sides), "starts"
+    return stats.hodges_lehmann_ratio(*(list(chain(*side)) for side in sides)), "repetitions"
 
 
 def by_shape(record: Record, kind: str) -> dict[tuple[int, int, int], list[dict[str, Any]]]:
@@ -418,6 +515,14 @@ def _decode_rate(sample: Mapping[str, Any]) -> float:
     """Tokens per second of one repetition, over the whole batch."""
     tokens = sample["batch"] * (_new_tokens(sample) - 1)
     return float(tokens / math.fsum(sample["step_seconds"]))
+
+
+def _prefill_rate(sample: Mapping[str, Any]) -> float:
+    """The same of a prefill: the tokens of its prompts."""
+    return float(sample["batch"] * sample["prompt_tokens"] / sample["prefill_seconds"])
+
+
+RATES: dict[str, Callable[[Mapping[str, Any]], float]] = {"decode": _decode_rate, "prefill": _prefill_rate}
 
 
 def warnings(records: Records) -> list[str]:
@@ -458,6 +563,12 @@ def _described(heading: str, show: Callable[[Any], str] = _plain, numeric: bool 
 
 # In the order in which they stand in a table.
 COLUMNS: dict[str, Column] = {
+    "rule": Column("rule", numeric=False),
+    "loss": Column("loss [95 %]", _as("+.3g")),
+    "margin": Column("margin", _as("+g")),
+    "num_units": Column("n"),
+    "judged": Column("verdict", numeric=False),
+    "reason": Column("reason", numeric=False),
     "variant": _described("variant"),
     "measure": Column("measure", numeric=False),
     "recipe": Column("recipe", numeric=False),
@@ -470,6 +581,7 @@ COLUMNS: dict[str, Column] = {
     "consequence": Column("consequence", numeric=False),
     "served_as": Column("served as", numeric=False),
     "protocol": _described("protocol"),
+    "unit": _described("PPL per"),
     "dataset": _described("dataset"),
     "task": _described("task"),
     "metric": Column("metric", numeric=False),
@@ -478,6 +590,7 @@ COLUMNS: dict[str, Column] = {
     "score_error": Column("± (lm-eval)", _as(".4f")),
     "delta_score": Column("Δ to source [95 %]", _as("+.4f")),
     "flips": Column("lost / won"),
+    "p_holm": Column("p (Holm)", _as(".2g")),
     "cap_hit_share": Column("cut off", format_percent),
     "unclosed_share": Column("unclosed", format_percent),
     "empty_share": Column("empty", format_percent),
@@ -491,6 +604,8 @@ COLUMNS: dict[str, Column] = {
     "num_tokens": _described("tokens", _as(","), numeric=True),
     "num_windows": _described("windows", _as(","), numeric=True),
     "num_scored": _described("scored tokens", _as(","), numeric=True),
+    "num_words": _described("words", _as(","), numeric=True),
+    "num_documents": _described("documents", _as(","), numeric=True),
     "num_tensors": Column("tensors", _as(",")),
     "num_params": Column("parameters", _as(",")),
     "source_bytes": Column("before", format_bytes),
@@ -509,6 +624,24 @@ COLUMNS: dict[str, Column] = {
     "relative_change_ratio": Column("change", lambda ratio: format_percent(ratio, "+.2f")),
     "delta_log_ppl": Column("Δ log-PPL, nats [95 %]", _as("+.4f")),
     "standard_errors": Column("standard errors from 0", _as(".1f")),
+    "window": _described("window", _as(","), numeric=True),
+    "distribution": _described("compared over"),
+    "before": Column("tokens before"),
+    "kl": Column("KL, nats [95 %]", _as("#.3g")),
+    **{
+        name: Column(heading, _as(".2g"))
+        for name, heading in (
+            ("kl_median", "median"),
+            ("kl_p90", "90 %"),
+            ("kl_p95", "95 %"),
+            ("kl_p99", "99 %"),
+            ("kl_p999", "99.9 %"),
+            ("kl_max", "max"),
+        )
+    },
+    "agreement": Column("same top token [95 %]", lambda share: format_estimate(_scaled(share, 100), ".2f") + " %"),
+    "rms_dp": Column("RMS Δp", lambda share: format_percent(share, ".2g")),
+    "kl_log_ppl": Column("Δ log-PPL, nats [95 %]", _as("+.4f")),
     "benchmark": _described("vllm bench"),
     "concurrency": _described("concurrency", _as("d"), numeric=True),
     "num_requests": Column("requests", _as("d")),
