@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from harness.audit.findings import Finding
     from harness.progress import Progress
     from harness.quantize.build import Artifact
-    from harness.record.results import Record
+    from harness.record.results import Record, Skipped
     from harness.stages import Job, Measured, Model
 
 DEFAULT_SUITE = "suites/demo.toml"
@@ -180,9 +180,12 @@ def _parser() -> argparse.ArgumentParser:
     gate.add_argument(
         "--baselines", type=Path, metavar="DIR", help="records with baselines/, to compare with (results)"
     )
-    gate.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML, a test case for each rule")
+    gate.add_argument("--junit", type=_path_or_none, metavar="FILE", help="write JUnit XML, a test case for each rule")
     gate.add_argument(
-        "--step-summary", type=Path, metavar="FILE", help='append Markdown, for example to "$GITHUB_STEP_SUMMARY"'
+        "--step-summary",
+        type=_path_or_none,
+        metavar="FILE",
+        help='append Markdown, for example to "$GITHUB_STEP_SUMMARY"',
     )
     gate.add_argument("--update-baseline", action="store_true", help="make the newest records the baseline")
     gate.add_argument("--reason", metavar="TEXT", help="with --update-baseline: why; it is kept")
@@ -220,6 +223,11 @@ def _place_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="DIR", help="(artifacts)")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
     _json_option(parser)
+
+
+def _path_or_none(text: str) -> Path | None:
+    """None where a shell variable that holds no path was given."""
+    return Path(text) if text else None
 
 
 def positive_number(text: str) -> float:
@@ -567,7 +575,7 @@ def _ppl(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from dataclasses import replace
 
     from harness.perplexity import measure, prepare, with_stored_source
-    from harness.report import tables
+    from harness.report import fidelities, tables
     from harness.stages import with_engine
 
     with _job(options, arguments) as job:
@@ -576,7 +584,8 @@ def _ppl(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
         if not options.json:
             _print_models(work.models)
         found = measure(job, work, options.limit, fresh=options.fresh)
-        frame = tables.perplexity(with_stored_source(job, found.records))
+        shown_beside = with_stored_source(job, found.records)
+        frame = tables.perplexity(shown_beside, fidelities.log_ppl_floor(_stored_noise(job), shown_beside))
     code = 1 if found.failures else 0
     files = {name: {row: str(record.path) for row, record in rows.items()} for name, rows in found.records.items()}
     warnings = tables.warnings({row: record for rows in found.records.values() for row, record in rows.items()})
@@ -696,8 +705,20 @@ def _fidelity(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
         if not options.json:
             _print_models(work.models)
         measured = compare(job, work, options.limit)
-    frames = [fidelities.divergences(measured.records), fidelities.bands(measured.records)]
+        stored = _stored_noise(job)
+    shown = {**measured.records, **{row: one for row, one in stored.items() if row not in measured.records}}
+    frames = [fidelities.divergences(shown), fidelities.bands(shown)] if measured.records else []
     return _print_measured(options, measured, [frame for frame in frames if not frame.empty])
+
+
+def _stored_noise(job: "Job") -> "dict[str, Record]":
+    """The newest stored runs of the source beside itself."""
+    from harness.record import results
+    from harness.report import tables
+    from harness.suite import NOISE
+
+    stored, _ = results.read_all(job.results)
+    return tables.newest(stored, job.suite.name, "fidelity", NOISE)
 
 
 def _import(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
@@ -771,7 +792,7 @@ def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     from harness.report import card
 
     suite = _load_suite(options)
-    records = _stored_records(options.results)
+    records = _stored_records(options.results)[0]
     named = [Path(page) for page in options.pages] or [page for page in (Path("README.md"),) if page.exists()]
     pages = {}
     for page in named:
@@ -792,8 +813,8 @@ def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     return 1 if options.check and changed else 0
 
 
-def _stored_records(folder: Path) -> "list[Record]":
-    """Every complete run of a results folder; what is not used is named."""
+def _stored_records(folder: Path) -> "tuple[list[Record], list[Skipped]]":
+    """Every complete run of a results folder, and what is not used, which is named."""
     from harness.record import results
 
     if not folder.is_dir() and (folder.exists() or folder != Path("results")):
@@ -801,7 +822,7 @@ def _stored_records(folder: Path) -> "list[Record]":
     records, skipped = results.read_all(folder)
     for one in skipped:
         print(f"harness: {one.path} is not used: {one.reason}", file=sys.stderr)
-    return records
+    return records, skipped
 
 
 def _gate(options: argparse.Namespace, _: tuple[str, ...]) -> int:
@@ -811,8 +832,13 @@ def _gate(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     if options.update_baseline != (options.reason is not None):
         raise UserError("--update-baseline and --reason go together.", "A baseline is changed for a reason: give both.")
     suite = _load_suite(options)
-    records = _stored_records(options.results)
     folder = options.baselines or Path("results")
+    if options.baselines is not None and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder.", "Give the folder that baselines/ lies in as --baselines.")
+    for place in (options.junit, options.step_summary):
+        if place is not None and (place.is_dir() or not place.absolute().parent.is_dir()):
+            raise UserError(f"{place} cannot be written.", "Name a file in a folder that exists.")
+    records, skipped = _stored_records(options.results)
     if options.update_baseline:
         from harness.record.provenance import git
 
@@ -826,7 +852,7 @@ def _gate(options: argparse.Namespace, _: tuple[str, ...]) -> int:
         else:
             print(f"{path}: updated", *(f"  {file}" for rows in named.values() for file in rows.values()), sep="\n")
         return 0
-    judgements = gate.judge(suite, records, baselines.read(folder, suite.name))
+    judgements = gate.judge(suite, records, baselines.read(folder, suite.name), skipped)
     if options.json:
         _print_json({"suite": suite.name, "judgements": gate.rows(judgements)})
     else:

@@ -16,7 +16,7 @@ from harness.measure import tasks
 from harness.measure.answers import Journal
 from harness.measure.lm import Texts
 from harness.progress import named
-from harness.record import results
+from harness.record import provenance, results
 from harness.record.results import Record, RunWriter
 from harness.stages import (
     Job,
@@ -142,6 +142,7 @@ def _identity(model: Model, engine: Mapping[str, Any], loaded: tasks.Loaded) -> 
         "artifact_digest": model.digest,
         "engine": {key: engine[key] for key in ("name", "version", "device", "dtype", "served_as")},
         "options": {key: value for key, value in engine["requested"].items() if key != "folder"},
+        "code": provenance.code_digest(),
         "task": loaded.identity,
     }
 

@@ -4,21 +4,24 @@ Where the torch engine computes, all of them go through the layers together (eng
 distributions are compared. An engine that serves holds one model: the source's most probable tokens are kept in a
 pack, and each variant is compared with that.
 
-The source beside itself, after a restart, in another batch, on another engine, is the noise floor: what a difference
-must exceed to be one. It has rows of its own, called after what was changed.
+The source beside itself, in a second pass (of an engine that serves: after a restart), in another batch, on another
+engine, is the noise floor: what a difference must exceed to be one. It has rows of its own, called after what was
+changed.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from harness.engines import streamed
 from harness.engines.protocol import Engine, Top
+from harness.errors import UserError
 from harness.measure import fidelity
 from harness.measure.packs import Pack, pack_of
 from harness.progress import named
-from harness.record import provenance, results
+from harness.record import results
 from harness.record.results import RunWriter
 from harness.stages import (
     Job,
@@ -30,6 +33,7 @@ from harness.stages import (
     check_lengths,
     chosen_setups,
     chosen_variants,
+    computed_by,
     new_run,
     noted_failures,
     required,
@@ -51,10 +55,16 @@ def prepare(job: Job, names: Sequence[str] | None) -> Work:
     suite, wanted = job.suite, _wanted(job.suite)
     variants = chosen_variants(suite, names, with_source=True)
     check_engine(suite)
+    _check_noise(suite, wanted)
     ids, dataset = tokenized(suite, wanted.text)
     windows = cut(ids, wanted.window)
+    if not windows:
+        raise UserError(
+            f"The text of [fidelity] has {len(ids)} tokens: none of them has one before it.", "Use another."
+        )
     chosen = chosen_setups(suite, wanted.setups)
-    check_lengths(suite, "fidelity", chosen, len(windows[0]) + 1)
+    for one in (suite, *([_noise_suite(suite, wanted)] if wanted.noise_engine else [])):
+        check_lengths(one, "fidelity", chosen, len(windows[0]) + 1)
     dataset |= {
         "window": wanted.window,
         "num_windows": len(windows),
@@ -65,6 +75,27 @@ def prepare(job: Job, names: Sequence[str] | None) -> Work:
     if SOURCE in variants:
         models += [replace(models[0], variant=name) for name in NOISE if name != ENGINE or wanted.noise_engine]
     return Work(models, ids, dataset)
+
+
+def _check_noise(suite: Suite, wanted: Fidelity) -> None:
+    """`UserError` for noise that would be none, or that nothing here can measure."""
+    if wanted.noise_batch_size == wanted.batch_size:
+        raise UserError(
+            f"Suite '{suite.name}' has noise_batch_size = batch_size = {wanted.batch_size} in [fidelity].",
+            "Another batch must be another one: change either.",
+        )
+    if wanted.noise_engine is None:
+        return
+    check_engine(_noise_suite(suite, wanted))
+    if wanted.noise_engine == suite.engine.name:
+        raise UserError(f"'{wanted.noise_engine}' is the engine of suite '{suite.name}' itself.", "Name another one.")
+    if wanted.noise_engine == "vllm" and find_spec("vllm") is None:
+        raise UserError("noise_engine is vllm, which is not installed here.", "Install it, or leave noise_engine out.")
+
+
+def _noise_suite(suite: Suite, wanted: Fidelity) -> Suite:
+    assert wanted.noise_engine is not None
+    return replace(suite, engine=replace(suite.engine, name=wanted.noise_engine))
 
 
 def cut(ids: Sequence[int], window: int) -> list[list[int]]:
@@ -95,7 +126,8 @@ def _computes_together(suite: Suite) -> bool:
 
 
 def _batch_size(wanted: Fidelity, model: Model) -> int:
-    return wanted.noise_batch_size if model.variant == BATCH else wanted.batch_size
+    other = wanted.noise_batch_size or (1 if wanted.batch_size > 1 else 2)
+    return other if model.variant == BATCH else wanted.batch_size
 
 
 def _together(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: Measured) -> None:
@@ -117,6 +149,7 @@ def _together(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: 
                 dtype=engine.dtype,
                 device=engine.device,
                 scratch=scratch / name,
+                hidden_bytes=streamed.HIDDEN_BYTES // len(passes),
                 progress=named(job.progress, name),
             )
             for name, models, batch_size in passes
@@ -138,19 +171,21 @@ def _together(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: 
 def _one_after_another(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: Measured) -> None:
     wanted = _wanted(job.suite)
     source, *others = (model for model in work.models if model.variant != ENGINE)
-    pack = _pack(job, work, source, windows)
+    with noted_failures(job, "fidelity", fidelity.VERSION, source, work.dataset, measured.failures):
+        pack = _pack(job, work, source, windows)
+    if source.row in measured.failures:
+        return
     for model in others:
         _compare_one(job, work, model, windows, pack, _batch_size(wanted, model), measured)
 
 
 def _other_engine(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: Measured) -> None:
     """The source on the engine that noise is measured with, beside the source on the suite's own."""
-    wanted, engine = _wanted(job.suite), job.suite.engine
-    assert wanted.noise_engine is not None
+    wanted = _wanted(job.suite)
     source = work.models[0]
     (model,) = (one for one in work.models if one.variant == ENGINE)
     pack = _pack(job, work, source, windows)
-    there = replace(job, suite=replace(job.suite, engine=replace(engine, name=wanted.noise_engine)))
+    there = replace(job, suite=_noise_suite(job.suite, wanted))
     named_only = replace(work, dataset=work.dataset | {"distribution": f"{pack.num} named tokens"})
     _compare_one(there, named_only, model, windows, pack, wanted.batch_size, measured)
 
@@ -183,13 +218,10 @@ def _compare_one(
 
 def _pack(job: Job, work: Work, source: Model, windows: Sequence[Sequence[int]]) -> Pack:
     """What the source predicts on the suite's engine: built once, kept beside the artifacts."""
-    wanted, engine = _wanted(job.suite), job.suite.engine
+    wanted = _wanted(job.suite)
     identity = {
         "measure_version": fidelity.VERSION,
-        "artifact_digest": source.digest,
-        "engine": [engine.name, engine.dtype, engine.device],
-        "options": job.suite.vllm_options() if engine.name == "vllm" else {},
-        "packages": provenance.packages(),
+        **computed_by(job, source),
         "token_ids_sha256": work.dataset["token_ids_sha256"],
         "windows": [wanted.window, len(windows), wanted.batch_size],
         "named_tokens": wanted.named_tokens,

@@ -6,7 +6,6 @@ beside the artifacts: a second protocol needs no model, and a command that was i
 in.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,9 +18,8 @@ from harness.errors import UserError
 from harness.measure import perplexity
 from harness.measure.log_probs import LogProbs
 from harness.measure.perplexity import Protocol, Window
-from harness.model.checkpoint import open_checkpoint
 from harness.progress import named
-from harness.record import provenance, results
+from harness.record import results
 from harness.record.results import Record, Run, RunWriter
 from harness.stages import (
     Job,
@@ -31,6 +29,7 @@ from harness.stages import (
     check_lengths,
     chosen_setups,
     chosen_variants,
+    computed_by,
     max_length,
     new_run,
     noted_failures,
@@ -44,8 +43,6 @@ from harness.stages import (
 from harness.suite import SOURCE, Perplexity, Suite
 
 _STORED = ".log-probs"  # no variant can be called so
-_ENVIRONMENT = ("ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "VLLM_ATTENTION_BACKEND")
-"""Variables that decide what an engine computes with."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +83,9 @@ class Measured:
 def prepare(job: Job, names: Sequence[str] | None) -> Work:
     """The source and the variants, built where missing, and the text by every protocol of the suite. `UserError` for a
     suite that cannot be measured or a text that is not the expected one, before anything is built."""
+    check_engine(job.suite)
     suite, wanted = job.suite, _wanted(job.suite)
     variants = chosen_variants(suite, names, with_source=True)
-    check_engine(suite)
     protocols = [perplexity.get_protocol(name) for name in wanted.protocols]
     readings = [_by_page(suite, one) if one.window is None else _by_window(suite, one) for one in protocols]
     for reading in readings:
@@ -114,7 +111,13 @@ def _by_page(suite: Suite, protocol: Protocol) -> Reading:
 
     wanted = _wanted(suite)
     about, text = read_text(suite, wanted.text, as_lines=True)
-    window = rolling_window(max_length(suite, wanted.max_length, wanted.setups), suite.engine.name)
+    longest = max_length(suite, wanted.max_length, wanted.setups)
+    window = rolling_window(longest, suite.engine.name)
+    if window < 1:
+        raise UserError(
+            f"{protocol.name} has no window in sequences of {longest} tokens on {suite.engine.name}.",
+            "Raise max_length in [ppl], or max_model_len.",
+        )
     found = wikitext.read(wikitext.pages(text), Texts(suite_source(suite)), window)
     dataset = {
         **about,
@@ -222,21 +225,13 @@ def _read(
 
 def _identity(job: Job, model: Model, reading: Reading) -> dict[str, Any]:
     """Whose log-probabilities a file holds: this checkpoint's, of these windows, by what would be started now."""
-    engine, machine = job.suite.engine, provenance.machine()
     token_ids, windows = reading.what_is_read
     return {
         "measure_version": perplexity.VERSION,
-        "artifact_digest": model.digest,
-        # What lies there now: the artifact's digest is what its builder wrote down.
-        "fingerprint": open_checkpoint(model.folder).fingerprint(),
-        "engine": {"name": engine.name, "dtype": engine.dtype, "device": engine.device},
-        "options": job.suite.vllm_options(model.setup) if engine.name == "vllm" else None,
+        **computed_by(job, model),
         "batch_size": _wanted(job.suite).batch_size,
         "token_ids_sha256": token_ids,
         "windows_sha256": windows,
-        "machine": {key: machine[key] for key in ("name", "cpu", "gpu")},
-        "packages": provenance.packages(),
-        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
     }
 
 

@@ -6,6 +6,7 @@ as one record.
 """
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -39,6 +40,8 @@ from harness.suite import SOURCE, DatasetText, DemoText, FileText, Suite, Text
 T = TypeVar("T")
 
 _DEMO = "demo:"
+_ENVIRONMENT = ("ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+"""Variables that decide what an engine computes with, beside vLLM's own."""
 _DEMO_TEXTS = {"heldout": corpus.heldout_text}
 
 
@@ -309,6 +312,24 @@ def _shapes(bench: suites.Bench) -> list[decode.Shape]:
         *(decode.Shape("decode", 1, max(depth, 1), bench.depth_tokens) for depth in bench.depths or ()),
     ]
     return list(dict.fromkeys(shapes))
+
+
+def computed_by(job: Job, model: Model) -> dict[str, Any]:
+    """What decides the numbers that an engine gives of a model, before it is started: the identity of what is kept of
+    them."""
+    engine, machine = job.suite.engine, provenance.machine()
+    named = sorted(name for name in os.environ if name.startswith("VLLM_"))
+    return {
+        "artifact_digest": model.digest,
+        # What lies there now: the artifact's digest is what its builder wrote down.
+        "fingerprint": open_checkpoint(model.folder).fingerprint(),
+        "engine": {"name": engine.name, "dtype": engine.dtype, "device": engine.device},
+        "options": job.suite.vllm_options(model.setup) if engine.name == "vllm" else None,
+        "machine": {key: machine[key] for key in ("name", "cpu", "gpu")},
+        "packages": provenance.packages(),
+        "code": provenance.code_digest(),
+        "environment": {name: os.environ.get(name) for name in (*_ENVIRONMENT, *named)},
+    }
 
 
 @cache

@@ -331,7 +331,8 @@ class Fidelity:
     text: Text
     window: int = _checked(_at_least(2), default=2048)  # tokens; errors that a state gathers show deep in a window
     batch_size: int = _checked(_at_least(1), default=4)  # windows per forward pass
-    noise_batch_size: int = _checked(_at_least(1), default=1)  # of the source's other pass: what differs is noise
+    # Of the source's other pass: what differs is noise. 1 where it is left out, or 2 where batch_size is 1.
+    noise_batch_size: int | None = _checked(_at_least(1), default=None)
     noise_engine: str | None = None  # runs the source too: what differs between engines is noise
     named_tokens: int = _checked(_at_least(1), default=64)  # at each place, by engines that do not tell all
     setups: tuple[str, ...] | None = None  # measured too, each with every variant
@@ -545,7 +546,8 @@ def _completed(where: str, rule: Rule, suite: Suite) -> Rule:
         )
     if rule.margin is None:
         raise UserError(f"{where}.margin' is missing.", f"Say what loss is accepted, for example 0.01 ({metric.unit}).")
-    if metric.unit == _SHARE and abs(rule.margin) >= 1:
+    # A gain of speed has no bound.
+    if metric.unit == _SHARE and (rule.margin >= 1 or (rule.margin <= -1 and metric.has_baseline)):
         raise UserError(f"{where}.margin' is {rule.margin:g}, and a share is below 1.", "Write 0.03 for three points.")
     if rule.margin < 0 and metric.has_baseline and versus in (SOURCE, BASELINE):
         raise UserError(

@@ -128,7 +128,7 @@ def test_fidelity_stands_beside_its_noise_and_says_what_is_not_above_it(suite: S
     assert re.search(r"^\| noise-batch .*0\.02", section, re.MULTILINE)
     loss = text.partition("## Perplexity")[2].partition("##")[0]
     assert re.search(r"^\| nvfp4a16 .*≤ noise", loss, re.MULTILINE), "0.018 nats, where the source differs by 0.03"
-    assert re.search(r"^- \*\*nvfp4a16\*\* .*perplexity 8\.\d+ \(≤ noise\)", text, re.MULTILINE)
+    assert re.search(r"^- \*\*nvfp4a16\*\* .*perplexity 8\.\d+ \(Δ ≤ noise\)", text, re.MULTILINE)
 
 
 def test_a_suite_with_tasks_has_their_section_with_scores_and_answers(suite: Suite) -> None:

@@ -123,6 +123,12 @@ def suite_text(text: str) -> str:
         ("", [], "has no [fidelity] table"),
         ('[fidelity]\ntext = { demo = "heldot" }', [], "no text 'heldot'"),
         ('[fidelity]\ntext = { demo = "heldout" }\nwindow = 1', [], "'fidelity.window' must be at least 2"),
+        ('[fidelity]\ntext = { path = "one.txt" }', [], "has 1 tokens: none of them has one before it"),
+        ('[fidelity]\ntext = { demo = "heldout" }\nnoise_batch_size = 4', [], "noise_batch_size = batch_size = 4"),
+        ('[fidelity]\ntext = { demo = "heldout" }\nnoise_engine = "torhc"', [], "There is no engine 'torhc'"),
+        ('[fidelity]\ntext = { demo = "heldout" }\nnoise_engine = "torch"', [], "is the engine of suite 'mine' itself"),
+        ('[fidelity]\ntext = { demo = "heldout" }\nnoise_engine = "vllm"', [], "vllm, which is not installed"),
+        ('[fidelity]\ntext = { demo = "heldout" }\nnoise_engine = "server"', [], "A server is no engine"),
         ('[fidelity]\ntext = { demo = "heldout" }\nwindw = 9', [], "unknown key 'fidelity.windw'"),
         ('[fidelity]\ntext = { demo = "heldout" }', ["--variant", "a61"], "no variant 'a61'"),
         ('[fidelity]\ntext = { demo = "heldout" }', ["--engine", "server"], "A server is no engine"),
@@ -134,6 +140,7 @@ def test_bad_input_is_a_sentence_and_exit_2(
 ) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(suite_text(text))
+    (tmp_path / "one.txt").write_text("a")
     places = ["--results", str(tmp_path / "r"), "--artifacts", str(tmp_path / "a")]
     assert cli.main(["fidelity", "--suite", str(file), *places, *arguments]) == 2
     assert words in capsys.readouterr().err

@@ -71,6 +71,12 @@ def test_a_pack_that_was_cut_or_lacks_windows_is_named(tmp_path: Path) -> None:
         list(pack.tops(WINDOWS))
 
 
+def test_a_pack_whose_first_line_is_damaged_is_built_again(tmp_path: Path) -> None:
+    pack = pack_of(tmp_path, IDENTITY, tops)
+    pack.path.write_bytes(b"{" + pack.path.read_bytes())
+    assert not pack_of(tmp_path, IDENTITY, tops).reused
+
+
 def test_a_source_that_predicts_nan_makes_no_pack(tmp_path: Path) -> None:
     broken = Top(np.zeros((2, 1), np.int32), np.full((2, 1), np.nan, np.float32), np.zeros(2, np.float32))
     with pytest.raises(UserError, match="predicts NaN"):

@@ -1,6 +1,7 @@
 """The store: what is written is read back exactly, and a damaged file is named and never used."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -228,6 +229,18 @@ def test_a_file_cut_at_the_end_of_any_line_is_skipped(tmp_path: Path) -> None:
         assert only_skipped(tmp_path)
 
 
+def test_a_text_that_is_more_probable_than_certain_is_refused(tmp_path: Path) -> None:
+    path = store(tmp_path, WINDOWS[:1])
+    path.write_text(re.sub(r'"nll_nats":[^,}]+', '"nll_nats":-1000.0', path.read_text()))
+    assert "no good 'nll_nats'" in only_skipped(tmp_path)
+
+
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    path = store(tmp_path, [{**WINDOWS[0], "note": "abc"}])
+    path.write_text(path.read_text().replace("abc", "\\ud800"))
+    assert "is not a JSON object" in only_skipped(tmp_path)
+
+
 SAMPLE = st.fixed_dictionaries(
     {
         "kind": st.just("window"),
@@ -235,7 +248,7 @@ SAMPLE = st.fixed_dictionaries(
         "first_token": st.integers(0, 10**9),
         "num_tokens": st.integers(1, 10**6),
         "num_scored": st.integers(1, 10**6),
-        "nll_nats": st.floats(allow_nan=False, allow_infinity=False),
+        "nll_nats": st.floats(0, allow_nan=False, allow_infinity=False),
     },
     optional={"note": st.text(), "more": st.lists(st.integers() | st.none() | st.booleans())},
 )

@@ -508,3 +508,19 @@ def test_a_pass_over_two_models_takes_the_memory_of_one_layer(tiny: list[Path], 
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     # The layer, and some rows of its weights while they are read.
     assert layer < int(result.stdout) < 4 * layer < 0.3 * size
+
+
+def test_two_passes_do_not_share_a_scratch(tmp_path: Path) -> None:
+    windows = [list(range(10, 20))]
+    source = checkpoint_path("dense")
+    scratch = tmp_path / "scratch"
+
+    def begin(done: int, total: int, description: str, note: str = "", /) -> None:
+        if done == 1:
+            other = log_probs([source], windows, 1, dtype="float32", device="cpu", scratch=scratch)
+            with pytest.raises(UserError, match="is used by another run"):
+                next(other)
+
+    chunks = log_probs([source], windows, 1, dtype="float32", device="cpu", scratch=scratch, progress=begin)
+    assert len(list(chunks)) == 1
+    assert not scratch.exists()

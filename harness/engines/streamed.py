@@ -24,13 +24,14 @@ and model, in the type that is computed in.
 
 import contextlib
 import copy
+import fcntl
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -69,11 +70,12 @@ from harness.engines.torch_engine import (
 from harness.errors import UserError
 from harness.model.checkpoint import check_disk, write_file
 from harness.progress import Progress
+from harness.record.provenance import code_digest
 
 HIDDEN_BYTES = 4 * 10**9
 """Hidden states in memory, unless a caller says otherwise; the others are read from the disk."""
 
-_STATE, _HIDDEN = "streamed.json", "streamed-hidden-"
+_LOCK, _STATE, _HIDDEN = "streamed.lock", "streamed.json", "streamed-hidden-"
 
 
 def log_probs(
@@ -155,6 +157,7 @@ class Streamed:
             "models": [model.identity for model in self._models],
             "windows": hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest(),
             "batch_size": batch_size,
+            "code": code_digest(),
         }
         return self._pass(batches, _Scratch(scratch, identity), hidden_bytes, progress or (lambda *_: None))
 
@@ -204,10 +207,11 @@ class Streamed:
                 for window, first, tables in _predictions(batch, hidden, heads):
                     yield Chunk(first_window + window, first, tables)
                 first_window += len(batch.ids)
+            scratch.remove()
         finally:
             for states in (*before.values(), *after.values()):
                 states.close()
-        scratch.remove()
+            scratch.close()
 
     def _heads(self) -> list["_Head"]:
         """The head of each model; one that another model stores too is in memory once."""
@@ -388,23 +392,34 @@ class _Scratch:
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder, self._identity = folder, identity
+        self._lock: IO[bytes] | None = None
 
     def open(self, num_bytes: int) -> int:
-        """The finished steps of the pass that this one continues, or 0 in a folder that `num_bytes` will fit into."""
+        """The finished steps of the pass that this one continues, or 0 in a folder that `num_bytes` will fit into. The
+        folder is this process's alone until `close`; `UserError` where it is another one's."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / _LOCK).open("ab")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(f"{self.folder} is used by another run.", "Wait for its end, or stop it.") from None
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror}).", "Give a folder on another disk."
+            ) from error
         try:
             state = json.loads((self.folder / _STATE).read_bytes())
             if state["identity"] == self._identity:
                 return int(state["finished"])
         except (OSError, ValueError, KeyError, TypeError):
             pass  # no pass was here, or it left nothing that can be continued
+        self._forget()
         try:
-            self.remove()
             check_disk(self.folder, num_bytes)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be written ({error.strerror}).", "Give a folder on another disk."
-            ) from error
+        except BaseException:
+            self.close()
+            raise
         return 0
 
     def save(self, finished: int) -> None:
@@ -412,13 +427,23 @@ class _Scratch:
         state = {"identity": self._identity, "finished": finished}
         write_file(self.folder / _STATE, json.dumps(state).encode())
 
-    def remove(self) -> None:
-        """Removes what passes left here, and the folder if nothing else is in it. The state goes first: without it
-        nothing is continued."""
+    def _forget(self) -> None:
+        """Removes what passes left here. The state goes first: without it nothing is continued."""
         for path in (self.folder / _STATE, *self.folder.glob(f"{_HIDDEN}*")):
             path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes what passes left here, and the folder if nothing else is in it."""
+        self._forget()
+        (self.folder / _LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 class StreamedEngine(Engine):

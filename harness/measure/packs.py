@@ -53,16 +53,11 @@ def _num_bytes(num_tokens: int, num: int) -> int:
     return _ITEM * (num_tokens - 1) * (2 * num + 1)
 
 
-def pack_of(
-    folder: Path, identity: Mapping[str, Any], predict: Callable[[], Iterable[Top]], *, fresh: bool = False
-) -> Pack:
-    """The pack of `identity` in `folder`: the one that lies there, unless `fresh`, or what `predict` gives now."""
+def pack_of(folder: Path, identity: Mapping[str, Any], predict: Callable[[], Iterable[Top]]) -> Pack:
+    """The pack of `identity` in `folder`: the one that lies there, or what `predict` gives now."""
     path = folder / f"{digest(identity)[:16]}.pack"
-    if path.is_file() and not fresh:
-        with path.open("rb") as stream:
-            header = json.loads(stream.readline())
-        if header["identity"] == json.loads(json.dumps(dict(identity))):
-            return Pack(path, header["num"], reused=True)
+    if (num := _num_named(path, identity)) is not None:
+        return Pack(path, num, reused=True)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     num = 0
@@ -76,6 +71,16 @@ def pack_of(
                 stream.write(_finite(array).astype(kind).tobytes())
     temporary.replace(path)
     return Pack(path, num, reused=False)
+
+
+def _num_named(path: Path, identity: Mapping[str, Any]) -> int | None:
+    """How many tokens the pack at `path` names at each place; None where there is none of this identity."""
+    try:
+        with path.open("rb") as stream:
+            header = json.loads(stream.readline())
+        return int(header["num"]) if header["identity"] == json.loads(json.dumps(dict(identity))) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _finite(array: NDArray[Any]) -> NDArray[Any]:

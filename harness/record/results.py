@@ -64,6 +64,11 @@ def _is_number_or_null(value: object) -> bool:
     return value is None or _is_number(value)
 
 
+def _is_cost(value: object) -> bool:
+    """A sum that is not negative but for rounding: of -ln p, of a divergence, of squares."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not -math.inf < value < -1e-3
+
+
 def _is_score(value: object) -> bool:
     return _is_number(value) or (isinstance(value, list) and value != [] and all(map(_is_number, value)))
 
@@ -117,7 +122,7 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
             "first_token": _is_count,
             "num_tokens": _is_positive_count,
             "num_scored": _is_positive_count,
-            "nll_nats": _is_number,
+            "nll_nats": _is_cost,
         },
         "reused": {"num_windows": _is_count, "num_reused": _is_count},
         "failure": _FAILURE,
@@ -131,11 +136,11 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
             "first_token": _is_count,
             "num_tokens": _is_positive_count,
             "num_scored": _is_positive_count,
-            "kl_nats": _is_number,
+            "kl_nats": _is_cost,
             "num_agreed": _is_count,
-            "squared_dp": _is_number,
-            "nll_nats": _is_number,
-            "source_nll_nats": _is_number,
+            "squared_dp": _is_cost,
+            "nll_nats": _is_cost,
+            "source_nll_nats": _is_cost,
             "bands": _are_bands,
             "kl_codes": _is_text,
         },
@@ -456,10 +461,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that is not used, and why."""
+    """A file that is not used, and why; `record` is what it holds where it can be read."""
 
     path: Path
     reason: str
+    record: Record | None = None
 
 
 class RunWriter:
@@ -564,7 +570,7 @@ def read_all(results_dir: Path) -> tuple[list[Record], list[Skipped]]:
         if record.end.status == "complete":
             records.append(record)
         else:
-            skipped.append(Skipped(path, f"the run's status is '{record.end.status}'"))
+            skipped.append(Skipped(path, f"the run's status is '{record.end.status}'", record))
     return records, skipped
 
 
@@ -658,6 +664,8 @@ def _object(number: int, line: str) -> Json:
 
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(line, parse_constant=not_a_number, parse_float=finite)
+        if "\\ud" in line.lower():  # half a character, which nothing can print
+            json.dumps(value, ensure_ascii=False).encode()
         if isinstance(value, dict):
             return value
     raise _UnusableError(f"line {number} is not a JSON object of finite numbers")

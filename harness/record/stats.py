@@ -152,6 +152,8 @@ def _ratio_of_sums(above: Array, below: Array, block: int, method: str) -> Estim
     ratios = dividends / divisors
     wider = math.sqrt(num / (num - 1))
     standard_error = wider * float(ratios.std(ddof=1))
+    if _is_nothing(standard_error, value):
+        return none
     student = float(stats.t.isf(_TAIL, num - 1))
     tail = float(stats.norm.sf(wider * student))
     low, high = np.quantile(ratios, (tail, 1 - tail))
@@ -163,6 +165,11 @@ def _ratio_of_sums(above: Array, below: Array, block: int, method: str) -> Estim
         standard_error=standard_error,
         degrees=None if block == 1 else num - 1,
     )
+
+
+def _is_nothing(standard_error: float, value: float) -> bool:
+    """Whether values that are all equal left no spread to draw from: that is no evidence that there is none."""
+    return standard_error <= 1e-12 * abs(value)
 
 
 def _resampled_sums(columns: Array) -> Array:
@@ -276,6 +283,8 @@ def ratio_of_groups(variant: Sequence[Sequence[float]], baseline: Sequence[Seque
         return Estimate(value, None, None, num, method)
     variance = sum(float(((side - side.mean()) ** 2).sum()) for side in sides) / degrees
     log_error = math.sqrt(variance * (1 / len(above) + 1 / len(below)))
+    if _is_nothing(log_error, 1.0):
+        return Estimate(value, None, None, num, method)
     reach = float(stats.t.isf(_TAIL, degrees)) * log_error
     low, high = math.exp(log_ratio - reach), math.exp(log_ratio + reach)
     return Estimate(value, low, high, num, method, value * log_error, degrees)
@@ -375,17 +384,18 @@ def _detectable_errors(power: float, alpha: float) -> float:
 
 
 def p_above(estimate: Estimate, bound: float) -> float | None:
-    """One-sided p-value of "the true value is at most `bound`", from the standard error; None without one.
+    """One-sided p-value of "the true value is at most `bound`"; None without an interval.
 
-    Student's t with the estimate's degrees of freedom, so that the p-value is 2.5 % about where the interval's lower
-    bound meets `bound`. Assumes that the estimate is about normal. A standard error of zero is certainty.
+    Student's t with the estimate's degrees of freedom, its scale that of the interval's half that points to `bound`:
+    the p-value is 2.5 % exactly where that end of the interval meets `bound`. Assumes that each half is about that of a
+    normal distribution.
     """
-    return _tail(estimate.value - bound, estimate)
+    return _tail(estimate.value - bound, estimate, estimate.low if bound <= estimate.value else estimate.high)
 
 
 def non_inferiority_p(loss: Estimate, margin: float) -> float | None:
     """One-sided p-value of "the true loss is at least `margin`": small where the loss is shown to be less."""
-    return _tail(margin - loss.value, loss)
+    return _tail(margin - loss.value, loss, loss.high if margin >= loss.value else loss.low)
 
 
 def equivalence_p(difference: Estimate, margin: float) -> float | None:
@@ -395,7 +405,8 @@ def equivalence_p(difference: Estimate, margin: float) -> float | None:
     Two one-sided tests (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987) 657-680): the larger
     p-value of the two.
     """
-    above, below = _tail(margin + difference.value, difference), _tail(margin - difference.value, difference)
+    below = non_inferiority_p(difference, margin)
+    above = p_above(difference, -margin)
     return None if above is None or below is None else max(above, below)
 
 
@@ -415,26 +426,28 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 def pooled(estimates: Sequence[Estimate]) -> Estimate:
     """The unweighted mean of independent estimates, one verdict over several tasks.
 
-    Its standard error is the root of the sum of their squares over their number, with the degrees of freedom of Welch
-    and Satterthwaite (Biometrics Bulletin 2 (1946) 110-114). Where an estimate has no standard error, its interval's
-    half-width over Student's t is taken; where one has no interval, neither has the mean. Assumes independent estimates
-    that are about normal; `num` adds up their units.
+    Its limits are put together from theirs, each side by itself, so that a skewed interval stays skewed and the mean of
+    one is that one: the root of the sum of squares of the distances to their limits, over their number (MOVER: Zou and
+    Donner, Statistics in Medicine 27 (2008) 1693-1702). So is its standard error from theirs, with the degrees of
+    freedom of Welch and Satterthwaite (Biometrics Bulletin 2 (1946) 110-114). Where an estimate has no interval,
+    neither has the mean. Assumes independent estimates; `num` adds up their units.
     """
     if not estimates:
         raise ValueError("a mean needs at least one estimate")
     value = math.fsum(one.value for one in estimates) / len(estimates)
     num = sum(one.num for one in estimates)
-    method = f"mean of {len(estimates)}, Welch-Satterthwaite interval"
-    errors = [_error_of(one) for one in estimates]
-    known = [error for error in errors if error is not None]
-    if len(known) < len(errors):
+    method = f"mean of {len(estimates)}, limits by MOVER"
+    bounds = [
+        (one.value - one.low, one.high - one.value) for one in estimates if one.low is not None and one.high is not None
+    ]
+    if len(bounds) < len(estimates):
         return Estimate(value, None, None, num, method)
-    variance = math.fsum(error**2 for error in known)
+    below, above = (math.hypot(*side) / len(estimates) for side in zip(*bounds, strict=True))
+    known = [error for one in estimates if (error := _error_of(one)) is not None]
+    error = math.hypot(*known) / len(estimates)
     spread = math.fsum(error**4 / _degrees(one) for error, one in zip(known, estimates, strict=True))
-    degrees = variance**2 / spread if spread else None
-    error = math.sqrt(variance) / len(estimates)
-    reach = error * float(stats.t.isf(_TAIL, degrees)) if degrees else 0.0
-    return Estimate(value, value - reach, value + reach, num, method, error, degrees)
+    degrees = math.fsum(error**2 for error in known) ** 2 / spread if spread else None
+    return Estimate(value, value - below, value + above, num, method, error, degrees)
 
 
 def num_needed(estimate: Estimate, margin: float) -> int | None:
@@ -454,13 +467,16 @@ def _whole(number: float) -> int:
     return math.ceil(number * (1 - 1e-12))
 
 
-def _tail(distance: float, estimate: Estimate) -> float | None:
-    """The probability that noise alone brings an estimate `distance` or more above a true value."""
-    if estimate.standard_error is None:
+def _tail(distance: float, estimate: Estimate, end: float | None) -> float | None:
+    """The probability that noise alone brings an estimate `distance` or more above a true value; `end` of its interval
+    says how large the noise is."""
+    if end is None:
         return None
-    if estimate.standard_error == 0:
+    degrees = _degrees(estimate)
+    reach = abs(end - estimate.value)
+    if reach == 0:
         return 0.0 if distance > 0 else 1.0
-    return float(stats.t.sf(distance / estimate.standard_error, _degrees(estimate)))
+    return float(stats.t.sf(distance / reach * float(stats.t.isf(_TAIL, degrees)), degrees))
 
 
 def _degrees(estimate: Estimate) -> float:

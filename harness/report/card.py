@@ -178,7 +178,7 @@ def _perplexity_words(evidence: _Evidence, variant: str) -> str | None:
     words = f"{kind} {tables.shown('ppl', row['ppl'])}"
     loss = row["delta_log_ppl"]
     if base is None or not isinstance(loss, Estimate):
-        return f"{words} ({loss})"
+        return f"{words} ({f'Δ {loss}' if loss == tables.AT_NOISE else loss})"
     change = tables.shown("relative_change_ratio", row["relative_change_ratio"])
     against = tables.shown("ppl", base["ppl"])
     return f"{words} against {against} ({change}; Δ log-perplexity {tables.shown('delta_log_ppl', loss)})"
@@ -294,7 +294,7 @@ def _fidelity(evidence: _Evidence, link: Link) -> str:
         "KL(source ‖ variant) of every next-token prediction: its mean with a bootstrap over blocks of windows, and "
         "its percentiles over single predictions. RMS Δp is the root mean square of what the probability of the token "
         "that came has changed by.",
-        "The `noise-` rows are the source beside itself: after a restart, in another batch, on another engine. What "
+        "The `noise-` rows are the source beside itself: in a second pass, in another batch, on another engine. What "
         f"does not exceed them prints as {tables.AT_NOISE}."
         if noise
         else "**There is no noise floor yet: `nox -s fidelity` measures the source beside itself.**",

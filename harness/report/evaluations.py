@@ -9,7 +9,7 @@ model: above the bounds of its suite's [audit] table it is invalid, says why, an
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -18,7 +18,7 @@ from harness.record import stats
 from harness.record.results import Record, incomparable
 from harness.report import tables
 from harness.report.numbers import format_percent
-from harness.suite import SOURCE, Suite
+from harness.suite import SOURCE, Audit, Suite
 
 ByTask = Mapping[str, Mapping[str, Record]]  # the task's name in the suite -> row -> the run that speaks for it
 Item = tuple[str, int, str, int]
@@ -147,7 +147,7 @@ def invalid(record: Record, source: Record | None) -> list[str]:
     items = _generated(record)
     if not items:
         return []
-    bounds: Mapping[str, float] = record.run.suite["audit"]
+    bounds: Mapping[str, float] = asdict(Audit()) | record.run.suite.get("audit", {})
     reasons = [
         f"{format_percent(share)} {_WORDS[name]}, and the bound is {format_percent(bounds[name])}"
         for name, share in _shares(items).items()
@@ -336,8 +336,13 @@ def _difference(before: Sequence[float], after: Sequence[float], weights: Sequen
         return stats.paired_share_difference(*lost_won, len(before))
     if before == after and all(0 <= score <= weight for score, weight in zip(before, weights, strict=True)):
         return stats.paired_share_difference(0, 0, len(before))
-    found = stats.paired_mean_difference(before, after, weights)
-    return replace(found, low=None, high=None) if before == after else found
+    return stats.paired_mean_difference(before, after, weights)
+
+
+def same_outcomes(record: Record, other: Record) -> bool:
+    """Whether two runs of the same items came to the same scores in each of them."""
+    theirs = _by_item(other)
+    return all(item["outcomes"] == theirs[_item(item)]["outcomes"] for item in record.kind("item"))
 
 
 def loss(record: Record, other: Record) -> tuple[stats.Estimate, str] | str:

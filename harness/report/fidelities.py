@@ -7,7 +7,7 @@ divergence that does not exceed it says nothing of the variant, and is printed s
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -157,10 +157,8 @@ def _told(variant: str, record: Record) -> dict[str, Any]:
 
 
 def _mean(sums: Sequence[Mapping[str, Any]], key: str) -> Estimate:
-    totals = [one[key] for one in sums]
-    found = stats.weighted_mean(totals, [one["num_scored"] for one in sums], stats.block_length(len(sums)))
-    # Resampling knows nothing of what might have differed where nothing did.
-    return found if any(totals) else replace(found, low=None, high=None)
+    weights = [one["num_scored"] for one in sums]
+    return stats.weighted_mean([one[key] for one in sums], weights, stats.block_length(len(sums)))
 
 
 def _agreement(sums: Sequence[Mapping[str, Any]]) -> Estimate:

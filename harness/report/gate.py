@@ -23,10 +23,10 @@ import pandas as pd
 from harness.errors import UserError
 from harness.record import stats
 from harness.record.baselines import Slots, slot
-from harness.record.results import Record
+from harness.record.results import Record, Skipped
 from harness.record.stats import Estimate
 from harness.report import evaluations, tables
-from harness.suite import BASELINE, METRICS, SOURCE, Rule, Suite
+from harness.suite import BASELINE, METRICS, SOURCE, Rule, Suite, row_name
 
 Verdict = Literal["pass", "fail", "inconclusive", "incomparable"]
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "inconclusive": 3, "incomparable": 3, "fail": 1}
@@ -73,9 +73,12 @@ def newest(suite: Suite, records: Sequence[Record]) -> dict[str, dict[str, Recor
     }
 
 
-def judge(suite: Suite, records: Sequence[Record], baseline: Slots) -> tuple[Judgement, ...]:
-    """A verdict on every rule of the suite, in its order. `baseline` is what `baselines.read` found."""
-    evidence = _Evidence(suite, newest(suite, records), baseline)
+def judge(
+    suite: Suite, records: Sequence[Record], baseline: Slots, skipped: Sequence[Skipped] = ()
+) -> tuple[Judgement, ...]:
+    """A verdict on every rule of the suite, in its order. `baseline` is what `baselines.read` found, and `skipped` what
+    `results.read_all` could not use: an older run does not speak for one that failed or was cut since."""
+    evidence = _Evidence(suite, newest(suite, records), baseline, _lost_runs(suite, skipped))
     return tuple(_judged(evidence, rule) for rule in _rules(suite))
 
 
@@ -88,14 +91,19 @@ def exit_code(judgements: Sequence[Judgement]) -> int:
 def for_baseline(suite: Suite, records: Sequence[Record]) -> dict[str, dict[str, Record]]:
     """The newest whole runs that the suite's rules against a baseline are about."""
     found: dict[str, dict[str, Record]] = {}
-    slots = newest(suite, records)
+    evidence = _Evidence(suite, newest(suite, records), {}, ())
     for rule in _rules(suite):
         for where in _slots(suite, rule) if rule.versus == BASELINE else ():
-            record = slots.get(where, {}).get(rule.variant)
-            if record is None:
+            try:
+                record = evidence.computed(rule.variant, where)
+                _comparable(record, record, over_time=True)
+                if record.run.measure == "tasks":
+                    _valid(record, evidence.slots[where].get(SOURCE))
+            except _IncomparableError as error:
                 raise UserError(
-                    f"There is no whole run of {rule.variant} to be the baseline of {where}.", f"Run {_command(where)}."
-                )
+                    f"There is no baseline of {rule.variant} in {where} to be had: {error}.",
+                    f"Measure it again by {_command(where)}.",
+                ) from error
             found.setdefault(where, {})[rule.variant] = record
     if not found:
         raise UserError(
@@ -128,16 +136,53 @@ def _command(where: str) -> str:
 
 
 @dataclass(frozen=True)
+class _LostRun:
+    """A run of a row that cannot be used. `where` is None where the file does not even say of what it was."""
+
+    row: str
+    measure: str
+    where: str | None
+    utc: str
+    told: str
+
+
+def _lost_runs(suite: Suite, skipped: Sequence[Skipped]) -> tuple[_LostRun, ...]:
+    """Those of a suite, by the names of their files; without the ones that somebody interrupted."""
+    found = []
+    for one in skipped:
+        run = one.record and one.record.run
+        if one.record is not None and one.record.end.status == "interrupted":
+            continue
+        for row in suite.rows():
+            name = rf"(?P<utc>\d{{8}}T\d{{6}}Z)-(?P<measure>\w+)-{re.escape(suite.name)}-{re.escape(row)}-[0-9a-f]{{8}}"
+            if told := re.fullmatch(name, one.path.stem):
+                where = slot(one.record) if one.record and run and run.dataset else None
+                found.append(_LostRun(row, told["measure"], where, told["utc"], f"{one.path.name}: {one.reason}"))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
 class _Evidence:
     suite: Suite
     slots: Slots
     baseline: Slots
+    lost: tuple[_LostRun, ...]
 
     def record(self, row: str, where: str) -> Record:
-        """The run that speaks for a row."""
+        """The run that speaks for a row: of the checkpoint that was measured last, and with no failure since."""
         found = self.slots.get(where, {}).get(row)
+        utc = "" if found is None else _file_time(found)
+        for lost in self.lost:
+            is_of = lost.where or lost.measure
+            if lost.row == row and where in (is_of, f"{is_of}/{where.partition('/')[2]}") and lost.utc > utc:
+                raise _IncomparableError(f"a newer run of {row} cannot be used ({lost.told})")
         if found is None:
             raise _IncomparableError(f"no whole run of {row} ({where}): run {_command(where)}")
+        last = max((rows[row] for rows in self.slots.values() if row in rows), key=_file_time)
+        mine, newest = _digest(found), _digest(last)
+        if mine and newest and mine != newest:
+            told = f"run {found.run.run_id} is of another checkpoint ({mine[:8]}) than run {last.run.run_id} since"
+            raise _IncomparableError(f"{told} ({newest[:8]}): run {_command(where)}", found)
         return found
 
     def is_baseline(self, rule: Rule) -> bool:
@@ -169,11 +214,21 @@ class _Evidence:
         return record, other
 
 
+def _file_time(record: Record) -> str:
+    """When a run began, as its file's name says it."""
+    return record.run.started_utc.replace("-", "").replace(":", "")
+
+
+def _digest(record: Record) -> str | None:
+    digest: str | None = record.run.variant.get("artifact_digest")
+    return digest
+
+
 def _as_meant(record: Record) -> Record:
     engine = record.run.engine or {}
     if served := engine.get("served_as"):
         name = record.run.variant["name"]
-        told = f"the {engine['name']} engine served {name} as {served}, which is another model"
+        told = f"the {engine.get('name')} engine served {name} as {served}, which is another model"
         raise _IncomparableError(told, record)
     return record
 
@@ -213,12 +268,16 @@ def _decided(
     needed = None
     verdict: Verdict = "inconclusive"
     if loss.low is None or loss.high is None:
-        reason = f"{loss.num:,} {units} have no interval" if loss.num != 1 else f"one of the {units} has no interval"
+        needed = 2 if loss.num < 2 else None
+        reason = f"there is no interval from {loss.num:,} of the {units}" + ("; 2 would give one" if needed else "")
     elif loss.high <= margin:
         verdict = "pass"
-        reason = f"the same numbers in all {units}" if exact else f"at most {loss.high:.3g} is lost"
+        told = f"at most {loss.high:.3g} is lost" if loss.high > 0 else f"at least {-loss.high:.3g} is gained"
+        reason = f"the same numbers in all {units}" if exact else told
     elif loss.low > margin:
-        verdict, reason = "fail", f"at least {loss.low:.3g} is lost, and {margin:g} is accepted"
+        verdict = "fail"
+        told = f"at least {loss.low:.3g} is lost" if loss.low > 0 else f"at most {-loss.low:.3g} is gained"
+        reason = f"{told}, and {margin:g} is accepted" if margin >= 0 else f"{told}, and {-margin:g} is wanted"
     else:
         needed = stats.num_needed(loss, margin)
         more = f"{needed:,} {units} would decide" if needed else f"no number of {units} would decide"
@@ -292,6 +351,8 @@ def _speed(evidence: _Evidence, rule: Rule, kind: str, shape: tuple[int, int, in
             raise _IncomparableError(f"run {one.run.run_id} has no {kind} of {size}: run {_command('bench')}", one)
         sides.append(samples)
     ratio, units = tables.speed_ratio(kind, *sides)
+    if units != "starts":  # what one start did to all its repetitions cannot be told from what the variant does
+        ratio, units = replace(ratio, low=None, high=None, num=1), "starts"
     low, high = (None if bound is None else 1 - bound for bound in (ratio.high, ratio.low))
     return _decided(rule, replace(ratio, value=1 - ratio.value, low=low, high=high), units, record, other)
 
@@ -300,7 +361,7 @@ def _score(evidence: _Evidence, rule: Rule) -> Judgement:
     """What a task loses; without a task, what all of them lose on average, and that none of them loses too much."""
     if rule.task is not None:
         one = _task(evidence, rule, rule.task)
-        return _decided(rule, one.loss, "documents", *one.records, note=one.metric)
+        return _decided(rule, one.loss, "documents", *one.records, note=one.metric, exact=one.exact)
     found: dict[str, _TaskLoss] = {}
     refused: list[str] = []
     looked_at: list[Record] = []
@@ -328,7 +389,14 @@ def _score(evidence: _Evidence, rule: Rule) -> Judgement:
         return Judgement(rule, "fail", reason, loss, "documents", runs=_ids(*looked_at))
     if refused:
         raise _IncomparableError(unjudged, *looked_at)
-    return _decided(rule, loss, "documents", *looked_at, note="mean over tasks, none beyond the margin by itself")
+    return _decided(
+        rule,
+        loss,
+        "documents",
+        *looked_at,
+        note="mean over tasks, none shown to be beyond the margin",
+        exact=all(one.exact for one in found.values()),
+    )
 
 
 @dataclass(frozen=True)
@@ -336,6 +404,8 @@ class _TaskLoss:
     loss: Estimate
     metric: str
     records: tuple[Record, Record]
+    exact: bool
+    """Whether a rerun gave what the baseline did, item by item."""
 
 
 def _task(evidence: _Evidence, rule: Rule, label: str) -> _TaskLoss:
@@ -343,12 +413,17 @@ def _task(evidence: _Evidence, rule: Rule, label: str) -> _TaskLoss:
     records = evidence.pair(rule, where)
     source = evidence.slots.get(where, {}).get(SOURCE)
     for one in records:
-        if reasons := evaluations.invalid(one, source):
-            raise _IncomparableError(f"run {one.run.run_id} is invalid: {'; '.join(reasons)}", *records)
+        _valid(one, source)
     found = evaluations.loss(*records)
     if isinstance(found, str):
         raise _IncomparableError(found, *records)
-    return _TaskLoss(*found, records)
+    exact = rule.versus == BASELINE and evaluations.same_outcomes(*records)
+    return _TaskLoss(*found, records, exact)
+
+
+def _valid(record: Record, source: Record | None) -> None:
+    if reasons := evaluations.invalid(record, source):
+        raise _IncomparableError(f"run {record.run.run_id} is invalid: {'; '.join(reasons)}", record)
 
 
 def _verify(evidence: _Evidence, rule: Rule) -> Judgement:
@@ -365,20 +440,26 @@ def _verify(evidence: _Evidence, rule: Rule) -> Judgement:
 
 
 def _arithmetic(evidence: _Evidence, rule: Rule) -> Judgement:
-    """That every run was computed as the checkpoint says."""
+    """That every run was computed as the checkpoint says, in every setup."""
     suite = evidence.suite
     measured = [f"ppl/{name}" for name in (suite.ppl.protocols if suite.ppl else ())]
     measured += ["fidelity", "bench", *(f"tasks/{label}" for label in suite.tasks)]
-    runs = {where: one for where in measured if (one := evidence.slots.get(where, {}).get(rule.variant))}
+    in_setups = [row for row in suite.rows() if row == rule.variant or row.startswith(row_name(rule.variant, ""))]
+    runs = [
+        (where if row == rule.variant else f"{row}, {where}", one)
+        for where in measured
+        for row in in_setups
+        if (one := evidence.slots.get(where, {}).get(row))
+    ]
     if not runs:
         raise _IncomparableError(f"no whole run of {rule.variant} on any engine: run `harness ppl`")
     others = [
-        f"the {record.run.engine['name']} engine served it as {served} ({where})"
-        for where, record in runs.items()
+        f"the {record.run.engine.get('name')} engine served it as {served} ({where})"
+        for where, record in runs
         if record.run.engine and (served := record.run.engine.get("served_as"))
     ]
     reason = "; ".join(others) or f"computed as the checkpoint says in {len(runs):,} runs"
-    return Judgement(rule, "fail" if others else "pass", reason, runs=_ids(*runs.values()))
+    return Judgement(rule, "fail" if others else "pass", reason, runs=_ids(*(one for _, one in runs)))
 
 
 _JUDGES: dict[str, Callable[[_Evidence, Rule], Judgement]] = {
@@ -454,7 +535,8 @@ def junit(suite: str, judgements: Sequence[Judgement]) -> str:
 
 
 def _case(suite: str, judgement: Judgement, tag: str | None) -> ElementTree.Element:
-    name, reason = (_NO_XML.sub("\ufffd", text) for text in (judgement.name, judgement.reason))
+    margin = "" if judgement.rule.margin is None else f", margin {judgement.rule.margin:g}"  # which makes it unique
+    name, reason = (_NO_XML.sub("\ufffd", text) for text in (judgement.name + margin, judgement.reason))
     case = ElementTree.Element("testcase", {"classname": f"harness.gate.{suite}", "name": name})
     loss = tables.shown("loss", judgement.loss)
     said = f"{judgement.verdict}: {reason}\nloss {loss}, margin {tables.shown('margin', judgement.rule.margin)}"

@@ -95,14 +95,16 @@ def share(result: Result) -> tuple[float, float, float]:
 def verdict(result: Result) -> str:
     """Whether the goal is kept, as far as the number of draws can tell: coverage within 1 % of its level, false alarms
     no more often, power no less."""
-    _, low, high = share(result)
+    found, low, high = share(result)
     if result.goal == "false alarms":
         return "kept" if low <= result.level else "too many"
     if result.goal == "power":
         return "kept" if high >= result.level else "short"
     if high < result.level - TOLERANCE:
         return "short"
-    return "kept" if low <= result.level + TOLERANCE else "more than asked"
+    if low > result.level + TOLERANCE:
+        return "more than asked"
+    return "kept" if abs(found - result.level) <= TOLERANCE else "unsure"
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, str]]:
