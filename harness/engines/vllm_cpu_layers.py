@@ -110,7 +110,8 @@ class CpuNvFp4LinearKernel(NvFp4LinearKernel):
 
     def apply_weights(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._rounds_inputs:
-            x = nvfp4.fake_quantize(x, layer.stored_input_scale)
+            scale = layer.stored_input_scale
+            x = nvfp4.round_trip(x, nvfp4.activation_block_scales(x, scale), scale)
         return functional.linear(x, layer.weight, bias)
 
 
