@@ -375,16 +375,16 @@ def test_a_share_is_of_the_baseline_and_of_the_best_peer() -> None:
     table = tables.quality("test", records, group)
     column = {head: index for index, head in enumerate(table.headers)}
     rows = {row[0]: row for row in table.rows}
-    # 50 nats over 2,000 predictions.
+    # 50 nats over 2,000 predictions. Divergences in proportion leave a share no spread to draw an interval from.
     assert rows["w4a4"][column["KLD near, nats/token"]].startswith("0.02500 [")
     assert rows["w4a4"][column["KLD far, nats/token"]].startswith("0.05000 [")
     first_share, far_share = (i for i, head in enumerate(table.headers) if head == "/ RTN")
-    assert rows[ours.name][first_share] == "0.500 [0.500, 0.500] yes"
-    assert rows[ours.name][far_share] == "0.500 [0.500, 0.500] no"
+    assert rows[ours.name][first_share] == "0.500 yes"
+    assert rows[ours.name][far_share] == "0.500 no"
     first_peer, far_peer = (i for i, head in enumerate(table.headers) if head == "/ best peer")
-    assert rows[ours.name][first_peer] == "0.625 [0.625, 0.625]"
-    assert rows[ours.name][far_peer] == "0.500 [0.500, 0.500]"
-    assert rows[peers[0].name][far_share] == "2.000 [2.000, 2.000]"
+    assert rows[ours.name][first_peer] == "0.625"
+    assert rows[ours.name][far_peer] == "0.500"
+    assert rows[peers[0].name][far_share] == "2.000"
 
 
 def test_remarks_count_each_warning_once_and_name_what_failed() -> None:
