@@ -11,14 +11,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import __version__
 from harness.allocator import keep_freed_memory
+from harness.arguments import DEFAULT_SUITE, parser
 from harness.errors import UserError
 from harness.suite import SOURCE, Suite, load
 
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from harness.progress import Progress
     from harness.quantize.build import Artifact
     from harness.record.results import Record, Skipped
-    from harness.stages import Job, Measured, Model
+    from harness.stages import Job, Model
 
-DEFAULT_SUITE = "suites/demo.toml"
 _MOST_FINDINGS = 20
 
 
@@ -39,10 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code."""
     keep_freed_memory()
     given = sys.argv[1:] if arguments is None else list(arguments)
-    parser = _parser()
-    options = parser.parse_args(given)
+    options = parser().parse_args(given)
     try:
-        code: int = options.run(options, tuple(given))
+        code = _COMMANDS[options.command](options, tuple(given))
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -65,183 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"harness: {place}{error.strerror or error}.\n  Check the path, its rights and the disk.", file=sys.stderr
         )
         return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="harness", description="Build, verify, measure and report NVFP4 variants of hybrid DeltaNet models."
-    )
-    parser.add_argument("--version", action="version", version=f"harness {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace, tuple[str, ...]], int], text: str) -> Any:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        return sub
-
-    plan = command("plan", _plan, "What a recipe makes of a model, in bytes, without reading weights.")
-    plan.add_argument("source", metavar="SOURCE", help="a checkpoint folder, a config.json, a hub id or demo:dense")
-    plan.add_argument("--revision", help="of a hub id")
-    plan.add_argument("--recipe", help="without one, every tensor is kept")
-    _method_options(plan)
-    plan.add_argument("--batch-tokens", type=whole_number, default=8192, metavar="N", help="of calibration (8192)")
-    plan.add_argument("--hidden-gb", type=positive_number, default=4.0, metavar="G", help="hidden states in memory (4)")
-    plan.add_argument("--memory-gb", type=positive_number, metavar="G", help="refuse a calibration that needs more")
-    plan.add_argument(
-        "--bandwidth-gbs", type=positive_number, metavar="B", help="memory bandwidth in 10⁹ bytes per second"
-    )
-    _json_option(plan)
-
-    build = command("build", _build, "Build variants as compressed-tensors checkpoints.")
-    build.add_argument("source", metavar="SOURCE", nargs="?", help="build this checkpoint instead of a suite's")
-    build.add_argument("--recipe", help="with SOURCE")
-    build.add_argument("--out", type=Path, metavar="DIR", help="with SOURCE: the new folder")
-    build.add_argument("--calibration", type=Path, metavar="F", help="with SOURCE: a TOML file of samples")
-    _method_options(build)
-    _suite_options(build)
-
-    verify = command("verify", _verify, "Check a compressed-tensors checkpoint, ours or not.")
-    verify.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="without one, the suite's variants")
-    verify.add_argument("--source", metavar="SOURCE", help="with DIR: the checkpoint that it was made from")
-    _suite_options(verify)
-
-    repair = command("repair", _repair, "Mend in a quantized checkpoint what needs no quantizing anew.")
-    repair.add_argument("folder", metavar="DIR", type=Path, help="is only read")
-    repair.add_argument("out", metavar="OUT", type=Path, help="the new folder")
-    repair.add_argument("--source", metavar="SOURCE", help="gives missing 16-bit tensors and tokenizer files")
-    repair.add_argument(
-        "--max-error", type=positive_number, metavar="X", help="most that a layer may lose of its norm (0.05)"
-    )
-    _json_option(repair)
-
-    sensitivity = command("sensitivity", _sensitivity, "What each format would cost each projection of each layer.")
-    _place_options(sensitivity)
-
-    for name, run, text in (
-        ("tasks", _tasks, "Task evals by lm-eval of the source and its variants, item by item."),
-        ("ppl", _ppl, "Perplexity of the source and its variants on the same tokens."),
-        ("fidelity", _fidelity, "How far every variant predicts from its source, token by token, and what is noise."),
-        ("bench", _bench, "Decode and prefill speed of the source and its variants."),
-    ):
-        measure = command(name, run, text)
-        _suite_options(measure)
-        measure.add_argument("--engine", metavar="NAME", help="instead of the suite's")
-        measure.add_argument("--dtype", metavar="TYPE", help="instead of the suite's")
-        measure.add_argument(
-            "--limit", type=whole_number, metavar="N", help="only the first N windows, repetitions or documents"
-        )
-        if name == "tasks":
-            measure.add_argument("--task", action="append", metavar="T", help="only this task (may be repeated)")
-        if name in ("tasks", "ppl"):
-            measure.add_argument("--fresh", action="store_true", help="forget what earlier runs have computed")
-        if name == "bench":
-            measure.add_argument(
-                "--server", metavar="URL", help="measure a running OpenAI-compatible server of the one --variant"
-            )
-
-    imported = command("import", _import, "Take what `vllm bench` wrote on another machine into the records.")
-    imported.add_argument("file", metavar="FILE", type=Path, help="JSON of vllm bench serve, latency or throughput")
-    imported.add_argument("--variant", metavar="V", required=True, help="that it was run on")
-    imported.add_argument("--machine", metavar="NAME", required=True, help="a name for the machine that ran it")
-    imported.add_argument("--vllm-version", metavar="X", default="unknown", help="that ran it")
-    for name in ("--batch", "--prompt-tokens", "--new-tokens"):
-        imported.add_argument(name, type=whole_number, metavar="N", help="of vllm bench latency, whose file has it not")
-    _place_options(imported)
-
-    serve = command(
-        "serve-command", _serve_command, "How to serve a variant: commands for vLLM and Docker, with sizes."
-    )
-    serve.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
-    serve.add_argument("--variant", metavar="V", required=True)
-    serve.add_argument("--gpu-memory", type=positive_number, metavar="GIB", required=True, help="of one GPU")
-    serve.add_argument("--gpus", type=whole_number, default=1, metavar="N", help="that share every layer (1)")
-    serve.add_argument(
-        "--utilization", type=positive_number, default=0.9, metavar="U", help="of the GPU's memory (0.9)"
-    )
-    serve.add_argument("--users", type=whole_number, default=64, metavar="N", help="requests at the same time (64)")
-    serve.add_argument(
-        "--overhead-gb", type=positive_number, metavar="G", help="what vLLM keeps for itself (6.5, without images 3)"
-    )
-    serve.add_argument("--mtp", type=whole_number, default=0, metavar="K", help="speculate K tokens by the MTP head")
-    serve.add_argument("--no-images", action="store_true", help="without the vision tower")
-    serve.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="DIR", help="(artifacts)")
-    _json_option(serve)
-
-    report = command("report", _report, "Write the card, figures and marked tables from the records.")
-    report.add_argument("pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (README.md)")
-    report.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
-    report.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
-    report.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything is stale")
-    _json_option(report)
-
-    gate = command("gate", _gate, "Judge the suite's rules by the records: pass, fail, inconclusive or incomparable.")
-    gate.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
-    gate.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="the new records (results)")
-    gate.add_argument(
-        "--baselines", type=Path, metavar="DIR", help="records with baselines/, to compare with (results)"
-    )
-    gate.add_argument("--junit", type=_path_or_none, metavar="FILE", help="write JUnit XML, a test case for each rule")
-    gate.add_argument(
-        "--step-summary",
-        type=_path_or_none,
-        metavar="FILE",
-        help='append Markdown, for example to "$GITHUB_STEP_SUMMARY"',
-    )
-    gate.add_argument("--update-baseline", action="store_true", help="make the newest records the baseline")
-    gate.add_argument("--reason", metavar="TEXT", help="with --update-baseline: why; it is kept")
-    _json_option(gate)
-
-    demo = commands.add_parser("demo", help="The embedded models and synthetic checkpoints.")
-    kinds = demo.add_subparsers(required=True, metavar="WHAT")
-    text = "Write a checkpoint of random weights in a configuration's true shapes."
-    synthesize = kinds.add_parser("synthesize", help=text, description=text)
-    synthesize.set_defaults(run=_synthesize)
-    synthesize.add_argument("config", type=Path, metavar="CONFIG", help="a config.json")
-    synthesize.add_argument("out", type=Path, metavar="OUT", help="the new folder")
-    synthesize.add_argument("--layers", type=whole_number, metavar="N", help="instead of the configuration's")
-    synthesize.add_argument("--vocabulary", type=whole_number, metavar="N", help="instead of the configuration's")
-    synthesize.add_argument("--seed", type=int, default=0, metavar="S", help="(0)")
-    return parser
-
-
-def _method_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scales", metavar="METHOD", help="absmax, search or weighted-search instead of the recipe's")
-    parser.add_argument("--codes", metavar="METHOD", help="rtn or gptq instead of the recipe's")
-
-
-def _json_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else")
-
-
-def _suite_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--variant", action="append", metavar="V", help="only this variant (may be repeated)")
-    _place_options(parser)
-
-
-def _place_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE}, or the embedded one where there is none)")
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="DIR", help="(artifacts)")
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
-    _json_option(parser)
-
-
-def _path_or_none(text: str) -> Path | None:
-    """None where a shell variable that holds no path was given."""
-    return Path(text) if text else None
-
-
-def positive_number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def whole_number(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
 
 
 @contextmanager
@@ -555,7 +376,7 @@ def _repair(options: argparse.Namespace, _: tuple[str, ...]) -> int:
 
 
 def _sensitivity(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
-    from harness.report import tables
+    from harness.report import columns, tables
     from harness.stages import measure_sensitivity
 
     with _job(options, arguments) as job:
@@ -564,151 +385,132 @@ def _sensitivity(options: argparse.Namespace, arguments: tuple[str, ...]) -> int
     words = tables.sensitivity_words(frame)
     if options.json:
         files = {variant: str(record.path) for variant, record in measured.items()}
-        _print_json({"records": files, "tables": [tables.rows(frame)], "summary": words})
+        _print_json({"records": files, "tables": [columns.rows(frame)], "summary": words})
         return 0
-    print(f"\n{tables.text(frame)}\n", *words, sep="\n")
+    print(f"\n{columns.text(frame)}\n", *words, sep="\n")
     print("\nRecords:", *(f"  {record.path}" for record in measured.values()), sep="\n")
     return 0
 
 
 def _ppl(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
-    from dataclasses import replace
-
     from harness.perplexity import measure, prepare, with_stored_source
     from harness.report import fidelities, tables
-    from harness.stages import with_engine
 
-    with _job(options, arguments) as job:
-        job = replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
+    with _measuring_job(options, arguments) as job:
         work = prepare(job, options.variant)
-        if not options.json:
-            _print_models(work.models)
+        _print_models(options, work.models)
         found = measure(job, work, options.limit, fresh=options.fresh)
-        shown_beside = with_stored_source(job, found.records)
-        frame = tables.perplexity(shown_beside, fidelities.log_ppl_floor(_stored_noise(job), shown_beside))
-    code = 1 if found.failures else 0
-    files = {name: {row: str(record.path) for row, record in rows.items()} for name, rows in found.records.items()}
-    warnings = tables.warnings({row: record for rows in found.records.values() for row, record in rows.items()})
-    if options.json:
-        shown = [] if frame.empty else [tables.rows(frame)]
-        _print_json({"records": files, "tables": shown, "warnings": warnings, "failures": found.failures})
-        return code
-    if files:
-        print(f"\n{tables.text(frame)}")
-        for line in tables.reused_windows(found.records):
-            print(line)
-        print("\nRecords:", *(f"  {path}" for rows in files.values() for path in rows.values()), sep="\n")
-    for line in (*warnings, *(f"{row} failed: {reason}" for row, reason in found.failures.items())):
-        print(f"harness: {line}", file=sys.stderr)
-    return code
+        shown = with_stored_source(job, found.records)
+        frame = tables.perplexity(shown, fidelities.log_ppl_floor(_stored_noise(job), shown))
+    frames = [frame] if found.records else []
+    return _print_measured(options, found.records, frames, found.failures, notes=tables.reused_windows(found.records))
 
 
 def _bench(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
-    from dataclasses import replace
-
     from harness.report import tables
-    from harness.stages import measure_decode, prepare, prepare_server, with_engine, with_stored_source
+    from harness.stages import measure_decode, prepare, prepare_server, with_stored_source
 
-    with _job(options, arguments) as job:
-        job = replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
+    with _measuring_job(options, arguments) as job:
         if options.server:
             if options.engine or options.dtype or len(options.variant or ()) != 1:
                 raise UserError("--server takes one --variant, the one it serves, no --engine, no --dtype.", "Name it.")
             job, work = prepare_server(replace(job, server=options.server), options.variant[0])
         else:
             work = prepare(job, options.variant)
-        if not options.json:
-            _print_models(work.models)
+        _print_models(options, work.models)
         measured = measure_decode(job, work, options.limit)
         records = measured.records
         frames = tables.of_measure("bench", with_stored_source(job, "bench", records)) if records else []
-    return _print_measured(options, measured, frames)
-
-
-def _print_measured(options: argparse.Namespace, measured: "Measured", frames: "Sequence[DataFrame]") -> int:
-    """The tables of a measure, where its records lie, and what failed; the exit code."""
-    from harness.report import tables
-
-    records = measured.records
-    code = 1 if measured.failures else 0
-    warnings = tables.warnings(records)
-    if options.json:
-        files = {row: str(record.path) for row, record in records.items()}
-        shown = [tables.rows(frame) for frame in frames]
-        _print_json({"records": files, "tables": shown, "warnings": warnings, "failures": measured.failures})
-        return code
-    for frame in frames:
-        print(f"\n{tables.text(frame)}")
-    if records:
-        print("\nRecords:", *(f"  {record.path}" for record in records.values()), sep="\n")
-    for line in (*warnings, *(f"{row} failed: {reason}" for row, reason in measured.failures.items())):
-        print(f"harness: {line}", file=sys.stderr)
-    return code
-
-
-def _print_models(models: "Sequence[Model]") -> None:
-    for model in models:
-        if model.reused is not None and model.digest and model.setup is None:
-            print(f"{model.folder}: {'reused' if model.reused else 'built'}, digest {model.digest[:12]}")
+    return _print_measured(options, records, frames, measured.failures)
 
 
 def _tasks(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
-    from dataclasses import replace
-
     from harness.evaluation import evaluate, prepare, with_stored_source
-    from harness.report import evaluations, tables
-    from harness.stages import with_engine
+    from harness.report import evaluations
 
-    with _job(options, arguments) as job:
-        job = replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
+    with _measuring_job(options, arguments) as job:
         work = prepare(job, options.variant, options.task)
-        if not options.json:
-            _print_models(work.models)
+        _print_models(options, work.models)
         found = evaluate(job, work, limit=options.limit, fresh=options.fresh)
         shown = with_stored_source(job, found)
-    frames = [frame for frame in (evaluations.scores(shown), evaluations.answers(shown)) if not frame.empty]
     invalid = [
         f"{row}, {label} is invalid: {reason}."
         for label, rows in found.records.items()
         for row, record in rows.items()
         for reason in evaluations.invalid(record, shown[label].get(SOURCE))
     ]
-    code = 1 if found.failures or invalid else 0
-    files = {label: {row: str(record.path) for row, record in rows.items()} for label, rows in found.records.items()}
-    warnings = tables.warnings({row: record for rows in found.records.values() for row, record in rows.items()})
+    frames = (evaluations.scores(shown), evaluations.answers(shown))
+    notes = evaluations.reuse_words(found.records)
+    return _print_measured(options, found.records, frames, found.failures, notes=notes, invalid=invalid)
+
+
+def _fidelity(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
+    from harness.fidelity import compare, prepare
+    from harness.report import fidelities
+
+    with _measuring_job(options, arguments) as job:
+        work = prepare(job, options.variant)
+        _print_models(options, work.models)
+        measured = compare(job, work, options.limit)
+        stored = _stored_noise(job)
+    records = measured.records
+    shown = {**records, **{row: one for row, one in stored.items() if row not in records}}
+    frames = [fidelities.divergences(shown), fidelities.bands(shown)] if records else []
+    return _print_measured(options, records, frames, measured.failures)
+
+
+@contextmanager
+def _measuring_job(options: argparse.Namespace, arguments: tuple[str, ...]) -> "Iterator[Job]":
+    """The job of a measure, on the engine that the command names."""
+    from harness.stages import with_engine
+
+    with _job(options, arguments) as job:
+        yield replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
+
+
+def _print_measured(
+    options: argparse.Namespace,
+    records: "Mapping[str, Record] | Mapping[str, Mapping[str, Record]]",
+    frames: "Sequence[DataFrame]",
+    failures: Mapping[str, str],
+    *,
+    notes: Iterable[str] = (),
+    invalid: Sequence[str] | None = None,
+) -> int:
+    """The tables of a measure, where its records lie (by row, or by protocol or task and row), what must be said of
+    them, and what failed; the exit code. `invalid` is None for a measure that has no audit."""
+    from harness.report import columns, tables
+
+    by_name = {name: one if isinstance(one, Mapping) else {name: one} for name, one in records.items()}
+    flat = [(row, record) for rows in by_name.values() for row, record in rows.items()]
+    filled = [frame for frame in frames if not frame.empty]
+    warnings = tables.warnings([record for _, record in flat])
+    code = 1 if failures or invalid else 0
     if options.json:
-        shown_rows = [tables.rows(frame) for frame in frames]
-        failures = {"failures": found.failures, "invalid": invalid}
-        _print_json({"records": files, "tables": shown_rows, "warnings": warnings, **failures})
+        files = {
+            name: {row: str(record.path) for row, record in one.items()} if isinstance(one, Mapping) else str(one.path)
+            for name, one in records.items()
+        }
+        shown = [columns.rows(frame) for frame in filled]
+        found = {"records": files, "tables": shown, "warnings": warnings, "failures": dict(failures)}
+        _print_json(found if invalid is None else {**found, "invalid": list(invalid)})
         return code
-    for frame in frames:
-        print(f"\n{tables.text(frame)}")
-    for line in evaluations.reuse_words(found.records):
+    for frame in filled:
+        print(f"\n{columns.text(frame)}")
+    for line in notes:
         print(line)
-    if files:
-        print("\nRecords:", *(f"  {path}" for rows in files.values() for path in rows.values()), sep="\n")
-    for line in (*warnings, *invalid, *(f"{row} failed: {reason}" for row, reason in found.failures.items())):
+    if flat:
+        print("\nRecords:", *(f"  {record.path}" for _, record in flat), sep="\n")
+    for line in (*warnings, *(invalid or ()), *(f"{row} failed: {reason}" for row, reason in failures.items())):
         print(f"harness: {line}", file=sys.stderr)
     return code
 
 
-def _fidelity(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
-    from dataclasses import replace
-
-    from harness.fidelity import compare, prepare
-    from harness.report import fidelities
-    from harness.stages import with_engine
-
-    with _job(options, arguments) as job:
-        job = replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
-        work = prepare(job, options.variant)
-        if not options.json:
-            _print_models(work.models)
-        measured = compare(job, work, options.limit)
-        stored = _stored_noise(job)
-    shown = {**measured.records, **{row: one for row, one in stored.items() if row not in measured.records}}
-    frames = [fidelities.divergences(shown), fidelities.bands(shown)] if measured.records else []
-    return _print_measured(options, measured, [frame for frame in frames if not frame.empty])
+def _print_models(options: argparse.Namespace, models: "Sequence[Model]") -> None:
+    if not options.json:
+        for model in models:
+            if model.reused is not None and model.digest and model.setup is None:
+                print(f"{model.folder}: {'reused' if model.reused else 'built'}, digest {model.digest[:12]}")
 
 
 def _stored_noise(job: "Job") -> "dict[str, Record]":
@@ -723,7 +525,7 @@ def _stored_noise(job: "Job") -> "dict[str, Record]":
 
 def _import(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from harness.measure.vllm_bench import BatchShape
-    from harness.report import tables
+    from harness.report import columns, tables
     from harness.stages import import_benchmark
 
     given = (options.batch, options.prompt_tokens, options.new_tokens)
@@ -736,9 +538,9 @@ def _import(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
         record = import_benchmark(job, options.variant, options.file, shape, options.machine, options.vllm_version)
     frame = tables.served({options.variant: record})
     if options.json:
-        _print_json({"record": str(record.path), "tables": [tables.rows(frame)]})
+        _print_json({"record": str(record.path), "tables": [columns.rows(frame)]})
     else:
-        print(f"{tables.text(frame)}\n\nRecord: {record.path}")
+        print(f"{columns.text(frame)}\n\nRecord: {record.path}")
     return 0
 
 
@@ -746,7 +548,7 @@ def _serve_command(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     from harness import serve
     from harness.quantize.recipes import recipe_named
     from harness.report.numbers import format_bytes
-    from harness.stages import chosen_variants, plan_source
+    from harness.stages import chosen_variants, footprint, plan_source
 
     suite = _load_suite(options)
     (variant,) = chosen_variants(suite, [options.variant], with_source=False)
@@ -758,7 +560,11 @@ def _serve_command(options: argparse.Namespace, _: tuple[str, ...]) -> int:
         )
     common = {"utilization": options.utilization, "images": not options.no_images, "num_gpus": options.gpus}
     sizing = serve.size(
-        config, plan, gpu_gib=options.gpu_memory, overhead_gb=options.overhead_gb, users=options.users, **common
+        footprint(config, plan.counts),
+        gpu_gib=options.gpu_memory,
+        overhead_gb=options.overhead_gb,
+        users=options.users,
+        **common,
     )
     model = (options.artifacts / suite.name / variant).as_posix()
     model = model if model.startswith("/") else f"./{model}"
@@ -827,7 +633,7 @@ def _stored_records(folder: Path) -> "tuple[list[Record], list[Skipped]]":
 
 def _gate(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     from harness.record import baselines
-    from harness.report import gate, tables
+    from harness.report import columns, gate
 
     if options.update_baseline != (options.reason is not None):
         raise UserError("--update-baseline and --reason go together.", "A baseline is changed for a reason: give both.")
@@ -856,7 +662,7 @@ def _gate(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     if options.json:
         _print_json({"suite": suite.name, "judgements": gate.rows(judgements)})
     else:
-        print(f"{tables.text(gate.frame(judgements))}\n\n{gate.words(judgements)}")
+        print(f"{columns.text(gate.frame(judgements))}\n\n{gate.words(judgements)}")
     if options.junit:
         options.junit.write_text(gate.junit(suite.name, judgements), encoding="utf-8")
     if options.step_summary:
@@ -881,3 +687,21 @@ def _synthesize(options: argparse.Namespace, _: tuple[str, ...]) -> int:
         )
     print(f"{options.out}  {format_bytes(total)} of random weights")
     return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace, tuple[str, ...]], int]] = {
+    "plan": _plan,
+    "build": _build,
+    "verify": _verify,
+    "repair": _repair,
+    "sensitivity": _sensitivity,
+    "tasks": _tasks,
+    "ppl": _ppl,
+    "fidelity": _fidelity,
+    "bench": _bench,
+    "import": _import,
+    "serve-command": _serve_command,
+    "report": _report,
+    "gate": _gate,
+    "synthesize": _synthesize,
+}

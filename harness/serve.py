@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.errors import UserError
-from harness.model.qwen35 import ModelConfig
-from harness.quantize.plan import Plan
 
 IMAGE = "vllm/vllm-openai:v0.32.0"
 GIB = 2**30
@@ -31,6 +29,19 @@ _PORT = 8000
 _MOUNT = "/model"
 _BLOCK = 16
 """vLLM rounds what a sequence may take to blocks; a length is rounded down to the same."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a variant takes of a GPU, in bytes: all its tensors, those of its vision tower among them, the DeltaNet
+    states of a sequence, and keys and values of a token. `max_positions`: the longest sequence that the model was made
+    for, None where its configuration does not say."""
+
+    weight_bytes: int
+    visual_bytes: int
+    state_bytes: int
+    kv_bytes_per_token: int
+    max_positions: int | None
 
 
 @dataclass(frozen=True)
@@ -50,8 +61,7 @@ class Sizing:
 
 
 def size(
-    config: ModelConfig,
-    plan: Plan,
+    footprint: Footprint,
     *,
     gpu_gib: float,
     utilization: float = UTILIZATION,
@@ -60,16 +70,16 @@ def size(
     images: bool = True,
     num_gpus: int = 1,
 ) -> Sizing:
-    """The sizing of `plan`'s output on `num_gpus` GPUs of `gpu_gib` GiB that share every layer. `UserError` where it
+    """The sizing of a variant on `num_gpus` GPUs of `gpu_gib` GiB that share every layer. `UserError` where it
     does not fit."""
-    weights = plan.output_bytes - (0 if images else _bytes_of(plan, "visual"))
+    weights = footprint.weight_bytes - (0 if images else footprint.visual_bytes)
     overhead = round((OVERHEAD_GB[images] if overhead_gb is None else overhead_gb) * 1e9) * num_gpus
     total = round(gpu_gib * GIB * utilization) * num_gpus
     cache = total - weights - overhead
-    state, kv = plan.output_traffic.state_bytes, plan.output_traffic.kv_bytes_per_token
+    state, kv = footprint.state_bytes, footprint.kv_bytes_per_token
     longest = (cache - state) // kv // _BLOCK * _BLOCK
-    if config.max_position_embeddings is not None:
-        longest = min(longest, config.max_position_embeddings)
+    if footprint.max_positions is not None:
+        longest = min(longest, footprint.max_positions)
     if longest < _BLOCK:
         raise UserError(
             f"{weights / 1e9:.1f} GB of weights and {overhead / 1e9:.1f} GB of overhead leave no room for a sequence "
@@ -87,10 +97,6 @@ def size(
         max_model_len=longest,
         shared_tokens=max(0, (cache - users * state) // kv),
     )
-
-
-def _bytes_of(plan: Plan, role: str) -> int:
-    return sum(count.output_bytes for count in plan.counts if count.role == role)
 
 
 def arguments(

@@ -23,7 +23,7 @@ from harness.engines.protocol import ENGINES, Engine, EngineDied, EngineInfo, Pu
 from harness.errors import UserError, did_you_mean
 from harness.formats.config import num_bytes
 from harness.measure import decode, perplexity, texts, vllm_bench
-from harness.model.census import SourceTensor, kv_bytes_per_token, source_tensors, state_bytes
+from harness.model.census import RoleCount, SourceTensor, kv_bytes_per_token, source_tensors, state_bytes
 from harness.model.checkpoint import SINGLE, open_checkpoint, read_index, read_json
 from harness.model.qwen35 import ModelConfig, expected_tensors, parse_config
 from harness.model.sources import fetched_revision, locate
@@ -35,6 +35,7 @@ from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import Recipe, recipe_named
 from harness.record import provenance, results
 from harness.record.results import Record, Run, RunWriter
+from harness.serve import Footprint
 from harness.suite import SOURCE, DatasetText, DemoText, FileText, Suite, Text
 
 T = TypeVar("T")
@@ -110,6 +111,17 @@ def plan_source(location: str, recipe: Recipe | None, revision: str | None = Non
     return config, plan(config, tensors, recipe)
 
 
+def footprint(config: ModelConfig, counts: Sequence[RoleCount]) -> Footprint:
+    """What a variant of these roles takes of a GPU that serves it."""
+    return Footprint(
+        weight_bytes=sum(count.output_bytes for count in counts),
+        visual_bytes=sum(count.output_bytes for count in counts if count.role == "visual"),
+        state_bytes=state_bytes(config),
+        kv_bytes_per_token=kv_bytes_per_token(config),
+        max_positions=config.max_position_embeddings,
+    )
+
+
 def _census(folder: Path | None, config: ModelConfig) -> tuple[SourceTensor, ...]:
     with_mtp = False
     if folder is not None:
@@ -154,6 +166,8 @@ def build_variant(job: Job, variant: str) -> builder.Artifact:
             total = sum(count.output_bytes for count in artifact.counts)
             peak = provenance.peak_rss_bytes()
             writer.sample({"kind": "totals", "peak_rss_bytes": peak, "output_bytes": total})
+            config = parse_config(read_json(source / "config.json"), str(source))
+            writer.sample({"kind": "footprint", **vars(footprint(config, artifact.counts))})
             for layer in artifact.layers:
                 writer.sample({"kind": "layer", "index": layer["index"], "seconds": layer["seconds"]})
                 for group in layer["groups"]:

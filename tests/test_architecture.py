@@ -12,18 +12,18 @@ import harness
 ROOT = Path(harness.__file__).parent
 FLOORS = {
     0: ("harness", "allocator", "errors", "progress", "sampling"),
-    1: ("formats",),
+    1: ("arguments", "formats", "serve"),
     2: ("model", "record", "suite"),
     3: ("engines",),
     4: ("measure", "quantize", "audit", "report", "demo"),
-    5: ("cli", "stages", "evaluation", "fidelity", "perplexity", "serve", "peers", "simulation", "__main__"),
+    5: ("cli", "stages", "evaluation", "fidelity", "perplexity", "peers", "simulation", "__main__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ON_ONE_FLOOR = {
     ("evaluation", "stages"),
     ("fidelity", "stages"),
     ("perplexity", "stages"),
-    *(("cli", under) for under in ("stages", "evaluation", "fidelity", "perplexity", "serve")),
+    *(("cli", under) for under in ("stages", "evaluation", "fidelity", "perplexity")),
     ("__main__", "cli"),
 }
 """On the top floor `stages` lies under `evaluation`, `fidelity` and `perplexity`, all under `cli`, and that under
@@ -34,7 +34,7 @@ ONLY_IN = {
     "vllm": ("harness/engines/vllm_*.py",),
     "llmcompressor": ("harness/peers/compressor.py",),
 }
-REPORT_SEES = {"suite", "record", "errors", "sampling", "harness"}
+REPORT_SEES = {"suite", "record", "errors", "sampling", "serve", "harness"}
 MAY_PRINT = {
     "harness/cli.py": None,
     "harness/__main__.py": None,

@@ -12,7 +12,7 @@ import yaml
 
 from harness.errors import UserError
 from harness.record.results import Record, RunWriter, read_all
-from harness.report import card, plots
+from harness.report import card, evidence, plots, sections
 from harness.suite import Suite, Task, load
 from tests.records import (
     BUILD,
@@ -104,10 +104,10 @@ def test_the_headline_gives_size_loss_and_speed(suite: Suite) -> None:
 
 def test_every_section_is_there_without_any_record_and_says_what_to_run(suite: Suite) -> None:
     text = text_of(suite, [])
-    left_out = (*card.OPTIONAL, "tasks")  # this suite has none
-    headings = [heading for name, (heading, _) in card.BLOCKS.items() if heading and name not in left_out]
+    left_out = (*evidence.OPTIONAL, "tasks")  # this suite has none
+    headings = [heading for name, (heading, _) in sections.BLOCKS.items() if heading and name not in left_out]
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == headings
-    for measure in card.MEASURES:
+    for measure in evidence.MEASURES:
         assert f"No record yet: run `nox -s {measure}`." in text
     without = text_of(dataclasses.replace(suite, ppl=None, fidelity=None), demo_records())
     assert "## Perplexity\n\nThe suite measures no perplexity." in without
@@ -367,7 +367,9 @@ def test_filling_a_filled_page_changes_nothing(suite: Suite) -> None:
 
 
 def test_every_block_can_stand_in_a_page(suite: Suite) -> None:
-    page = "\n".join(f"<!-- harness:begin {name} suite=demo -->\n<!-- harness:end {name} -->" for name in card.BLOCKS)
+    page = "\n".join(
+        f"<!-- harness:begin {name} suite=demo -->\n<!-- harness:end {name} -->" for name in sections.BLOCKS
+    )
     for records in ([], demo_records()):
         once = rendered(suite, records, docs=page)["docs.md"].decode()
         assert rendered(suite, records, docs=once)["docs.md"].decode() == once

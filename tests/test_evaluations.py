@@ -17,7 +17,7 @@ from scipy import stats as scipy_stats
 
 from harness.record import stats
 from harness.record.results import COMPARABLE, Record, RunWriter, read
-from harness.report import evaluations, tables
+from harness.report import columns, evaluations
 from harness.suite import Source, Suite, Task, Variant
 from tests.records import AUDIT, ENGINE, TASK, answer, choice, make_run, mean_results, result, tasks_record
 
@@ -575,12 +575,12 @@ def test_the_store_takes_these_records_as_they_are(tmp_path: Path) -> None:
         stored = read(writer.finish())
     assert stored.samples == record.samples
     frames = [evaluations.scores({"sums": {"source": one}}) for one in (record, stored)]
-    assert tables.rows(frames[0].drop(columns="run")) == tables.rows(frames[1].drop(columns="run"))
+    assert columns.rows(frames[0].drop(columns="run")) == columns.rows(frames[1].drop(columns="run"))
 
 
 def test_tables_say_what_was_measured_in_words_and_figures() -> None:
     by_task = pair(answered([1, 1, 1, 0]), answered([1, 0, 1, 0], num_tokens=15))
-    scores, audit = tables.text(evaluations.scores(by_task)), tables.text(evaluations.answers(by_task))
+    scores, audit = columns.text(evaluations.scores(by_task)), columns.text(evaluations.answers(by_task))
     assert scores.splitlines()[0] == "task sums · items 4 · repetitions 1"
     for figure in ("0.7500", "0.5000", "-0.2500 [", "1 / 0", "0.2500", METRIC):
         assert figure in scores
@@ -590,8 +590,8 @@ def test_tables_say_what_was_measured_in_words_and_figures() -> None:
 
 def test_a_refusal_stands_in_the_table_in_its_own_words() -> None:
     by_task = pair(answered([1, 1]), answered([1]))
-    assert "incomparable: items" in tables.text(evaluations.scores(by_task))
-    assert table_cells(tables.markdown(evaluations.scores(by_task), link), "Δ to source [95 %]") == [
+    assert "incomparable: items" in columns.text(evaluations.scores(by_task))
+    assert table_cells(columns.markdown(evaluations.scores(by_task), link), "Δ to source [95 %]") == [
         "—",
         "incomparable: items",
     ]
@@ -607,25 +607,25 @@ def test_names_that_would_break_a_table_are_escaped() -> None:
     ]
     records = {name: tasks_record(name, items, engine={**ENGINE, "served_as": hostile}) for name in ("source", "nvfp4")}
     frame = evaluations.scores({hostile: records})
-    text = tables.markdown(frame, link)
+    text = columns.markdown(frame, link)
     assert table_cells(text, "task") == [*[f"{literal}: {literal}", f"{literal}: plain"] * 2, "all tasks"]
     assert table_cells(text, "metric") == [*[f"{literal},none"] * 4, "mean of 2"]
     assert table_cells(text, "served as") == [*[literal] * 4, "—"]
     assert len(text.splitlines()) == 2 + 4 + 1  # heading, rule, rows
-    alone = tables.markdown(evaluations.answers({hostile: records}), link)
+    alone = columns.markdown(evaluations.answers({hostile: records}), link)
     assert alone.splitlines()[0] == f"task {literal} · items 4"
     for record in records.values():
         assert f"[{record.run.run_id}](../{record.path.name})" in text and f"({link(record)})" in alone
     for one in (frame, evaluations.answers({hostile: records})):
-        assert hostile.split("\n")[0] in tables.text(one)
+        assert hostile.split("\n")[0] in columns.text(one)
 
 
 def test_rows_are_json_with_estimates_as_objects() -> None:
     by_task = pair(answered([1, 1]), answered([1, 0]))
     for frame in (evaluations.scores(by_task), evaluations.answers(by_task)):
-        rows = tables.rows(frame)
+        rows = columns.rows(frame)
         assert json.loads(json.dumps(rows)) == rows
-    assert set(tables.rows(evaluations.scores(by_task))[1]["delta_score"]) >= {"value", "low", "high", "num"}
+    assert set(columns.rows(evaluations.scores(by_task))[1]["delta_score"]) >= {"value", "low", "high", "num"}
 
 
 def test_no_records_give_empty_tables() -> None:

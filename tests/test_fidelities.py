@@ -6,7 +6,7 @@ import pytest
 
 from harness.record import stats
 from harness.record.results import Record
-from harness.report import fidelities, tables
+from harness.report import columns, fidelities
 from tests.records import ENGINE, FIDELITY, fidelity_record, fidelity_windows, make_record, windows
 
 SPREAD = [0.8, 1.0, 1.2, 0.9, 1.1, 1.0]
@@ -54,7 +54,7 @@ def test_percentiles_are_numpys_over_all_tokens() -> None:
 def test_what_changed_of_the_probability_that_came_is_a_root_mean_square() -> None:
     found = row(fidelities.divergences({"w4a4": fidelity_record("w4a4", fidelity_windows([0.01]))}), "w4a4")
     assert found["rms_dp"] == pytest.approx(0.01)
-    assert "1 %" in tables.shown("rms_dp", found["rms_dp"])
+    assert "1 %" in columns.shown("rms_dp", found["rms_dp"])
 
 
 def test_agreement_is_a_share_of_predictions() -> None:
@@ -62,7 +62,7 @@ def test_agreement_is_a_share_of_predictions() -> None:
     agreement = row(fidelities.divergences(records), "w4a4")["agreement"]
     assert isinstance(agreement, stats.Estimate)
     assert agreement.value == pytest.approx(0.5, abs=1e-3)
-    assert tables.shown("agreement", agreement).startswith("50.0")
+    assert columns.shown("agreement", agreement).startswith("50.0")
 
 
 def test_bands_tell_whether_the_divergence_grows_with_the_window() -> None:

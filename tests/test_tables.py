@@ -9,7 +9,7 @@ import pytest
 
 from harness.record import stats
 from harness.record.results import Record
-from harness.report import numbers, tables
+from harness.report import columns, numbers, tables
 from tests.records import (
     BUILD,
     DATASET,
@@ -67,7 +67,7 @@ def test_the_published_perplexities_give_the_published_loss() -> None:
     assert loss["delta_ppl"] == pytest.approx(0.1458)
     assert loss["relative_change_ratio"] == pytest.approx(8.1939 / 8.0481 - 1)
     assert loss["delta_log_ppl"].value == pytest.approx(math.log(8.1939 / 8.0481))
-    text = tables.text(frame)
+    text = columns.text(frame)
     for figure in ("8.0481", "8.1939", "+0.1458", "+1.81 %", "+0.0180", "297,053", "581", "296,472"):
         assert figure in text
 
@@ -153,7 +153,7 @@ def test_a_loss_of_at_most_the_floor_is_said_to_be_noise() -> None:
         cells = row(frame, variant="nvfp4")
         assert cells["delta_log_ppl"] == "≤ noise"
         assert cells["delta_ppl"] is cells["relative_change_ratio"] is cells["standard_errors"] is None
-        assert cells["ppl"] is not None and "≤ noise" in tables.text(frame)
+        assert cells["ppl"] is not None and "≤ noise" in columns.text(frame)
     refused = ppl_pair(8.0, 8.1, dataset={**DATASET, "token_ids_sha256": "f" * 64})
     assert row(perplexity(refused, floor=1.0), variant="nvfp4")["delta_log_ppl"].startswith("incomparable")
 
@@ -189,7 +189,7 @@ def test_by_words_everything_is_per_word_and_paired_by_document() -> None:
     cells = row(frame, variant="nvfp4")
     assert cells["delta_log_ppl"] == stats.paired_mean_difference([20, 40, 80], [21, 42, 84], [10, 20, 40])
     assert (cells["num_words"], cells["num_documents"], cells["num_windows"], cells["num_scored"]) == (70, 3, 4, 90)
-    caption = tables.text(frame).splitlines()[0]
+    caption = columns.text(frame).splitlines()[0]
     assert "PPL per word" in caption and "words 70 · documents 3" in caption
     other = {**WORDS, "documents": {**PAGES, "num_words": [10, 20, 41]}}
     found["nvfp4"] = make_record("ppl", "nvfp4", pages(21, 42, 52, 32), dataset=other)
@@ -246,12 +246,12 @@ def test_speed_is_the_median_over_repetitions_without_warm_ups() -> None:
     assert variant["tokens_per_second"].value == pytest.approx(163.4)
     assert variant["speed_ratio"].value == pytest.approx(163.4 / 170.3)
     assert source["num_repetitions"] == 7 and source["new_tokens"] == 128
-    assert "170.3" in tables.text(frame) and "163.4" in tables.text(frame)
+    assert "170.3" in columns.text(frame) and "163.4" in columns.text(frame)
 
 
 def test_the_published_speed_up_is_reproduced() -> None:
     frame = tables.decode(bench_pair(decodes(1 / 7.93, repetitions=7), decodes(1 / 11.98, repetitions=7)))
-    assert tables.shown("speed_ratio", row(frame, variant="nvfp4")["speed_ratio"]).startswith("1.511")
+    assert columns.shown("speed_ratio", row(frame, variant="nvfp4")["speed_ratio"]).startswith("1.511")
 
 
 def test_a_batch_makes_tokens_for_every_user() -> None:
@@ -278,7 +278,7 @@ def test_the_ceiling_is_bandwidth_over_bytes_per_token_at_batch_one() -> None:
 def test_an_unknown_bandwidth_gives_a_dash_and_no_guess() -> None:
     frame = tables.decode(bench_pair(decodes(0.01), decodes(0.01)))
     assert row(frame, variant="source")["ceiling_tokens_per_second"] is None
-    header, _, source = tables.markdown(frame, link).splitlines()[2:5]
+    header, _, source = columns.markdown(frame, link).splitlines()[2:5]
     column = header.split("|").index(next(cell for cell in header.split("|") if "ceiling, tok/s" in cell))
     assert source.split("|")[column].strip() == "—"
 
@@ -298,8 +298,8 @@ def test_a_batch_size_that_the_source_lacks_has_no_ratio() -> None:
 def test_few_repetitions_give_a_value_without_an_interval() -> None:
     frame = tables.decode(bench_pair(decodes(0.01, repetitions=3), decodes(0.02, repetitions=3)))
     cells = row(frame, variant="nvfp4")
-    assert tables.shown("tokens_per_second", cells["tokens_per_second"]) == "50.0"
-    assert tables.shown("speed_ratio", cells["speed_ratio"]) == "0.500"
+    assert columns.shown("tokens_per_second", cells["tokens_per_second"]) == "50.0"
+    assert columns.shown("speed_ratio", cells["speed_ratio"]) == "0.500"
 
 
 def test_prefill_is_the_prompts_tokens_over_the_time_to_the_first_new_one() -> None:
@@ -329,7 +329,7 @@ def test_sizes_add_up() -> None:
 
 def test_the_published_sizes_give_the_published_share() -> None:
     role = {**BUILD[0], "source_bytes": 18_820_000_000, "output_bytes": 11_200_000_000}
-    text = tables.text(tables.size({"nvfp4": make_record("build", "nvfp4", [role])}))
+    text = columns.text(tables.size({"nvfp4": make_record("build", "nvfp4", [role])}))
     for figure in ("18.82 GB", "11.20 GB", "59.5 %"):
         assert figure in text
 
@@ -337,8 +337,8 @@ def test_the_published_sizes_give_the_published_share() -> None:
 def test_an_exact_round_trip_has_no_signal_to_noise_ratio() -> None:
     exact = {**VERIFY[0], "role": "norm", "max_abs_error": 0.0, "snr_db": None}
     frame = tables.roundtrip({"nvfp4": make_record("verify", "nvfp4", [*VERIFY, exact])})
-    assert tables.shown("snr_db", row(frame, role="mlp.up_proj")["snr_db"]) == "20.6"
-    assert tables.shown("snr_db", row(frame, role="norm")["snr_db"]) == "—"
+    assert columns.shown("snr_db", row(frame, role="mlp.up_proj")["snr_db"]) == "20.6"
+    assert columns.shown("snr_db", row(frame, role="norm")["snr_db"]) == "—"
 
 
 # -- Sensitivity -------------------------------------------------------------------------------------------------
@@ -348,11 +348,11 @@ def test_sensitivities_are_medians_over_layers_the_worst_group_first() -> None:
     frame = tables.sensitivity({"source": make_record("sensitivity", "source", SENSITIVITY)})
     assert list(frame["role"]) == ["self_attn.o_proj", "linear_attn.out_proj", "mlp.down_proj"]
     deltanet = row(frame, role="linear_attn.out_proj")
-    assert deltanet["NVFP4"] == tables.Spread(median=0.03, largest=0.04, layer=1)
+    assert deltanet["NVFP4"] == columns.Spread(median=0.03, largest=0.04, layer=1)
     assert (deltanet["num_layers"], deltanet["fp8_extra_bytes"]) == (3, 3000)
     assert deltanet["fp8_gain_per_gb"] == pytest.approx((0.02 + 0.04 + 0.03 - 3 * 0.001) / 3000 * 1e9)
-    assert "3 % (layer 1: 4 %)" in tables.text(frame)
-    assert json.loads(json.dumps(tables.rows(frame)))[0]["NVFP4"] == {"median": 0.05, "largest": 0.05, "layer": 3}
+    assert "3 % (layer 1: 4 %)" in columns.text(frame)
+    assert json.loads(json.dumps(columns.rows(frame)))[0]["NVFP4"] == {"median": 0.05, "largest": 0.05, "layer": 3}
 
 
 def test_sentences_say_where_fp8_pays_and_how_deltanet_compares() -> None:
@@ -370,7 +370,7 @@ def test_a_group_without_outputs_is_a_dash_and_last() -> None:
     samples = [*sensitivities("mlp.gate_up_proj", {0: (None, None, None)}), *SENSITIVITY]
     frame = tables.sensitivity({"source": make_record("sensitivity", "source", samples)})
     assert list(frame["role"])[-1] == "mlp.gate_up_proj"
-    assert tables.shown("NVFP4", frame["NVFP4"].iloc[-1]) == "—"
+    assert columns.shown("NVFP4", frame["NVFP4"].iloc[-1]) == "—"
     assert len(tables.sensitivity_words(frame)) == 2
     nothing = tables.sensitivity({"source": make_record("sensitivity", "source", samples[:3])})
     assert tables.sensitivity_words(nothing) == []
@@ -413,20 +413,20 @@ def test_variants_come_in_the_order_asked_for() -> None:
 
 def test_what_all_rows_share_stands_in_the_caption_and_what_differs_in_columns() -> None:
     pair = ppl_pair(8.0, 8.1)
-    caption, _, header = tables.text(perplexity(pair)).splitlines()[:3]
+    caption, _, header = columns.text(perplexity(pair)).splitlines()[:3]
     assert caption == (
         "protocol wikitext2-512 · PPL per token · dataset demo:heldout · tokens 297,053 · windows 581 · "
         "scored tokens 296,472"
     )
     assert "protocol" not in header
     both = tables.perplexity({"wikitext2-512": pair, "gptq-2048": pair})
-    caption, _, header = tables.text(both).splitlines()[:3]
+    caption, _, header = columns.text(both).splitlines()[:3]
     assert "protocol" not in caption and "protocol" in header
 
 
 def test_markdown_links_every_row_to_its_run() -> None:
     pair = ppl_pair(8.0, 8.1)
-    text = tables.markdown(perplexity(pair), link)
+    text = columns.markdown(perplexity(pair), link)
     for record in pair.values():
         assert f"[{record.run.run_id}](../{record.path.name})" in text
 
@@ -434,13 +434,13 @@ def test_markdown_links_every_row_to_its_run() -> None:
 def test_text_that_would_break_a_table_is_escaped() -> None:
     hostile = "a|b\n*c* <d> [e](f) _g_ h_i `j`"
     finding = {"kind": "finding", "severity": "error", "tensor": hostile, "problem": "p", "consequence": "c"}
-    text = tables.markdown(tables.findings({"nvfp4": make_record("verify", "nvfp4", [finding])}), link)
+    text = columns.markdown(tables.findings({"nvfp4": make_record("verify", "nvfp4", [finding])}), link)
     assert r"a\|b \*c\* \<d\> \[e\](f) \_g\_ h_i \`j\`" in text
     assert len(text.splitlines()) == 2 + 3
 
 
 def test_rows_are_json_with_estimates_as_objects() -> None:
-    rows = tables.rows(perplexity(ppl_pair(8.0, 8.1)))
+    rows = columns.rows(perplexity(ppl_pair(8.0, 8.1)))
     assert json.loads(json.dumps(rows)) == rows
     assert rows[0]["delta_log_ppl"] is None
     assert set(rows[1]["delta_log_ppl"]) == {"value", "low", "high", "num", "method", "standard_error", "degrees"}
@@ -460,13 +460,13 @@ def test_rows_are_json_with_estimates_as_objects() -> None:
 def test_a_measure_gives_its_tables_and_no_empty_one(measure: str, samples: list[dict[str, Any]], count: int) -> None:
     frames = tables.of_measure(measure, {"source": make_record(measure, "source", samples)})
     assert len(frames) == count
-    assert all(tables.text(frame) for frame in frames)
+    assert all(columns.text(frame) for frame in frames)
 
 
 def test_the_runs_table_names_engine_machine_versions_and_commit() -> None:
     gpu = {"name": "NVIDIA H200", "count": 1, "memory_bytes": 1, "driver": "570.86"}
     machine = {"name": "nvidia-h200-1x", "cpu": "x", "cores": 16, "gpu": gpu, "os": "Linux"}
-    text = tables.text(tables.runs([make_record("ppl", "source", windows(8.0), machine=machine, git=None)]))
+    text = columns.text(tables.runs([make_record("ppl", "source", windows(8.0), machine=machine, git=None)]))
     for words in ("torch (transformers 5.17.0, torch 2.13.0), bfloat16 on cpu", "1 × NVIDIA H200, driver 570.86"):
         assert words in text
     assert "commit —" in text and "harness 0.1.0, torch 2.13.0" in text
@@ -482,4 +482,4 @@ def test_bytes_are_decimal(num_bytes: float, words: str) -> None:
 def test_paths_in_records_do_not_matter_to_a_frame() -> None:
     record = make_record("ppl", "source", windows(8.0))
     moved = Record(Path("/elsewhere/m") / record.path.name, record.run, record.samples, record.end)
-    assert tables.text(perplexity({"source": record})) == tables.text(perplexity({"source": moved}))
+    assert columns.text(perplexity({"source": record})) == columns.text(perplexity({"source": moved}))

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from harness.arguments import whole_number
 from harness.errors import UserError, did_you_mean
 
 QUANTIZING = ("speed-a16", "speed-w4a4", "quality", "agreement")
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         *("--repetitions", "-n"),
-        type=_positive,
+        type=whole_number,
         default=REPETITIONS,
         metavar="N",
         help=f"of every time ({REPETITIONS}: fewer have no 95 %% interval)",
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--limit",
-        type=_positive,
+        type=whole_number,
         metavar="N",
         help="for quality: only N windows of each text; for speed-scoring: only N windows; for speed-tasks: only N "
         "documents of each task",
@@ -91,13 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help=f"for report: only tell whether {PAGE} is up to date")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
 
 
 def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:

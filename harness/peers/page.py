@@ -9,7 +9,7 @@ from tabulate import tabulate
 from harness.peers import tables
 from harness.record.results import Record
 from harness.report.blocks import filled
-from harness.report.tables import escape
+from harness.report.columns import escape
 
 PARTS = {
     **{part: part for part in ("speed-a16", "speed-w4a4", "speed-tasks", "speed-tasks-vllm")},

@@ -215,6 +215,14 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
         },
         "stage": {"name": _is_text, "seconds": _is_number},
         "totals": {"peak_rss_bytes": _is_count_or_null, "output_bytes": _is_count},
+        # What sizes a server (serve.py).
+        "footprint": {
+            "weight_bytes": _is_count,
+            "visual_bytes": _is_count,
+            "state_bytes": _is_count,
+            "kv_bytes_per_token": _is_count,
+            "max_positions": _is_count_or_null,
+        },
         "calibration": {
             "num_tokens": _is_positive_count,
             "planned_memory_bytes": _is_positive_count,

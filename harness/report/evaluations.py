@@ -16,7 +16,7 @@ import pandas as pd
 
 from harness.record import stats
 from harness.record.results import Record, incomparable
-from harness.report import tables
+from harness.report import columns, tables
 from harness.report.numbers import format_percent
 from harness.suite import SOURCE, Audit, Suite
 
@@ -92,7 +92,7 @@ def scores(by_task: ByTask) -> pd.DataFrame:
     for those in compared.values():
         for one, p_value in zip(those, stats.holm([one["p_value"] for one in those]), strict=True):
             one["p_holm"] = p_value
-    return tables.frame_of([*rows, *(_together(row, those) for row, those in compared.items() if len(those) > 1)])
+    return columns.frame_of([*rows, *(_together(row, those) for row, those in compared.items() if len(those) > 1)])
 
 
 def _together(variant: str, compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def answers(by_task: ByTask) -> pd.DataFrame:
                     "run": record,
                 }
             )
-    return tables.frame_of(rows)
+    return columns.frame_of(rows)
 
 
 def invalid(record: Record, source: Record | None) -> list[str]:

@@ -17,7 +17,7 @@ from harness.record import stats
 from harness.record.packed import unpack
 from harness.record.results import Record, incomparable
 from harness.record.stats import Estimate
-from harness.report import tables
+from harness.report import columns, tables
 from harness.suite import NOISE, SOURCE
 
 PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p95": 95, "kl_p99": 99, "kl_p999": 99.9, "kl_max": 100}
@@ -60,7 +60,7 @@ def divergences(records: tables.Records) -> pd.DataFrame:
                 **tables.served_as(record),
             }
         )
-    return tables.frame_of(rows)
+    return columns.frame_of(rows)
 
 
 def bands(records: tables.Records) -> pd.DataFrame:
@@ -88,8 +88,8 @@ def bands(records: tables.Records) -> pd.DataFrame:
                     "run": record,
                 }
             )
-    frame = tables.frame_of(rows)
-    return frame if rows and frame["before"].nunique() > 1 else tables.frame_of([])
+    frame = columns.frame_of(rows)
+    return frame if rows and frame["before"].nunique() > 1 else columns.frame_of([])
 
 
 def mean_kl(record: Record) -> Estimate:

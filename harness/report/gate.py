@@ -25,7 +25,7 @@ from harness.record import stats
 from harness.record.baselines import Slots, slot
 from harness.record.results import Record, Skipped
 from harness.record.stats import Estimate
-from harness.report import evaluations, tables
+from harness.report import columns, evaluations, tables
 from harness.suite import BASELINE, METRICS, SOURCE, Rule, Suite, row_name
 
 Verdict = Literal["pass", "fail", "inconclusive", "incomparable"]
@@ -479,7 +479,7 @@ _JUDGES: dict[str, Callable[[_Evidence, Rule], Judgement]] = {
 
 def frame(judgements: Sequence[Judgement]) -> pd.DataFrame:
     """One row a rule."""
-    return tables.frame_of(
+    return columns.frame_of(
         [
             {
                 "rule": one.name,
@@ -507,7 +507,7 @@ def rows(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
 
 def step_summary(suite: str, judgements: Sequence[Judgement]) -> str:
     """Markdown for the page of a CI run."""
-    table = tables.markdown(frame(judgements), lambda record: record.path.as_posix())
+    table = columns.markdown(frame(judgements), lambda record: record.path.as_posix())
     return f"### harness gate: {suite}\n\n{words(judgements)}\n\n{table}\n"
 
 
@@ -538,8 +538,8 @@ def _case(suite: str, judgement: Judgement, tag: str | None) -> ElementTree.Elem
     margin = "" if judgement.rule.margin is None else f", margin {judgement.rule.margin:g}"  # which makes it unique
     name, reason = (_NO_XML.sub("\ufffd", text) for text in (judgement.name + margin, judgement.reason))
     case = ElementTree.Element("testcase", {"classname": f"harness.gate.{suite}", "name": name})
-    loss = tables.shown("loss", judgement.loss)
-    said = f"{judgement.verdict}: {reason}\nloss {loss}, margin {tables.shown('margin', judgement.rule.margin)}"
+    loss = columns.shown("loss", judgement.loss)
+    said = f"{judgement.verdict}: {reason}\nloss {loss}, margin {columns.shown('margin', judgement.rule.margin)}"
     if tag is None:
         ElementTree.SubElement(case, "system-out").text = said
     else:

@@ -1,9 +1,4 @@
-"""Records to tables: one pandas frame per question, and one way to print any of them.
-
-A frame holds values, not text: numbers, `Estimate`s with their interval, the `Record` itself in the column `run`.
-`markdown`, `text` and `rows` turn a frame into a card's table, a terminal's table or JSON; how a column looks is
-written once, in `COLUMNS`. Columns that describe the measurement (protocol, number of tokens ...) move into the
-caption where all rows agree, and stay columns where they do not, so that nothing is hidden by tidiness.
+"""Records to tables: one pandas frame per question; how it is printed is in `columns`.
 
 Every frame takes the records of one measure by variant, with the unquantized model under `source`; perplexity takes
 them by protocol and variant, since each protocol has a number of its own. A row is compared with the source only if
@@ -11,20 +6,18 @@ them by protocol and variant, since each protocol has a number of its own. A row
 """
 
 import math
-import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import pandas as pd
-from tabulate import tabulate
 
 from harness.record import stats
 from harness.record.results import Record, incomparable
 from harness.record.stats import Estimate
-from harness.report.numbers import format_bytes, format_estimate, format_percent
+from harness.report import columns
+from harness.report.numbers import format_bytes, format_percent
 from harness.suite import SOURCE
 
 Records = Mapping[str, Record]  # variant -> the run that speaks for it, of one measure
@@ -103,7 +96,7 @@ def perplexity(by_protocol: ByProtocol, floor: float | None = None) -> pd.DataFr
                 least = None if floor is None else floor * tokens_per_unit
                 row |= _lost(clusters, clusters_of(records[SOURCE]), block, least)
             rows.append(row)
-    return frame_of(rows)
+    return columns.frame_of(rows)
 
 
 def _lost(
@@ -164,15 +157,15 @@ def decode(records: Records) -> pd.DataFrame:
             )
             row["acceptance_share"] = accepted / proposed if proposed else None
             row["mean_accepted_length"] = 1 + accepted / drafts if drafts else None
-        row["user_tokens_per_second"] = _scaled(speed, 1 / batch)
+        row["user_tokens_per_second"] = columns.scaled(speed, 1 / batch)
         row["ceiling_tokens_per_second"] = ceiling
         row["ceiling_share"] = speed.value / ceiling if ceiling else None
-    return frame_of(rows)
+    return columns.frame_of(rows)
 
 
 def prefill(records: Records) -> pd.DataFrame:
     """Prefill speed: the prompt's tokens over the time until the first new token is known."""
-    return frame_of(_speeds(records, "prefill"))
+    return columns.frame_of(_speeds(records, "prefill"))
 
 
 def memory(records: Records) -> pd.DataFrame:
@@ -188,7 +181,7 @@ def memory(records: Records) -> pd.DataFrame:
             del most["kv_cache_tokens"]
         if starts:
             rows.append({"variant": variant, **most, "run": record})
-    return frame_of(rows)
+    return columns.frame_of(rows)
 
 
 def served(records: Records) -> pd.DataFrame:
@@ -218,7 +211,7 @@ def served(records: Records) -> pd.DataFrame:
                 rates = [count / one["seconds"] for count, one in zip(tokens, found, strict=True)]
                 shape = {key: found[0].get(key) for key in ("batch", "prompt_tokens", "new_tokens", "num_requests")}
                 rows.append({**common, **shape, "tokens_per_second": stats.median(rates)})
-    return frame_of(rows)
+    return columns.frame_of(rows)
 
 
 def size(records: Records) -> pd.DataFrame:
@@ -231,12 +224,12 @@ def size(records: Records) -> pd.DataFrame:
         for role in (*roles, total):
             share = role["output_bytes"] / role["source_bytes"] if role["source_bytes"] else None
             rows.append({"variant": variant, **role, "bytes_share": share, "run": record})
-    return frame_of(rows)
+    return columns.frame_of(rows)
 
 
 def roundtrip(records: Records) -> pd.DataFrame:
     """How far the decoded weights are from the source's, per role."""
-    return frame_of(
+    return columns.frame_of(
         [
             {"variant": variant, **role, "run": record}
             for variant, record in records.items()
@@ -247,22 +240,13 @@ def roundtrip(records: Records) -> pd.DataFrame:
 
 def findings(records: Records) -> pd.DataFrame:
     """What `harness verify` objects to; empty is good."""
-    return frame_of(
+    return columns.frame_of(
         [
             {"variant": variant, **finding, "run": record}
             for variant, record in records.items()
             for finding in record.kind("finding")
         ]
     )
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Errors over layers: the median, the largest, and the layer of the largest."""
-
-    median: float
-    largest: float
-    layer: int
 
 
 def sensitivity(records: Records) -> pd.DataFrame:
@@ -292,7 +276,7 @@ def sensitivity(records: Records) -> pd.DataFrame:
             row["dataset"] = (record.run.dataset or {}).get("name")
             found.append(row)
         rows += sorted(found, key=_rank)
-    return frame_of(rows)
+    return columns.frame_of(rows)
 
 
 def _rank(row: Mapping[str, Any]) -> float:
@@ -300,12 +284,12 @@ def _rank(row: Mapping[str, Any]) -> float:
     return -row["NVFP4"].median if row["NVFP4"] else math.inf
 
 
-def _spread(samples: Sequence[Mapping[str, Any]]) -> Spread | None:
+def _spread(samples: Sequence[Mapping[str, Any]]) -> columns.Spread | None:
     known = [(one["layer_error"], one["index"]) for one in samples if one["layer_error"] is not None]
     if not known:
         return None
     largest, layer = max(known, key=lambda pair: pair[0])
-    return Spread(statistics.median(error for error, _ in known), largest, layer)
+    return columns.Spread(statistics.median(error for error, _ in known), largest, layer)
 
 
 def sensitivity_words(frame: pd.DataFrame) -> list[str]:
@@ -357,7 +341,7 @@ def runs(records: Sequence[Record]) -> pd.DataFrame:
                 "run": record,
             }
         )
-    return frame_of(rows)
+    return columns.frame_of(rows)
 
 
 def of_measure(measure: str, records: Records) -> list[pd.DataFrame]:
@@ -376,12 +360,6 @@ def served_as(record: Record) -> dict[str, str]:
     """The cell that says what an engine made of a checkpoint whose arithmetic it did not run; none where it did."""
     found = (record.run.engine or {}).get("served_as")
     return {"served_as": found} if found else {}
-
-
-def frame_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows as a frame of objects (None stays None), with the columns that they have in the order of `COLUMNS`."""
-    columns = [key for key in COLUMNS if any(key in row for row in rows)]
-    return pd.DataFrame([[row.get(key) for key in columns] for row in rows], columns=columns, dtype=object)
 
 
 def clusters_of(record: Record) -> list[tuple[float, int]]:
@@ -413,12 +391,6 @@ def _ppl(clusters: Sequence[tuple[float, int]]) -> float | None:
     if not clusters:
         return None
     return math.exp(math.fsum(nll for nll, _ in clusters) / sum(weight for _, weight in clusters))
-
-
-def _scaled(estimate: Estimate, factor: float) -> Estimate:
-    """The estimate of factor x value."""
-    low, high = (None if bound is None else bound * factor for bound in (estimate.low, estimate.high))
-    return replace(estimate, value=estimate.value * factor, low=low, high=high)
 
 
 def _refusal(records: Records, variant: str) -> str | None:
@@ -525,206 +497,7 @@ def _prefill_rate(sample: Mapping[str, Any]) -> float:
 RATES: dict[str, Callable[[Mapping[str, Any]], float]] = {"decode": _decode_rate, "prefill": _prefill_rate}
 
 
-def warnings(records: Records) -> list[str]:
+def warnings(records: Iterable[Record]) -> list[str]:
     """What the engines said of their settings, each sentence once."""
-    said = (line for record in records.values() for line in (record.run.engine or {}).get("warnings", ()))
+    said = (line for record in records for line in (record.run.engine or {}).get("warnings", ()))
     return list(dict.fromkeys(said))
-
-
-# -- Cells -----------------------------------------------------------------------------------------------------
-
-
-def _plain(value: object) -> str:
-    return str(value)
-
-
-def _show_spread(spread: Spread) -> str:
-    return f"{format_percent(spread.median, '.2g')} (layer {spread.layer}: {format_percent(spread.largest, '.2g')})"
-
-
-def _as(spec: str) -> Callable[[Any], str]:
-    """A number or an `Estimate` under one format specification."""
-    return lambda value: format_estimate(value, spec) if isinstance(value, Estimate) else f"{value:{spec}}"
-
-
-@dataclass(frozen=True)
-class Column:
-    """How one kind of value looks. A column that `describes` moves into the caption where all rows agree on it."""
-
-    heading: str
-    show: Callable[[Any], str] = _plain
-    numeric: bool = True
-    describes: bool = False
-
-
-def _described(heading: str, show: Callable[[Any], str] = _plain, numeric: bool = False) -> Column:
-    return Column(heading, show, numeric, describes=True)
-
-
-# In the order in which they stand in a table.
-COLUMNS: dict[str, Column] = {
-    "rule": Column("rule", numeric=False),
-    "loss": Column("loss [95 %]", _as("+.3g")),
-    "margin": Column("margin", _as("+g")),
-    "num_units": Column("n"),
-    "judged": Column("verdict", numeric=False),
-    "reason": Column("reason", numeric=False),
-    "variant": _described("variant"),
-    "measure": Column("measure", numeric=False),
-    "recipe": Column("recipe", numeric=False),
-    "artifact": Column("artifact", numeric=False),
-    "role": Column("role", numeric=False),
-    "format": Column("format", numeric=False),
-    "severity": Column("severity", numeric=False),
-    "tensor": Column("tensor", numeric=False),
-    "problem": Column("problem", numeric=False),
-    "consequence": Column("consequence", numeric=False),
-    "served_as": Column("served as", numeric=False),
-    "protocol": _described("protocol"),
-    "unit": _described("PPL per"),
-    "dataset": _described("dataset"),
-    "task": _described("task"),
-    "metric": Column("metric", numeric=False),
-    "num_items": _described("items", _as(","), numeric=True),
-    "score": Column("score", _as(".4f")),
-    "score_error": Column("± (lm-eval)", _as(".4f")),
-    "delta_score": Column("Δ to source [95 %]", _as("+.4f")),
-    "flips": Column("lost / won"),
-    "p_holm": Column("p (Holm)", _as(".2g")),
-    "cap_hit_share": Column("cut off", format_percent),
-    "unclosed_share": Column("unclosed", format_percent),
-    "empty_share": Column("empty", format_percent),
-    "extraction_failure_share": Column("not found", format_percent),
-    "completed_score": Column("score if ended", _as(".4f")),
-    "tokens_per_answer": Column("tok / answer", _as(".1f")),
-    "token_inflation_ratio": Column("tok ÷ source [95 %]", _as(".3f")),
-    "tokens_per_correct": Column("tok / correct", _as(".1f")),
-    "seconds_per_correct": Column("s / correct", _as(".3g")),
-    "verdict": Column("valid", numeric=False),
-    "num_tokens": _described("tokens", _as(","), numeric=True),
-    "num_windows": _described("windows", _as(","), numeric=True),
-    "num_scored": _described("scored tokens", _as(","), numeric=True),
-    "num_words": _described("words", _as(","), numeric=True),
-    "num_documents": _described("documents", _as(","), numeric=True),
-    "num_tensors": Column("tensors", _as(",")),
-    "num_params": Column("parameters", _as(",")),
-    "source_bytes": Column("before", format_bytes),
-    "output_bytes": Column("after", format_bytes),
-    "bytes_share": Column("after / before", format_percent),
-    "max_abs_error": Column("max abs error", _as(".3g")),
-    "mean_abs_error": Column("mean abs error", _as(".3g")),
-    "relative_l2_error": Column("relative L2 error", _as(".4f")),
-    "snr_db": Column("SNR (dB)", _as(".1f")),
-    "num_layers": Column("layers", _as("d")),
-    **{form: Column(f"layer error in {form}", _show_spread) for form in ("NVFP4A16", "NVFP4", "FP8_DYNAMIC")},
-    "fp8_extra_bytes": Column("FP8 takes more", format_bytes),
-    "fp8_gain_per_gb": Column("error saved per GB", _as(".3g")),
-    "ppl": Column("PPL", _as(".4f")),
-    "delta_ppl": Column("Δ PPL", _as("+.4f")),
-    "relative_change_ratio": Column("change", lambda ratio: format_percent(ratio, "+.2f")),
-    "delta_log_ppl": Column("Δ log-PPL, nats [95 %]", _as("+.4f")),
-    "standard_errors": Column("standard errors from 0", _as(".1f")),
-    "window": _described("window", _as(","), numeric=True),
-    "distribution": _described("compared over"),
-    "before": Column("tokens before"),
-    "kl": Column("KL, nats [95 %]", _as("#.3g")),
-    **{
-        name: Column(heading, _as(".2g"))
-        for name, heading in (
-            ("kl_median", "median"),
-            ("kl_p90", "90 %"),
-            ("kl_p95", "95 %"),
-            ("kl_p99", "99 %"),
-            ("kl_p999", "99.9 %"),
-            ("kl_max", "max"),
-        )
-    },
-    "agreement": Column("same top token [95 %]", lambda share: format_estimate(_scaled(share, 100), ".2f") + " %"),
-    "rms_dp": Column("RMS Δp", lambda share: format_percent(share, ".2g")),
-    "kl_log_ppl": Column("Δ log-PPL, nats [95 %]", _as("+.4f")),
-    "benchmark": _described("vllm bench"),
-    "concurrency": _described("concurrency", _as("d"), numeric=True),
-    "num_requests": Column("requests", _as("d")),
-    "num_failed": Column("failed", _as("d")),
-    "first_token_seconds": Column("first token, s [95 %]", _as(".3f")),
-    "batch": _described("batch", _as("d"), numeric=True),
-    "prompt_tokens": _described("prompt tokens", _as(","), numeric=True),
-    "new_tokens": _described("new tokens", _as(","), numeric=True),
-    "num_repetitions": _described("repetitions", _as("d"), numeric=True),
-    "tokens_per_second": Column("tok/s [95 %]", _as(".1f")),
-    "acceptance_share": Column("drafts accepted", format_percent),
-    "mean_accepted_length": Column("mean accepted length", _as(".2f")),
-    "user_tokens_per_second": Column("tok/s per user", _as(".1f")),
-    "speed_ratio": Column("÷ source [95 %]", _as(".3f")),
-    "ceiling_tokens_per_second": Column("ceiling, tok/s", _as(".1f")),
-    "ceiling_share": Column("of ceiling", format_percent),
-    "weight_bytes": Column("weights", format_bytes),
-    "kv_cache_tokens": Column("KV cache, tokens", _as(",")),
-    "peak_rss_bytes": Column("peak RSS", format_bytes),
-    "peak_vram_bytes": Column("peak VRAM", format_bytes),
-    "engine": _described("engine"),
-    "machine": _described("machine"),
-    "packages": _described("packages"),
-    "commit": _described("commit"),
-    "started_utc": Column("started", numeric=False),
-    "run": _described("run"),
-}
-
-
-def markdown(frame: pd.DataFrame, link: Callable[[Record], str]) -> str:
-    """A caption and a Markdown table, runs as links. `link` gives a record's URL from where the text will stand."""
-
-    def cell(key: str, value: object) -> str:
-        if isinstance(value, Record):
-            return f"[{value.run.run_id}]({link(value)})"
-        return escape(value) if isinstance(value, str) else shown(key, value)
-
-    return _laid_out(frame, cell, "pipe")
-
-
-def text(frame: pd.DataFrame) -> str:
-    """The same caption and table for a terminal, runs by their id."""
-    return _laid_out(frame, shown, "simple")
-
-
-def rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The frame's rows as JSON values: estimates as objects, runs by their id."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, Estimate | Spread):
-            return asdict(value)
-        return value.run.run_id if isinstance(value, Record) else value
-
-    return [{str(key): plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
-
-
-def escape(words: str) -> str:
-    """Text that Markdown would read as markup or as the end of a table cell, made literal.
-
-    An underscore inside a word is literal already, and tensor names are full of them.
-    """
-    return re.sub(r"([\\`*|<>\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
-
-
-def shown(key: str, value: object) -> str:
-    """A cell: a dash for what is unknown or does not apply, a refusal in its own words, else the column's format."""
-    if isinstance(value, Record):
-        return value.run.run_id
-    if value is None or isinstance(value, str):
-        return value or "—"
-    return COLUMNS[key].show(value)
-
-
-def _laid_out(frame: pd.DataFrame, cell: Callable[[str, object], str], table_format: str) -> str:
-    cells = {key: [cell(key, value) for value in frame[key]] for key in frame.columns}
-    constant = [key for key in cells if COLUMNS[key].describes and len(set(cells[key])) == 1]
-    caption = " · ".join(f"{COLUMNS[key].heading} {cells[key][0]}" for key in constant)
-    columns = [key for key in cells if key not in constant]
-    table = tabulate(
-        list(zip(*(cells[key] for key in columns), strict=True)),
-        headers=[COLUMNS[key].heading for key in columns],
-        colalign=["right" if COLUMNS[key].numeric else "left" for key in columns],
-        disable_numparse=True,
-        tablefmt=table_format,
-    )
-    return f"{caption}\n\n{table}" if caption else table

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from harness.arguments import whole_number
 from harness.errors import UserError, did_you_mean
 from harness.record import results, stats
 from harness.report import card
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         *("--draws", "-n"),
-        type=_positive,
+        type=whole_number,
         default=DRAWS,
         metavar="N",
         help=f"data sets of each scenario ({DRAWS}: a coverage of 95 %% is known to ±0.4 %%)",
@@ -65,13 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--check", action="store_true", help="only tell whether page and figure follow from the counts")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
 
 
 def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:

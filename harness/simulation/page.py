@@ -15,8 +15,8 @@ from tabulate import tabulate
 
 from harness.report import plots
 from harness.report.blocks import filled
+from harness.report.columns import escape
 from harness.report.numbers import format_percent
-from harness.report.tables import escape
 from harness.simulation import scenarios
 from harness.simulation.scenarios import Result
 

@@ -1,0 +1,236 @@
+"""How values look: a column for every kind of value, and one way to print any frame.
+
+A frame holds values, not text: numbers, `Estimate`s with their interval, the `Record` itself in the column `run`.
+`markdown`, `text` and `rows` turn a frame into a card's table, a terminal's table or JSON; how a column looks is
+written once, in `COLUMNS`. Columns that describe the measurement (protocol, number of tokens ...) move into the
+caption where all rows agree, and stay columns where they do not, so that nothing is hidden by tidiness.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from harness.record.results import Record
+from harness.record.stats import Estimate
+from harness.report.numbers import format_bytes, format_estimate, format_percent
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Errors over layers: the median, the largest, and the layer of the largest."""
+
+    median: float
+    largest: float
+    layer: int
+
+
+def frame_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows as a frame of objects (None stays None), with the columns that they have in the order of `COLUMNS`."""
+    columns = [key for key in COLUMNS if any(key in row for row in rows)]
+    return pd.DataFrame([[row.get(key) for key in columns] for row in rows], columns=columns, dtype=object)
+
+
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The estimate of factor x value."""
+    low, high = (None if bound is None else bound * factor for bound in (estimate.low, estimate.high))
+    return replace(estimate, value=estimate.value * factor, low=low, high=high)
+
+
+def _plain(value: object) -> str:
+    return str(value)
+
+
+def _show_spread(spread: Spread) -> str:
+    return f"{format_percent(spread.median, '.2g')} (layer {spread.layer}: {format_percent(spread.largest, '.2g')})"
+
+
+def _as(spec: str) -> Callable[[Any], str]:
+    """A number or an `Estimate` under one format specification."""
+    return lambda value: format_estimate(value, spec) if isinstance(value, Estimate) else f"{value:{spec}}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one kind of value looks. A column that `describes` moves into the caption where all rows agree on it."""
+
+    heading: str
+    show: Callable[[Any], str] = _plain
+    numeric: bool = True
+    describes: bool = False
+
+
+def _described(heading: str, show: Callable[[Any], str] = _plain, numeric: bool = False) -> Column:
+    return Column(heading, show, numeric, describes=True)
+
+
+# In the order in which they stand in a table.
+COLUMNS: dict[str, Column] = {
+    "rule": Column("rule", numeric=False),
+    "loss": Column("loss [95 %]", _as("+.3g")),
+    "margin": Column("margin", _as("+g")),
+    "num_units": Column("n"),
+    "judged": Column("verdict", numeric=False),
+    "reason": Column("reason", numeric=False),
+    "variant": _described("variant"),
+    "measure": Column("measure", numeric=False),
+    "recipe": Column("recipe", numeric=False),
+    "artifact": Column("artifact", numeric=False),
+    "role": Column("role", numeric=False),
+    "format": Column("format", numeric=False),
+    "severity": Column("severity", numeric=False),
+    "tensor": Column("tensor", numeric=False),
+    "problem": Column("problem", numeric=False),
+    "consequence": Column("consequence", numeric=False),
+    "served_as": Column("served as", numeric=False),
+    "protocol": _described("protocol"),
+    "unit": _described("PPL per"),
+    "dataset": _described("dataset"),
+    "task": _described("task"),
+    "metric": Column("metric", numeric=False),
+    "num_items": _described("items", _as(","), numeric=True),
+    "score": Column("score", _as(".4f")),
+    "score_error": Column("± (lm-eval)", _as(".4f")),
+    "delta_score": Column("Δ to source [95 %]", _as("+.4f")),
+    "flips": Column("lost / won"),
+    "p_holm": Column("p (Holm)", _as(".2g")),
+    "cap_hit_share": Column("cut off", format_percent),
+    "unclosed_share": Column("unclosed", format_percent),
+    "empty_share": Column("empty", format_percent),
+    "extraction_failure_share": Column("not found", format_percent),
+    "completed_score": Column("score if ended", _as(".4f")),
+    "tokens_per_answer": Column("tok / answer", _as(".1f")),
+    "token_inflation_ratio": Column("tok ÷ source [95 %]", _as(".3f")),
+    "tokens_per_correct": Column("tok / correct", _as(".1f")),
+    "seconds_per_correct": Column("s / correct", _as(".3g")),
+    "verdict": Column("valid", numeric=False),
+    "num_tokens": _described("tokens", _as(","), numeric=True),
+    "num_windows": _described("windows", _as(","), numeric=True),
+    "num_scored": _described("scored tokens", _as(","), numeric=True),
+    "num_words": _described("words", _as(","), numeric=True),
+    "num_documents": _described("documents", _as(","), numeric=True),
+    "num_tensors": Column("tensors", _as(",")),
+    "num_params": Column("parameters", _as(",")),
+    "source_bytes": Column("before", format_bytes),
+    "output_bytes": Column("after", format_bytes),
+    "bytes_share": Column("after / before", format_percent),
+    "max_abs_error": Column("max abs error", _as(".3g")),
+    "mean_abs_error": Column("mean abs error", _as(".3g")),
+    "relative_l2_error": Column("relative L2 error", _as(".4f")),
+    "snr_db": Column("SNR (dB)", _as(".1f")),
+    "num_layers": Column("layers", _as("d")),
+    **{form: Column(f"layer error in {form}", _show_spread) for form in ("NVFP4A16", "NVFP4", "FP8_DYNAMIC")},
+    "fp8_extra_bytes": Column("FP8 takes more", format_bytes),
+    "fp8_gain_per_gb": Column("error saved per GB", _as(".3g")),
+    "ppl": Column("PPL", _as(".4f")),
+    "delta_ppl": Column("Δ PPL", _as("+.4f")),
+    "relative_change_ratio": Column("change", lambda ratio: format_percent(ratio, "+.2f")),
+    "delta_log_ppl": Column("Δ log-PPL, nats [95 %]", _as("+.4f")),
+    "standard_errors": Column("standard errors from 0", _as(".1f")),
+    "window": _described("window", _as(","), numeric=True),
+    "distribution": _described("compared over"),
+    "before": Column("tokens before"),
+    "kl": Column("KL, nats [95 %]", _as("#.3g")),
+    **{
+        name: Column(heading, _as(".2g"))
+        for name, heading in (
+            ("kl_median", "median"),
+            ("kl_p90", "90 %"),
+            ("kl_p95", "95 %"),
+            ("kl_p99", "99 %"),
+            ("kl_p999", "99.9 %"),
+            ("kl_max", "max"),
+        )
+    },
+    "agreement": Column("same top token [95 %]", lambda share: format_estimate(scaled(share, 100), ".2f") + " %"),
+    "rms_dp": Column("RMS Δp", lambda share: format_percent(share, ".2g")),
+    "kl_log_ppl": Column("Δ log-PPL, nats [95 %]", _as("+.4f")),
+    "benchmark": _described("vllm bench"),
+    "concurrency": _described("concurrency", _as("d"), numeric=True),
+    "num_requests": Column("requests", _as("d")),
+    "num_failed": Column("failed", _as("d")),
+    "first_token_seconds": Column("first token, s [95 %]", _as(".3f")),
+    "batch": _described("batch", _as("d"), numeric=True),
+    "prompt_tokens": _described("prompt tokens", _as(","), numeric=True),
+    "new_tokens": _described("new tokens", _as(","), numeric=True),
+    "num_repetitions": _described("repetitions", _as("d"), numeric=True),
+    "tokens_per_second": Column("tok/s [95 %]", _as(".1f")),
+    "acceptance_share": Column("drafts accepted", format_percent),
+    "mean_accepted_length": Column("mean accepted length", _as(".2f")),
+    "user_tokens_per_second": Column("tok/s per user", _as(".1f")),
+    "speed_ratio": Column("÷ source [95 %]", _as(".3f")),
+    "ceiling_tokens_per_second": Column("ceiling, tok/s", _as(".1f")),
+    "ceiling_share": Column("of ceiling", format_percent),
+    "weight_bytes": Column("weights", format_bytes),
+    "kv_cache_tokens": Column("KV cache, tokens", _as(",")),
+    "peak_rss_bytes": Column("peak RSS", format_bytes),
+    "peak_vram_bytes": Column("peak VRAM", format_bytes),
+    "engine": _described("engine"),
+    "machine": _described("machine"),
+    "packages": _described("packages"),
+    "commit": _described("commit"),
+    "started_utc": Column("started", numeric=False),
+    "run": _described("run"),
+}
+
+
+def markdown(frame: pd.DataFrame, link: Callable[[Record], str]) -> str:
+    """A caption and a Markdown table, runs as links. `link` gives a record's URL from where the text will stand."""
+
+    def cell(key: str, value: object) -> str:
+        if isinstance(value, Record):
+            return f"[{value.run.run_id}]({link(value)})"
+        return escape(value) if isinstance(value, str) else shown(key, value)
+
+    return _laid_out(frame, cell, "pipe")
+
+
+def text(frame: pd.DataFrame) -> str:
+    """The same caption and table for a terminal, runs by their id."""
+    return _laid_out(frame, shown, "simple")
+
+
+def rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The frame's rows as JSON values: estimates as objects, runs by their id."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Estimate | Spread):
+            return asdict(value)
+        return value.run.run_id if isinstance(value, Record) else value
+
+    return [{str(key): plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def escape(words: str) -> str:
+    """Text that Markdown would read as markup or as the end of a table cell, made literal.
+
+    An underscore inside a word is literal already, and tensor names are full of them.
+    """
+    return re.sub(r"([\\`*|<>\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
+
+
+def shown(key: str, value: object) -> str:
+    """A cell: a dash for what is unknown or does not apply, a refusal in its own words, else the column's format."""
+    if isinstance(value, Record):
+        return value.run.run_id
+    if value is None or isinstance(value, str):
+        return value or "—"
+    return COLUMNS[key].show(value)
+
+
+def _laid_out(frame: pd.DataFrame, cell: Callable[[str, object], str], table_format: str) -> str:
+    cells = {key: [cell(key, value) for value in frame[key]] for key in frame.columns}
+    constant = [key for key in cells if COLUMNS[key].describes and len(set(cells[key])) == 1]
+    caption = " · ".join(f"{COLUMNS[key].heading} {cells[key][0]}" for key in constant)
+    columns = [key for key in cells if key not in constant]
+    table = tabulate(
+        list(zip(*(cells[key] for key in columns), strict=True)),
+        headers=[COLUMNS[key].heading for key in columns],
+        colalign=["right" if COLUMNS[key].numeric else "left" for key in columns],
+        disable_numparse=True,
+        tablefmt=table_format,
+    )
+    return f"{caption}\n\n{table}" if caption else table

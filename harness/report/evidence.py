@@ -1,0 +1,78 @@
+"""What speaks for a suite: of every measure the newest whole run of each variant, and every table of them computed
+once. Cards, pages, figures, exports and claims all look at the same one.
+"""
+
+import posixpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from harness.record.results import Record
+from harness.report import evaluations, fidelities, tables
+from harness.suite import NOISE, Suite
+
+MEASURES = ("build", "verify", "ppl", "fidelity", "bench")  # in the order in which they run; each is also a nox session
+OPTIONAL = ("sensitivity",)  # of the source alone; a card has the block of that name only where there is a record
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A suite and the runs that speak for it, with every frame computed once."""
+
+    suite: Suite
+    results_dir: str
+    records: Mapping[str, tables.Records]  # measure -> variant -> record; all but perplexities and tasks
+    perplexities: tables.ByProtocol  # protocol -> variant -> record
+    tasks: evaluations.ByTask  # task -> variant -> record
+    frames: Mapping[str, pd.DataFrame]
+
+    @property
+    def chosen(self) -> list[Record]:
+        """Every run that speaks on the card."""
+        measured = (*self.records.values(), *self.perplexities.values(), *self.tasks.values())
+        return [record for runs in measured for record in runs.values()]
+
+    @property
+    def protocol(self) -> str | None:
+        """Of the perplexities that stand where there is room for one: the suite's first."""
+        return self.suite.ppl.protocols[0] if self.suite.ppl else None
+
+    def record_path(self, record: Record) -> str:
+        return posixpath.join(self.results_dir, record.path.parent.name, record.path.name)
+
+
+def gather(suite: Suite, records: Sequence[Record], results_dir: str) -> Evidence:
+    variants = suite.rows()
+    chosen = {
+        measure: tables.newest(records, suite.name, measure, (*variants, *NOISE))
+        for measure in (*MEASURES, *OPTIONAL)
+        if measure != "ppl"
+    }
+    protocols = suite.ppl.protocols if suite.ppl else ()
+    perplexities = tables.newest_by_protocol(records, suite.name, protocols, variants)
+    tasks = evaluations.newest(records, suite, variants)
+    frames = {
+        "size": tables.size(chosen["build"]),
+        "roundtrip": tables.roundtrip(chosen["verify"]),
+        "findings": tables.findings(chosen["verify"]),
+        "sensitivity": tables.sensitivity(chosen["sensitivity"]),
+        "perplexity": tables.perplexity(perplexities, fidelities.log_ppl_floor(chosen["fidelity"], perplexities)),
+        "fidelity": fidelities.divergences(chosen["fidelity"]),
+        "bands": fidelities.bands(chosen["fidelity"]),
+        "decode": tables.decode(chosen["bench"]),
+        "prefill": tables.prefill(chosen["bench"]),
+        "memory": tables.memory(chosen["bench"]),
+        "tasks": evaluations.scores(tasks),
+        "answers": evaluations.answers(tasks),
+    }
+    evidence = Evidence(suite, results_dir, chosen, perplexities, tasks, frames)
+    return replace(evidence, frames={**frames, "runs": tables.runs(evidence.chosen)})
+
+
+def row_of(frame: pd.DataFrame, **wanted: object) -> dict[str, object] | None:
+    """The first row with the wanted values, if there is one."""
+    for row in frame.to_dict("records"):
+        if all(row[key] == value for key, value in wanted.items()):
+            return {str(key): value for key, value in row.items()}
+    return None
