@@ -167,6 +167,7 @@ def build_variant(job: Job, variant: str) -> builder.Artifact:
             peak = provenance.peak_rss_bytes()
             writer.sample({"kind": "totals", "peak_rss_bytes": peak, "output_bytes": total})
             config = parse_config(read_json(source / "config.json"), str(source))
+            writer.sample({"kind": "method", **vars(recipe.method)})
             writer.sample({"kind": "footprint", **vars(footprint(config, artifact.counts))})
             for layer in artifact.layers:
                 writer.sample({"kind": "layer", "index": layer["index"], "seconds": layer["seconds"]})
@@ -180,7 +181,10 @@ def build_variant(job: Job, variant: str) -> builder.Artifact:
                     "planned_memory_bytes": artifact.planned_memory_bytes,
                     "peak_vram_bytes": artifact.peak_vram_bytes,
                 }
-                writer.sample({"kind": "calibration", "num_tokens": artifact.num_calibration_tokens, **memory})
+                assert calibration is not None
+                digest = calibration.samples.digest
+                counted = {"num_tokens": artifact.num_calibration_tokens, "samples_sha256": digest}
+                writer.sample({"kind": "calibration", **counted, **memory})
             writer.finish()
     return artifact
 

@@ -215,6 +215,7 @@ SAMPLES: dict[str, dict[str, _Checks]] = {
         },
         "stage": {"name": _is_text, "seconds": _is_number},
         "totals": {"peak_rss_bytes": _is_count_or_null, "output_bytes": _is_count},
+        "method": {"scales": _is_text, "codes": _is_text},
         # What sizes a server (serve.py).
         "footprint": {
             "weight_bytes": _is_count,

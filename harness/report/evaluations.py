@@ -55,7 +55,8 @@ def scores(by_task: ByTask) -> pd.DataFrame:
     `score` is the mean over repetitions of what lm-eval says; its standard error is that of one repetition. The
     difference is the mean over documents of the variant's score less the source's (repetitions of a document belong
     together); see `_difference` for its interval. There is none of a metric that lm-eval aggregates in another way than
-    by the mean. `flips` are the items that the source solved and the variant does not, and the other way round, in a
+    by the mean. `recovery_ratio` is the variant's score over the source's, on the same documents, where more is better.
+    `flips` are the items that the source solved and the variant does not, and the other way round, in a
     metric that is right or wrong. `p_holm` is of the hypothesis that nothing differs (McNemar's exact test, or a
     permutation of documents), of the first metric of each task, adjusted over all tasks of a variant. Where it has
     several, a last row of the variant takes them together.
@@ -77,6 +78,7 @@ def scores(by_task: ByTask) -> pd.DataFrame:
                     "score": statistics.fmean(one["value"] for one in results),
                     "score_error": statistics.fmean(errors) if errors else None,
                     "delta_score": refusal,
+                    "recovery_ratio": None,
                     "flips": None,
                     "run": record,
                     **tables.served_as(record),
@@ -296,7 +298,7 @@ def _totals(
 
 
 def _compared(record: Record, source: Record, task: str, metric: str) -> dict[str, Any]:
-    """{delta_score, flips, p_value} of a variant's items against the source's."""
+    """{delta_score, recovery_ratio, flips, p_value} of a variant's items against the source's."""
 
     def score(item: Mapping[str, Any]) -> float:
         return float(item["outcomes"][metric])
@@ -309,11 +311,17 @@ def _compared(record: Record, source: Record, task: str, metric: str) -> dict[st
         flips = f"{sum(a > b for a, b in every)} / {sum(a < b for a, b in every)}"
     before, after, weights = _totals(pairs, score)
     lost_won = _flips(before, after, weights)
+    is_share = any(before) and min(*before, *after) >= 0 and not _is_better_low(record, task, metric)
     return {
         "delta_score": _difference(before, after, weights),
+        "recovery_ratio": stats.paired_sum_ratio(after, before) if is_share else None,
         "flips": flips,
         "p_value": stats.mcnemar(*lost_won) if lost_won else stats.paired_permutation(before, after),
     }
+
+
+def _is_better_low(record: Record, task: str, metric: str) -> bool:
+    return any(result.get("higher_is_better") is False for result in _by_metric(record).get((task, metric), ()))
 
 
 def _flips(before: Sequence[float], after: Sequence[float], weights: Sequence[float]) -> tuple[int, int] | None:
