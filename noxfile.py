@@ -50,7 +50,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 COMPUTING = ("torch==", "compressed-tensors==", "numpy==", "safetensors==")
 COMPATIBLE = ("tests/test_demo.py", "tests/test_torch_engine.py", "tests/test_torch_answers.py")
 TRANSFORMERS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0")
-MEASURING = ("build", "verify", "sensitivity", "ppl", "fidelity", "tasks", "bench", "report", "gate")
+MEASURING = ("build", "verify", "sensitivity", "ppl", "fidelity", "tasks", "bench", "report", "trace", "export", "gate")
 
 
 def made_environment(

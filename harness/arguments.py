@@ -106,12 +106,24 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="DIR", help="(artifacts)")
     _json_option(serve)
 
-    report = command("report", "Write the card, figures and marked tables from the records.")
+    report = command("report", "Write the card, figures and marked tables, if the records support its claims.")
     report.add_argument("pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (README.md)")
     report.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
     report.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
     report.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything is stale")
+    report.add_argument("--overwrite", action="store_true", help="replace marked tables that were edited by hand too")
     _json_option(report)
+
+    trace = command("trace", "Follow every number of a card to its record, and compute it again.")
+    trace.add_argument("card", metavar="CARD", type=Path, help="a Markdown file, for example reports/demo/README.md")
+    _json_option(trace)
+
+    export = command("export", "Write what the records say in the formats that other tools read.")
+    export.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
+    export.add_argument("--variant", action="append", metavar="V", help="only this variant (may be repeated)")
+    export.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
+    export.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder; other files in it stay")
+    _json_option(export)
 
     gate = command("gate", "Judge the suite's rules by the records: pass, fail, inconclusive or incomparable.")
     gate.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
@@ -129,6 +141,17 @@ def parser() -> argparse.ArgumentParser:
     gate.add_argument("--update-baseline", action="store_true", help="make the newest records the baseline")
     gate.add_argument("--reason", metavar="TEXT", help="with --update-baseline: why; it is kept")
     _json_option(gate)
+
+    publish = command("publish", "Assemble the upload folder of a variant, check it, and upload it to the model hub.")
+    publish.add_argument("--variant", metavar="V", required=True)
+    publish.add_argument("--repo", metavar="ID", required=True, help="owner/name; made private where there is none")
+    publish.add_argument("--out", type=Path, metavar="DIR", help="the folder (publish/SUITE/VARIANT)")
+    publish.add_argument("--dry-run", action="store_true", help="upload nothing; without it HF_TOKEN must be set")
+    publish.add_argument("--public", action="store_true", help="make the repository public, or upload to one that is")
+    publish.add_argument(
+        "--allow-inconclusive", action="store_true", help="go on where the gate cannot tell, or has nothing to compare"
+    )
+    _place_options(publish)
 
     demo = commands.add_parser("demo", help="The embedded models and synthetic checkpoints.")
     kinds = demo.add_subparsers(required=True, metavar="WHAT")

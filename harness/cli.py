@@ -93,12 +93,16 @@ def _progress() -> "Iterator[Progress]":
 
 
 def _load_suite(options: argparse.Namespace) -> Suite:
+    return load(_suite_file(options))
+
+
+def _suite_file(options: argparse.Namespace) -> Path:
     path = Path(options.suite or DEFAULT_SUITE)
     if options.suite is None and not path.exists():
         from harness import demo
 
         path = demo.SUITE
-    return load(path)
+    return path
 
 
 @contextmanager
@@ -408,7 +412,7 @@ def _ppl(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
 
 def _bench(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from harness.report import tables
-    from harness.stages import measure_decode, prepare, prepare_server, with_stored_source
+    from harness.stages import measure_decode, prepare, prepare_server, required, with_stored_source
 
     with _measuring_job(options, arguments) as job:
         if options.server:
@@ -420,7 +424,8 @@ def _bench(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
         _print_models(options, work.models)
         measured = measure_decode(job, work, options.limit)
         records = measured.records
-        frames = tables.of_measure("bench", with_stored_source(job, "bench", records)) if records else []
+        versus = required(job.suite, "bench", job.suite.bench).versus
+        frames = tables.of_measure("bench", with_stored_source(job, "bench", records), versus) if records else []
     return _print_measured(options, records, frames, measured.failures)
 
 
@@ -595,10 +600,10 @@ def _serve_command(options: argparse.Namespace, _: tuple[str, ...]) -> int:
 
 
 def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
-    from harness.report import card
+    from harness.report import blocks, card, claims
 
     suite = _load_suite(options)
-    records = _stored_records(options.results)[0]
+    records, skipped = _stored_records(options.results)
     named = [Path(page) for page in options.pages] or [page for page in (Path("README.md"),) if page.exists()]
     pages = {}
     for page in named:
@@ -606,17 +611,44 @@ def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
             pages[page.as_posix()] = page.read_bytes()
         except OSError as error:
             raise UserError(f"{page} cannot be read ({error.strerror}).", "Name a Markdown file.") from error
+    edits = [
+        f"{page}, line {block.line}: the block '{block.name}' was edited by hand."
+        for page, data in pages.items()
+        for block in blocks.edited(page, data, suite.name)
+    ]
+    if edits and not options.check and not options.overwrite:
+        raise UserError(" ".join(edits), "Move your words out of it, or lose them by --overwrite.")
+    word = "stale" if options.check else "written"
+    said = claims.claims_of(suite, records, skipped)
+    if unsupported := [claim for claim in said if not claim.supported]:
+        print(*(f"harness: {claim.reason}." for claim in unsupported), f"  {claims.REMEDY}", sep="\n", file=sys.stderr)
+        if options.json:
+            _print_json({"files": [], word: [], "edited": edits, "claims": claims.rows(said)})
+        return 1
     rendered = card.render(suite, records, results_dir=options.results.as_posix(), pages=pages)
     root = Path.cwd()
     changed = card.stale(rendered, root) if options.check else card.write(rendered, root)
     if options.json:
-        _print_json({"files": sorted(rendered), "stale" if options.check else "written": changed})
+        _print_json({"files": sorted(rendered), word: changed, "edited": edits, "claims": claims.rows(said)})
     else:
-        word = "stale" if options.check else "written"
+        if options.check:
+            print(*edits, sep="\n", end="\n" if edits else "")
         print("\n".join(f"{word}: {path}" for path in changed) or f"up to date: {', '.join(sorted(rendered))}")
     if options.check and changed and not options.json:
         print("Run `nox -s report` and commit what it writes.")
-    return 1 if options.check and changed else 0
+    return 1 if options.check and (changed or edits) else 0
+
+
+def _trace(options: argparse.Namespace, _: tuple[str, ...]) -> int:
+    from harness.report.trace import trace
+
+    found = trace(options.card)
+    if options.json:
+        _print_json(asdict(found))
+    else:
+        print(f"{found.num_references} references to {found.num_records} records.")
+        print(*found.findings or (f"All {found.num_lines} lines that cite them come out of them again.",), sep="\n")
+    return 1 if found.findings else 0
 
 
 def _stored_records(folder: Path) -> "tuple[list[Record], list[Skipped]]":
@@ -629,6 +661,25 @@ def _stored_records(folder: Path) -> "tuple[list[Record], list[Skipped]]":
     for one in skipped:
         print(f"harness: {one.path} is not used: {one.reason}", file=sys.stderr)
     return records, skipped
+
+
+def _export(options: argparse.Namespace, _: tuple[str, ...]) -> int:
+    from harness.report import card
+    from harness.report.evidence import gather
+    from harness.report.export import export
+
+    suite = _load_suite(options)
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"{options.out} is not a folder.", "Give another --out.")
+    evidence = gather(suite, _stored_records(options.results)[0], options.results.as_posix())
+    files = export(evidence, options.variant or list(suite.variants))
+    written = card.write(files, options.out)
+    if options.json:
+        _print_json({"out": options.out.as_posix(), "files": sorted(files), "written": sorted(written)})
+    else:
+        lines = [f"written: {(options.out / path).as_posix()}" for path in sorted(written)]
+        print("\n".join(lines) or f"up to date: {len(files):,} files in {options.out.as_posix()}")
+    return 0
 
 
 def _gate(options: argparse.Namespace, _: tuple[str, ...]) -> int:
@@ -671,6 +722,48 @@ def _gate(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     return gate.exit_code(judgements)
 
 
+def _publish(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
+    from harness import publish
+    from harness.report.numbers import format_bytes
+
+    publish.check_repo(options.repo)
+    token = None if options.dry_run else publish.token_of(os.environ)
+    with _job(options, arguments) as job:
+        suite, variant = job.suite.name, options.variant
+        out = options.out or Path("publish") / suite / variant
+        made = publish.assemble(
+            job,
+            _suite_file(options),
+            variant,
+            options.repo,
+            out,
+            *_stored_records(options.results),
+            allow_undecided=options.allow_inconclusive,
+        )
+    told = (*made.findings, *made.undecided)
+    if not options.json:
+        rows = [(name, format_bytes(size)) for name, size in made.files.items()]
+        if rows:
+            print(_table(("file", "size"), [*rows, ("total", format_bytes(sum(made.files.values())))]))
+        print(*(f"  {one}" for one in told), f"{out}: {'assembled' if rows else 'REFUSED'}", sep="\n")
+        if made.exit_code == 3:
+            print("Measure what the gate asks for, or give --allow-inconclusive.")
+    uploaded = None
+    if token is not None and made.exit_code == 0:
+        message = f"{suite} {variant}, artifact {made.artifact_digest[:12]}"
+        uploaded = publish.upload(
+            made, options.repo, message, token, public=options.public, bars=sys.stderr.isatty() and not options.json
+        )
+    if options.json:
+        about = {"suite": suite, "variant": variant, "repo": options.repo}
+        _print_json({**about, **asdict(made), "folder": str(out), "uploaded": uploaded and asdict(uploaded)})
+    elif uploaded:
+        print(f"{uploaded.url}  {'private' if uploaded.private else 'public'}")
+        if uploaded.others:
+            print(f"  not of this upload, and left there: {', '.join(uploaded.others)}")
+    return made.exit_code
+
+
 def _synthesize(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     from harness.demo.synthesize import synthesize
     from harness.model.checkpoint import read_json
@@ -702,6 +795,9 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, tuple[str, ...]], int]] = {
     "import": _import,
     "serve-command": _serve_command,
     "report": _report,
+    "trace": _trace,
+    "export": _export,
     "gate": _gate,
+    "publish": _publish,
     "synthesize": _synthesize,
 }

@@ -41,6 +41,9 @@
     [audit]
     cap_hit_share = 0.05
 
+    [claims]
+    near_lossless_kl = 0.01             # what "near-lossless" in title and description is held to
+
     [[gate]]
     metric = "log_ppl"                  # of METRICS
     variant = "nvfp4a16"
@@ -83,6 +86,12 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 def row_name(variant: str, setup: str | None) -> str:
     """How a variant in a setup is called: `w4a4+mtp1`."""
     return variant if setup is None else f"{variant}{_SETUP}{setup}"
+
+
+def row_parts(row: str) -> tuple[str, str | None]:
+    """The variant and the setup of a row; None for the suite's own options."""
+    variant, _, setup = row.partition(_SETUP)
+    return variant, setup or None
 
 
 # A check returns what is wrong with a value, to be read after its key ("must be ..."), or None.
@@ -354,6 +363,7 @@ class Bench:
     depths: tuple[int, ...] | None = _checked(_at_least(0), default=None)  # tokens in front, as llama-bench's tg @ d
     depth_tokens: int = _checked(_at_least(2), default=33)  # new tokens there
     setups: tuple[str, ...] | None = None  # measured too, each with every variant
+    versus: str = SOURCE  # the row that speeds are divided by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,6 +404,23 @@ class Audit:
     empty_share: float = _checked(_share, default=0.05)
     extraction_failure_share: float = _checked(_share, default=0.2)  # no answer found in the text
     token_inflation_ratio: float = _checked(_at_least(1), default=2.0)  # tokens per answer against the source's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    """How near is near: the margins within which the suite's prose may call a variant near-lossless, or as good as
+    another. The whole interval of a difference has to lie within them, to both sides.
+
+    0.01 nats of log-perplexity are one per cent of perplexity. Of the usual formats of llama.cpp on an 8B model, the
+    ones of 8 and 6 bits that are called near-lossless come to 0.0014 and 0.0055 nats of divergence and lose 0.0004 and
+    0.0035 of log-perplexity, and the one of 5 bits, which few would call so, comes to 0.0108
+    (https://github.com/ggml-org/llama.cpp/pull/6936). A point of the mean score is the least that evaluations of usual
+    size can tell: identical weights run twice differ by a third of it.
+    """
+
+    near_lossless_log_ppl: float = _checked(_share, default=0.01)  # nats per token
+    near_lossless_kl: float = _checked(_share, default=0.01)  # nats per token
+    near_lossless_score: float = _checked(_share, default=0.01)  # of the mean over tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,6 +479,7 @@ class Suite:
     bench: Bench | None = None
     tasks: Mapping[str, Task] = _checked(_are_task_names, default_factory=dict)
     audit: Audit = Audit()
+    claims: Claims = Claims()
     gate: tuple[Rule, ...] = ()
     folder: Path = field(default=Path(), metadata={"in_file": False})  # where the file lies
 
@@ -496,6 +524,20 @@ class Suite:
         return str(self.path(location)) if location.startswith((".", "/", "~")) else location
 
 
+def narrowed(suite: Suite, variant: str) -> Suite:
+    """The suite with one of its variants alone beside the source: without the rules that are about others, or hold it
+    against one."""
+    alone = dataclasses.replace(suite, variants={variant: suite.variants[variant]})
+    rows = alone.rows()
+    bench = suite.bench
+    if bench is not None and bench.variants is not None:
+        bench = dataclasses.replace(bench, variants=tuple(name for name in bench.variants if name in rows))
+    if bench is not None and bench.versus not in rows:
+        bench = dataclasses.replace(bench, versus=SOURCE)
+    gate = tuple(rule for rule in suite.gate if rule.variant in rows and rule.versus in (None, BASELINE, *rows))
+    return dataclasses.replace(alone, bench=bench, gate=gate)
+
+
 def load(path: Path) -> Suite:
     """Read and check one suite file."""
     suite: Suite = _Reader(path, "suite").table(Suite, _document(path, "suite", "--suite"), "")
@@ -507,6 +549,11 @@ def load(path: Path) -> Suite:
                     f"{path}: '{table}.setups' names '{setup}', and there is no [setups.{setup}].",
                     did_you_mean(setup, suite.setups),
                 )
+    if suite.bench and suite.bench.versus not in (timed := _timed_rows(suite, suite.bench)):
+        raise UserError(
+            f"{path}: 'bench.versus' names '{suite.bench.versus}', which the suite does not measure the speed of.",
+            did_you_mean(suite.bench.versus, timed),
+        )
     for name in suite.ppl.expected if suite.ppl else ():
         if suite.ppl and name not in suite.ppl.protocols:
             raise UserError(
@@ -515,6 +562,26 @@ def load(path: Path) -> Suite:
             )
     rules = tuple(_completed(f"{path}: 'gate[{place}]", rule, suite) for place, rule in enumerate(suite.gate))
     return dataclasses.replace(suite, gate=rules, folder=path.parent)
+
+
+def restored(resolved: Mapping[str, Any], where: str) -> Suite:
+    """The suite that `Suite.resolved` wrote out, for example into the header of a run; its folder is not known. `where`
+    it stands is for the `UserError` of one that another version of the harness wrote."""
+
+    def stated(value: Any) -> Any:
+        """Without what is left open: null, which TOML has not, and lists of nothing."""
+        if isinstance(value, dict):
+            return {key: stated(one) for key, one in value.items() if one is not None and one != []}
+        return [stated(one) for one in value] if isinstance(value, list) else value
+
+    suite: Suite = _Reader(Path(where), "suite").table(Suite, stated(dict(resolved)), "")
+    return suite
+
+
+def _timed_rows(suite: Suite, bench: Bench) -> list[str]:
+    """The rows whose speed is measured."""
+    names = (SOURCE, *(suite.variants if bench.variants is None else bench.variants))
+    return [row_name(name, setup) for setup in (None, *(bench.setups or ())) for name in names]
 
 
 def _completed(where: str, rule: Rule, suite: Suite) -> Rule:

@@ -1,13 +1,15 @@
 """Hand-made records with known arithmetic, for the tests of everything that reads records."""
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from harness.record.packed import pack
-from harness.record.results import End, Record, Run
+from harness.record.results import End, Record, Run, read
 
 ENGINE: dict[str, Any] = {
     "name": "torch",
@@ -352,3 +354,16 @@ def fidelity_record(variant: str, samples: Iterable[dict[str, Any]], **header: A
     """A run of fidelity; any field of the header can be given."""
     fields = {"suite": {"name": "demo", "fidelity": {"batch_size": 4}}, "engine": ENGINE, "dataset": FIDELITY}
     return make_record("fidelity", variant, samples, **{**fields, **header})
+
+
+def stored(folder: Path, records: Iterable[Record]) -> list[Record]:
+    """The records as files under a results folder, as the store writes them."""
+    found = []
+    for record in records:
+        path = folder / record.path.parent.name / record.path.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [{"type": "run", **asdict(record.run)}, *({"type": "sample", **one} for one in record.samples)]
+        text = "".join(json.dumps(line) + "\n" for line in (*lines, {"type": "end", **asdict(record.end)}))
+        path.write_text(text, encoding="utf-8")
+        found.append(read(path))
+    return found

@@ -16,18 +16,19 @@ FLOORS = {
     2: ("model", "record", "suite"),
     3: ("engines",),
     4: ("measure", "quantize", "audit", "report", "demo"),
-    5: ("cli", "stages", "evaluation", "fidelity", "perplexity", "peers", "simulation", "__main__"),
+    5: ("cli", "stages", "evaluation", "fidelity", "perplexity", "publish", "peers", "simulation", "__main__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ON_ONE_FLOOR = {
     ("evaluation", "stages"),
     ("fidelity", "stages"),
     ("perplexity", "stages"),
-    *(("cli", under) for under in ("stages", "evaluation", "fidelity", "perplexity")),
+    ("publish", "stages"),
+    *(("cli", under) for under in ("stages", "evaluation", "fidelity", "perplexity", "publish")),
     ("__main__", "cli"),
 }
-"""On the top floor `stages` lies under `evaluation`, `fidelity` and `perplexity`, all under `cli`, and that under
-`__main__`."""
+"""On the top floor `stages` lies under `evaluation`, `fidelity`, `perplexity` and `publish`, all under `cli`, and that
+under `__main__`."""
 
 ONLY_IN = {
     "lm_eval": (*(f"harness/measure/{name}.py" for name in ("tasks", "lm", "wikitext")), "harness/peers/evaluator.py"),

@@ -31,6 +31,8 @@ from harness.suite import (
     Variant,
     load,
     load_calibration,
+    row_name,
+    row_parts,
 )
 
 MINIMAL = """
@@ -309,6 +311,33 @@ def test_the_resolved_suite_is_json_with_every_default_and_no_place_of_this_mach
     assert resolved["engine"] == {"name": "torch", "dtype": "bfloat16", "device": "auto", "vllm": None}
     assert resolved["ppl"] is None
     assert str(tmp_path) not in json.dumps(resolved)
+
+
+@pytest.mark.parametrize(
+    ("written_out", "remedy"),
+    [
+        ('versus = "sourse"', "Did you mean 'source'?"),
+        ('versus = "b"', "Known: a, a+mtp1, source, source+mtp1."),  # there, and not measured
+        ('versus = "a+kv-fp8"', "Known: a, a+mtp1, source, source+mtp1."),
+    ],
+)
+def test_speeds_are_divided_by_those_of_a_row_that_is_measured(tmp_path: Path, written_out: str, remedy: str) -> None:
+    text = (
+        MINIMAL.partition("[variants")[0] + '[variants.a]\nrecipe = "x"\n[variants.b]\nrecipe = "x"\n'
+        "[setups.mtp1]\nspeculative_tokens = 1\n[setups.kv-fp8]\nkv_cache_dtype = 'fp8'\n"
+        '[bench]\ntext = { demo = "heldout" }\nvariants = ["a"]\nsetups = ["mtp1"]\n'
+    )
+    assert (bench := load(written(tmp_path, text)).bench) and bench.versus == "source"
+    for row in ("source", "a", "a+mtp1"):
+        assert (bench := load(written(tmp_path, f'{text}versus = "{row}"\n')).bench) and bench.versus == row
+    with pytest.raises(UserError, match=r"'bench\.versus' names '.*', which the suite does not measure") as caught:
+        load(written(tmp_path, text + written_out))
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("row", ["w4a4", "w4a4+mtp1", "source+kv-fp8"])
+def test_a_rows_name_is_made_of_its_parts(row: str) -> None:
+    assert row_name(*row_parts(row)) == row
 
 
 def test_the_digest_is_that_of_canonical_json(tmp_path: Path) -> None:

@@ -295,11 +295,169 @@ def test_a_batch_size_that_the_source_lacks_has_no_ratio() -> None:
     assert row(frame, variant="nvfp4", batch=8)["speed_ratio"] is None
 
 
-def test_few_repetitions_give_a_value_without_an_interval() -> None:
+def test_few_repetitions_give_a_value_that_is_marked_as_one_without_an_interval() -> None:
     frame = tables.decode(bench_pair(decodes(0.01, repetitions=3), decodes(0.02, repetitions=3)))
     cells = row(frame, variant="nvfp4")
-    assert columns.shown("tokens_per_second", cells["tokens_per_second"]) == "50.0"
-    assert columns.shown("speed_ratio", cells["speed_ratio"]) == "0.500"
+    assert columns.shown("tokens_per_second", cells["tokens_per_second"]) == "50.00 †"
+    assert columns.shown("speed_ratio", cells["speed_ratio"]) == "0.500 †"
+    assert columns.rows(frame)[1]["speed_ratio"]["low"] is None and "†" not in json.dumps(columns.rows(frame))
+    for text in (columns.text(frame), columns.markdown(frame, link)):
+        assert text.endswith(f"\n\n{columns.NO_INTERVAL}") and text.count(columns.NO_INTERVAL) == 1
+
+
+def test_what_has_an_interval_or_is_no_estimate_has_no_mark() -> None:
+    spread = bench_pair(decodes(0.01, repetitions=7), decodes(0.02, repetitions=7), engine=KNOWN)
+    assert "†" not in columns.text(tables.decode(spread))  # ceilings, shares and counts among them
+    for frame in (
+        perplexity(ppl_pair(8.0, 8.1), floor=1.0),  # below the floor
+        perplexity(ppl_pair(8.0, 8.1, dataset={**DATASET, "token_ids_sha256": "f" * 64})),  # refused
+        tables.roundtrip({"nvfp4": make_record("verify", "nvfp4", VERIFY)}),
+        tables.size({"nvfp4": make_record("build", "nvfp4", BUILD)}),
+        tables.sensitivity({"source": make_record("sensitivity", "source", SENSITIVITY)}),
+    ):
+        assert "†" not in columns.text(frame) and columns.note(frame) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "shown"),
+    [
+        (99.994, None, None, "99.99 †"),
+        (99.996, 98, 100.5, "100.00 [98.00, 100.50]"),
+        (1855, 99, 2e3, "1855 [99, 2000]"),
+    ],
+)
+def test_a_speed_and_its_interval_have_the_same_decimals(
+    value: float, low: float | None, high: float | None, shown: str
+) -> None:
+    assert columns.shown("tokens_per_second", stats.Estimate(value, low, high, 6, "by hand")) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(7.93, "7.93"), (11.9, "11.90"), (170.3, "170.3"), (156.94, "156.9"), (2383.0, "2383")]
+)
+def test_speeds_are_printed_as_cards_print_them(value: float, shown: str) -> None:
+    assert columns.shown("ceiling_tokens_per_second", value) == shown
+
+
+@pytest.mark.parametrize(("before", "after", "change"), [(7.93, 11.98, "+51 %"), (100, 99.9, "+0 %"), (10, 5, "-50 %")])
+def test_a_ratio_of_speeds_is_also_a_change(before: float, after: float, change: str) -> None:
+    cells = row(tables.decode(bench_pair(decodes(1 / before), decodes(1 / after))), variant="nvfp4")
+    assert cells["speed_change_ratio"] == cells["speed_ratio"].value - 1
+    assert columns.shown("speed_change_ratio", cells["speed_change_ratio"]) == change
+
+
+def test_speeds_can_be_divided_by_those_of_another_row_and_the_heading_names_it() -> None:
+    records = {
+        name: make_record("bench", name, decodes(1 / speed, repetitions=7) + prefills(0.1))
+        for name, speed in (("source", 100), ("w4a4", 120), ("w4a4-deltanet", 180))
+    }
+    frame = tables.decode(records, "w4a4")
+    assert [
+        row(frame, variant=name)["speed_ratio"] and row(frame, variant=name)["speed_ratio"].value for name in records
+    ] == [
+        pytest.approx(100 / 120),
+        None,
+        pytest.approx(1.5),
+    ]
+    for text in (columns.text(frame), columns.markdown(tables.prefill(records, "w4a4"), link)):
+        assert "÷ w4a4 [95 %]" in text and "source [95 %]" not in text and "versus" not in text
+    assert {one["versus"] for one in columns.rows(frame)} == {"w4a4"}
+    del records["w4a4"]
+    assert set(tables.decode(records, "w4a4")["speed_ratio"]) == {"no record of w4a4"}
+    assert "÷ source [95 %]" in columns.text(tables.decode(records))
+    decoded, prefilled = tables.of_measure("bench", records, "w4a4-deltanet")
+    assert row(decoded, variant="source")["speed_ratio"].value == pytest.approx(100 / 180)
+    assert row(prefilled, variant="source")["versus"] == "w4a4-deltanet"
+
+
+def shaped(
+    prompt_tokens: int, new_tokens: int, batch: int = 1, speed: float = 100.0, **more: int
+) -> list[dict[str, Any]]:
+    """Repetitions of one shape."""
+    made = decodes(1 / speed, batch, num_steps=new_tokens - 1)
+    return [{**one, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, **more} for one in made]
+
+
+BENCH = {"prompt_tokens": 128, "new_tokens": 129, "batch_sizes": [1, 4], "depths": [0, 4096], "depth_tokens": 33}
+DRAFTS = {"num_drafts": 10, "num_draft_tokens": 10, "num_accepted_tokens": 8}
+
+
+def measured_everywhere(bench: dict[str, Any] | None = BENCH) -> Any:
+    """The decode frame of a source, a variant and the variant with MTP, at every length and batch size."""
+    suite = {"name": "demo", "bench": bench}
+    shapes = shaped(1, 33) + shaped(4096, 33) + shaped(128, 129) + shaped(128, 129, 4)
+    drafting = shaped(4096, 33, speed=150, **DRAFTS) + shaped(128, 129, speed=125, **DRAFTS)
+    return tables.decode(
+        {
+            "source": make_record("bench", "source", shapes, suite=suite),
+            "w4a4": make_record("bench", "w4a4", shapes, suite=suite),
+            "w4a4+mtp1": make_record("bench", "w4a4+mtp1", drafting, suite=suite),
+        }
+    )
+
+
+def test_a_decode_frame_is_told_apart_into_one_user_depths_batches_and_setups() -> None:
+    frame = measured_everywhere()
+    single, depths, curve, setups = (
+        part(frame) for part in (tables.single, tables.by_depth, tables.batch_curve, tables.in_setups)
+    )
+    assert list(zip(single["variant"], single["prompt_tokens"], strict=True)) == [("source", 128), ("w4a4", 128)]
+    assert list(zip(depths["variant"], depths["test"], strict=True)) == [
+        ("source", "tg32"),
+        ("w4a4", "tg32"),
+        ("source", "tg32 @ d4096"),
+        ("w4a4", "tg32 @ d4096"),
+    ]
+    assert list(zip(curve["variant"], curve["batch"], strict=True)) == [
+        ("source", 1),
+        ("w4a4", 1),
+        ("source", 4),
+        ("w4a4", 4),
+    ]
+    assert list(zip(setups["variant"], setups["test"], strict=True)) == [
+        ("w4a4+mtp1", "tg128 @ d128"),
+        ("w4a4+mtp1", "tg32 @ d4096"),
+    ]
+    assert [one.value for one in setups["setup_ratio"]] == pytest.approx([1.25, 1.5])
+    assert set(setups["acceptance_share"]) == {0.8}
+    for one in (single, depths, curve):
+        assert not {"setup_ratio", "acceptance_share", "mean_accepted_length"} & set(one.columns)
+    assert "user_tokens_per_second" in curve and "user_tokens_per_second" not in single
+
+
+def test_every_row_of_a_decode_frame_is_in_one_of_its_parts_whatever_the_suite_asked_for() -> None:
+    parts = (tables.single, tables.by_depth, tables.batch_curve, tables.in_setups)
+    for bench in (
+        BENCH,
+        None,  # records of before suites had this
+        {**BENCH, "depths": None},
+        {**BENCH, "depths": [128], "depth_tokens": 129},  # the suite's own length again
+        {**BENCH, "prompt_tokens": 5, "depths": [4096]},
+    ):
+        frame = measured_everywhere(bench)
+        assert not frame.empty
+        seen = [id(one) for part in parts for one in part(frame).get("tokens_per_second", ())]
+        assert set(seen) == {id(one) for one in frame["tokens_per_second"]} and len(frame) == 10
+    own = measured_everywhere({**BENCH, "depths": [128], "depth_tokens": 129})
+    assert list(tables.by_depth(own)["test"]) == ["tg128 @ d128"] * 2
+    assert list(tables.single(own)["prompt_tokens"]).count(128) == 2
+
+
+def test_a_suite_of_batch_one_has_no_batch_curve_and_drafts_without_a_setup_are_shown() -> None:
+    frame = tables.decode({"source": make_record("bench", "source", shaped(128, 129, **DRAFTS))})
+    assert tables.batch_curve(frame).empty and tables.by_depth(frame).empty and tables.in_setups(frame).empty
+    assert list(tables.single(frame)["mean_accepted_length"]) == [1.8]
+
+
+def test_kernels_stand_beside_the_layers_that_they_computed() -> None:
+    told = {"mlp.down_proj": "Marlin", "self_attn.attn": "FLASH_ATTN", "mlp.up_proj": "Marlin", "log": ""}
+    records = {
+        "w4a4": make_record("bench", "w4a4", decodes(0.01), engine={**ENGINE, "kernels": told}),
+        "silent": make_record("bench", "silent", decodes(0.01), engine={**ENGINE, "kernels": {}}),
+    }
+    frame = tables.kernels(records)
+    found = [(one["variant"], one["kernel"], one["computes"]) for one in columns.rows(frame)]
+    assert found == [("w4a4", "Marlin", "mlp.down_proj, mlp.up_proj"), ("w4a4", "FLASH_ATTN", "self_attn.attn")]
 
 
 def test_prefill_is_the_prompts_tokens_over_the_time_to_the_first_new_one() -> None:

@@ -10,7 +10,7 @@ from harness.model.checkpoint import INDEX
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CONFIG_FILES = ("config.json", INDEX)
 # Safetensors only: pickled weights and code of a repository are never fetched.
-_ALL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
+_ALL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def fetched_revision(folder: Path) -> str | None:

@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 import torch
+from blake3 import blake3
 
 from harness import __version__
 from harness.errors import UserError
@@ -35,11 +36,13 @@ from harness.formats.config import Format, quantization_config
 from harness.model.census import RoleCount, SourceTensor, output_bytes, source_tensors
 from harness.model.checkpoint import (
     INDEX,
+    PIECE_BYTES,
     TORCH_DTYPE,
     Checkpoint,
     NewTensor,
     ShardWriter,
     check_disk,
+    header_bytes,
     index_json,
     new_shard,
     open_checkpoint,
@@ -246,6 +249,49 @@ def _existing(out: Path, identity: dict[str, Any], recipe: Recipe) -> str | None
         if not path.is_file() or path.stat().st_size != written["bytes"]:
             raise UserError(f"{path} is not as its build wrote it.", "Remove the folder to build it again.")
     return str(manifest["digest"])
+
+
+def altered(folder: Path, source: Path, recipe: Recipe, progress: Progress) -> list[str]:
+    """The files of the artifact in `folder` that are not, byte for byte, what its build of `recipe` from `source` wrote
+    down in its manifest; one that is missing is among them. Every file is read whole."""
+    checkpoint = open_checkpoint(source)
+    tensors = source_tensors((e.name, e.shape, e.num_bytes) for e in checkpoint.tensors.values())
+    formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
+    manifest = read_json(folder / MANIFEST)
+    files = manifest["files"]
+    digests = {name: written["digest"] for name, written in files.items()}
+    found = [] if manifest["digest"] == hashlib.sha256(_json(digests)).hexdigest() else [MANIFEST]
+    for done, (name, written) in enumerate(files.items(), 1):
+        path = folder / name
+        new = [
+            new
+            for tensor in tensors
+            if checkpoint.tensors[tensor.name].shard == name
+            for new in _new_tensors(checkpoint, tensor, formats.get(tensor.name))
+        ]
+        is_whole = path.is_file() and path.stat().st_size == written["bytes"]
+        if not is_whole or written["digest"] != _file_digest(path, new):
+            found.append(name)
+        progress(done, len(files), "check files")
+    return found
+
+
+def _file_digest(path: Path, tensors: Sequence[NewTensor]) -> str:
+    """The digest of a file as a build notes it: of a shard, which has tensors, that of what `ShardWriter.close` says of
+    its bytes."""
+    if not tensors:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    head, offsets = header_bytes(tensors)
+    with path.open("rb") as file:
+        digests = {"": blake3(file.read(len(head))).hexdigest()}
+        for tensor in tensors:
+            file.seek(offsets[tensor.name])
+            digest, left = blake3(), tensor.num_bytes
+            while left and (piece := file.read(min(left, PIECE_BYTES))):
+                digest.update(piece)
+                left -= len(piece)
+            digests[tensor.name] = digest.hexdigest()
+    return hashlib.sha256(_json(digests)).hexdigest()
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

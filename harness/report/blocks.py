@@ -2,17 +2,41 @@
 
 <!-- harness:begin perplexity suite=demo -->
 …
+<!-- harness:sha256 d1f0e4a2b7c3 -->
 <!-- harness:end perplexity -->
+
+The digest at the end of a block is of what was written into it, so that an edit by hand can be told from a block
+that is merely out of date.
 """
 
+import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from harness.errors import UserError, did_you_mean
 
 _MARKER = re.compile(r"<!--\s*harness:(begin|end)\b(.*)-->")
 _BEGIN = re.compile(r"(\S+)\s+suite=(\S+)")
+_DIGEST = re.compile(r"<!-- harness:sha256 ([0-9a-f]{12}) -->")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a page: what it is called, whose it is, the line of its first marker (from 1) and the lines inside."""
+
+    name: str
+    suite: str
+    line: int
+    inside: tuple[str, ...]
+
+    @property
+    def edited(self) -> bool:
+        """Whether it holds something else than was written into it. A block that nothing was written into is not."""
+        marks = [mark[1] for line in self.inside if (mark := _DIGEST.fullmatch(line.strip()))]
+        words = [line for line in self.inside if not _DIGEST.fullmatch(line.strip())]
+        return bool(marks) and marks != [_digest(words)]
 
 
 def filled(page: str, data: bytes, suite: str, blocks: Mapping[str, Callable[[], str]]) -> bytes:
@@ -20,12 +44,45 @@ def filled(page: str, data: bytes, suite: str, blocks: Mapping[str, Callable[[],
 
     `UserError`, naming page and line, for a block that nobody makes and for markers that do not match.
     """
+    output: list[str] = []
+
+    def known(block: str, owner: str, line: int) -> None:
+        if owner == suite and block not in blocks:
+            raise UserError(f"{page}, line {line}: unknown block '{block}'.", did_you_mean(block, blocks))
+
+    for piece in _pieces(page, data, known):
+        if isinstance(piece, str):
+            output.append(piece)
+        elif piece.suite != suite:
+            output += piece.inside
+        else:
+            content = blocks[piece.name]()
+            digest = _digest(content.split("\n"))
+            output += ["", content, "", f"<!-- harness:sha256 {digest} -->"]
+    return "\n".join(output).encode()
+
+
+def edited(page: str, data: bytes, suite: str) -> list[Block]:
+    """The blocks of a suite that were changed by hand since they were written."""
+    pieces = _pieces(page, data, lambda *_: None)
+    return [one for one in pieces if isinstance(one, Block) and one.suite == suite and one.edited]
+
+
+def _digest(lines: list[str]) -> str:
+    """Of the words, not of the spaces around them or of how an editor ends its lines."""
+    words = "\n".join(stripped for line in lines if (stripped := line.strip()))
+    return hashlib.sha256(words.encode()).hexdigest()[:12]
+
+
+def _pieces(page: str, data: bytes, begun: Callable[[str, str, int], None]) -> Iterator[str | Block]:
+    """The page in order: lines outside of blocks, markers among them, and what is between two markers as a block.
+    `begun` is called with name, suite and line of a block that begins, and may refuse it."""
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{page} is not UTF-8 text.", "Save it as UTF-8.") from error
-    output: list[str] = []
     opened: tuple[int, str, str] | None = None  # line, block and suite of the block we are in
+    inside: list[str] = []
     fence: str | None = None  # what opened the code block we are in, outside of blocks
     for number, line in enumerate(lines, start=1):
         if opened is None and (ticks := _FENCE.match(line)):
@@ -35,36 +92,33 @@ def filled(page: str, data: bytes, suite: str, blocks: Mapping[str, Callable[[],
                 fence = None
         marker = None if fence else _MARKER.fullmatch(line.strip())
         if marker is None:
-            if opened is None or opened[2] != suite:
-                output.append(line)
-            continue
-        output.append(line)
-        if marker[1] == "begin":
+            if opened is None:
+                yield line
+            else:
+                inside.append(line)
+        elif marker[1] == "begin":
             if opened is not None:
                 raise UserError(
                     f"{page}, line {number}: a block begins inside '{opened[1]}' of line {opened[0]}.",
                     f"End that one first with <!-- harness:end {opened[1]} -->.",
                 )
-            name, owner = _begun(page, number, marker[2])
-            if owner == suite and name not in blocks:
-                raise UserError(f"{page}, line {number}: unknown block '{name}'.", did_you_mean(name, blocks))
-            opened = (number, name, owner)
-            if owner == suite:
-                output += ["", blocks[name](), ""]
+            opened = (number, *_begun(page, number, marker[2]))
+            begun(opened[1], opened[2], number)
+            yield line
         elif opened is None or marker[2].strip() != opened[1]:
-            inside = f"'{opened[1]}' of line {opened[0]} is open" if opened else "no block is open"
+            where = f"'{opened[1]}' of line {opened[0]} is open" if opened else "no block is open"
             raise UserError(
-                f"{page}, line {number}: the end of '{marker[2].strip()}', where {inside}.",
-                "Make the markers match.",
+                f"{page}, line {number}: the end of '{marker[2].strip()}', where {where}.", "Make the markers match."
             )
         else:
-            opened = None
+            yield Block(opened[1], opened[2], opened[0], tuple(inside))
+            yield line
+            opened, inside = None, []
     if opened is not None:
         raise UserError(
             f"{page}, line {opened[0]}: the block '{opened[1]}' has no end.",
             f"Add <!-- harness:end {opened[1]} -->.",
         )
-    return "\n".join(output).encode()
 
 
 def _begun(page: str, number: int, words: str) -> tuple[str, str]:

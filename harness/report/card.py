@@ -19,17 +19,17 @@ numbers of two runs stand in relation only if `results.incomparable` allows it.
 
 import json
 import posixpath
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from harness.record.results import Record
-from harness.report import columns, figures, plots
+from harness.report import builds, columns, exchange, export, figures, page, plots
 from harness.report.blocks import filled
-from harness.report.evidence import OPTIONAL, Evidence, gather
+from harness.report.evidence import Evidence, gather
 from harness.report.sections import BLOCKS, Link, bound, paragraphs
-from harness.suite import Suite
+from harness.suite import Suite, narrowed
 
 
 def render(
@@ -42,11 +42,43 @@ def render(
     """
     evidence = gather(suite, records, results_dir)
     folder = f"reports/{suite.name}"
-    card = f"{folder}/README.md"
+    drawn = figures.files(evidence)
     return {
-        card: _card(evidence, _linker(card)).encode(),
-        **{f"{folder}/{name}": data for name, data in figures.files(evidence).items()},
-        **{page: filled(page, text, suite.name, bound(evidence, _linker(page))) for page, text in pages.items()},
+        **_card_files(evidence, f"{folder}/", _linker(f"{folder}/README.md"), drawn),
+        **{f"{folder}/{name}": data for name, data in drawn.items()},
+        **{path: filled(path, text, suite.name, bound(evidence, _linker(path))) for path, text in pages.items()},
+    }
+
+
+def variant_card(
+    suite: Suite, records: Sequence[Record], variant: str, *, results_dir: str, repo: str
+) -> dict[str, bytes]:
+    """The card of one variant as the root of a repository on the hub has it: path in the repository -> bytes.
+
+    `repo` is the repository's id, and the records that the card cites lie in it under `results_dir`.
+    """
+    evidence = gather(narrowed(suite, variant), records, results_dir, repo)
+    folder = f"reports/{suite.name}/"
+
+    def link(path: str) -> str:
+        return f"{_FIGURES}/{path.removeprefix(folder)}" if path.startswith(folder) else path
+
+    drawn = figures.files(evidence)
+    return {
+        **_card_files(evidence, "", link, drawn),
+        **{f"{_FIGURES}/{name}": data for name, data in drawn.items()},
+    }
+
+
+_FIGURES = "figures"
+
+
+def _card_files(evidence: Evidence, folder: str, link: Link, drawn: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The card and its page under `folder`, which ends with a slash or is empty."""
+    text = _card(evidence, link)
+    return {
+        f"{folder}README.md": f"{_front_matter(evidence)}\n\n{text}".encode(),
+        f"{folder}index.html": page.page(_title(evidence), text, drawn),
     }
 
 
@@ -70,8 +102,10 @@ def write(rendered: Mapping[str, bytes], root: Path) -> list[str]:
 def _says(path: Path, data: bytes) -> bool:
     if not path.is_file():
         return False
-    digest = plots.embedded_digest(data)
     present = path.read_bytes()
+    if path.suffix == ".html":
+        return page.comparable(present) == page.comparable(data)
+    digest = plots.embedded_digest(data)
     return present == data if digest is None else plots.embedded_digest(present) == digest
 
 
@@ -83,43 +117,42 @@ def _linker(document: str) -> Link:
     return lambda path: posixpath.relpath(path, folder or ".")
 
 
+def _title(evidence: Evidence) -> str:
+    suite = evidence.suite
+    return suite.title if evidence.repo is None else f"{suite.title}: {next(iter(suite.variants))}"
+
+
 def _card(evidence: Evidence, link: Link) -> str:
     suite = evidence.suite
     sections = [
-        paragraphs(f"## {heading}" if heading else None, block(evidence, link))
-        for name, (heading, block) in BLOCKS.items()
-        if _is_shown(evidence, name)
+        paragraphs(f"## {heading}" if heading else None, block(evidence, link)) for heading, block in BLOCKS.values()
     ]
     source = suite.source.location + (f" at revision {suite.source.revision}" if suite.source.revision else "")
     return (
         paragraphs(
-            _front_matter(suite),
-            f"# {columns.escape(suite.title)}",
+            f"# {columns.escape(_title(evidence))}",
             suite.description and suite.description.strip(),
-            f"NVFP4 quantization of `{source}`. Every number is computed from the raw records that its row links to.",
+            f"NVFP4 quantization of `{source}`. Every number is computed from the raw records that its row links to; "
+            "`harness trace` resolves them.",
             *sections,
         )
         + "\n"
     )
 
 
-def _is_shown(evidence: Evidence, block: str) -> bool:
-    """Whether a card has a block: an optional one only where there is something to say."""
-    if block == "tasks":
-        return bool(evidence.suite.tasks)
-    return block not in OPTIONAL or bool(evidence.records[block])
-
-
-def _front_matter(suite: Suite) -> str:
+def _front_matter(evidence: Evidence) -> str:
     """The metadata that the model hub reads; keys that the suite leaves open are left out, not guessed."""
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", suite.source.location)
-    base_model = suite.source.base_model or (suite.source.location if is_hub_id else None)
-    metadata: dict[str, str | list[str] | None] = {
+    suite, built = evidence.suite, evidence.records["build"]
+    base_model = exchange.base_model_of(suite)
+    metadata: dict[str, str | list[Any] | None] = {
         "license": suite.source.license,
         "base_model": base_model,
         "base_model_relation": "quantized" if base_model else None,
         "library_name": "transformers",
+        "pipeline_tag": ("image-text-to-text" if builds.has_vision(built) else "text-generation") if built else None,
         "tags": ["nvfp4", "compressed-tensors", "deltanet"],
+        "datasets": builds.calibration_datasets(built),
+        "model-index": export.model_index(evidence, next(iter(suite.variants))) if evidence.repo else None,
     }
     # JSON strings and lists are YAML, whatever characters they hold.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items() if value]

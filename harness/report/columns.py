@@ -1,9 +1,12 @@
 """How values look: a column for every kind of value, and one way to print any frame.
 
-A frame holds values, not text: numbers, `Estimate`s with their interval, the `Record` itself in the column `run`.
+A frame holds values, not text: numbers, `Estimate`s with their interval, the `Record` (or several) in the column `run`.
 `markdown`, `text` and `rows` turn a frame into a card's table, a terminal's table or JSON; how a column looks is
 written once, in `COLUMNS`. Columns that describe the measurement (protocol, number of tokens ...) move into the
-caption where all rows agree, and stay columns where they do not, so that nothing is hidden by tidiness.
+caption where all rows agree, and stay columns where they do not, so that nothing is hidden by tidiness. A row that all
+others are divided by is in neither: the headings name it.
+
+An estimate without an interval carries a mark wherever it stands, and a line below the table says what it means.
 """
 
 import re
@@ -17,6 +20,12 @@ from tabulate import tabulate
 from harness.record.results import Record
 from harness.record.stats import Estimate
 from harness.report.numbers import format_bytes, format_estimate, format_percent
+
+NO_INTERVAL_MARK = "†"
+NO_INTERVAL = (
+    f"{NO_INTERVAL_MARK} no interval: there are too few windows, repetitions, starts or items to draw one from, or all "
+    "of them are the same."
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,11 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
     return replace(estimate, value=estimate.value * factor, low=low, high=high)
 
 
+def lacks_interval(value: object) -> bool:
+    """Whether a value is an estimate of which nothing says how far off it may be."""
+    return isinstance(value, Estimate) and (value.low is None or value.high is None)
+
+
 def _plain(value: object) -> str:
     return str(value)
 
@@ -53,14 +67,22 @@ def _as(spec: str) -> Callable[[Any], str]:
     return lambda value: format_estimate(value, spec) if isinstance(value, Estimate) else f"{value:{spec}}"
 
 
+def _show_speed(speed: Estimate | float) -> str:
+    """Tokens per second to a hundredth where they are few, as cards print them: 7.93, 170.3, 2383."""
+    value = speed.value if isinstance(speed, Estimate) else speed
+    return _as(next((spec for bound, spec in ((100, ".2f"), (1000, ".1f")) if value < bound), ".0f"))(speed)
+
+
 @dataclass(frozen=True)
 class Column:
-    """How one kind of value looks. A column that `describes` moves into the caption where all rows agree on it."""
+    """How one kind of value looks. A column that `describes` moves into the caption where all rows agree on it; one
+    that is `named_in_headings` stands where a heading has its key in braces."""
 
     heading: str
     show: Callable[[Any], str] = _plain
     numeric: bool = True
     describes: bool = False
+    named_in_headings: bool = False
 
 
 def _described(heading: str, show: Callable[[Any], str] = _plain, numeric: bool = False) -> Column:
@@ -169,12 +191,16 @@ COLUMNS: dict[str, Column] = {
     "prompt_tokens": _described("prompt tokens", _as(","), numeric=True),
     "new_tokens": _described("new tokens", _as(","), numeric=True),
     "num_repetitions": _described("repetitions", _as("d"), numeric=True),
-    "tokens_per_second": Column("tok/s [95 %]", _as(".1f")),
+    "test": _described("test"),
+    "tokens_per_second": Column("tok/s [95 %]", _show_speed),
     "acceptance_share": Column("drafts accepted", format_percent),
     "mean_accepted_length": Column("mean accepted length", _as(".2f")),
-    "user_tokens_per_second": Column("tok/s per user", _as(".1f")),
-    "speed_ratio": Column("÷ source [95 %]", _as(".3f")),
-    "ceiling_tokens_per_second": Column("ceiling, tok/s", _as(".1f")),
+    "user_tokens_per_second": Column("tok/s per user", _show_speed),
+    "versus": Column("÷", named_in_headings=True),
+    "speed_ratio": Column("÷ {versus} [95 %]", _as(".3f")),
+    "speed_change_ratio": Column("change", lambda ratio: format_percent(ratio, "+z.0f")),
+    "setup_ratio": Column("÷ without the setup [95 %]", _as(".3f")),
+    "ceiling_tokens_per_second": Column("ceiling, tok/s", _show_speed),
     "ceiling_share": Column("of ceiling", format_percent),
     "weight_bytes": Column("weights", format_bytes),
     "kv_cache_tokens": Column("KV cache, tokens", _as(",")),
@@ -184,6 +210,8 @@ COLUMNS: dict[str, Column] = {
     "max_model_len": Column("longest sequence, tokens", _as(",")),
     "shared_tokens": Column("tokens of all users", _as(",")),
     "users": _described("users", _as("d"), numeric=True),
+    "kernel": Column("kernel", numeric=False),
+    "computes": Column("computes", numeric=False),
     "engine": _described("engine"),
     "machine": _described("machine"),
     "packages": _described("packages"),
@@ -197,8 +225,8 @@ def markdown(frame: pd.DataFrame, link: Callable[[Record], str]) -> str:
     """A caption and a Markdown table, runs as links. `link` gives a record's URL from where the text will stand."""
 
     def cell(key: str, value: object) -> str:
-        if isinstance(value, Record):
-            return f"[{value.run.run_id}]({link(value)})"
+        if runs := runs_of(value):
+            return " ".join(f"[{one.run.run_id}]({link(one)})" for one in runs)
         return escape(value) if isinstance(value, str) else shown(key, value)
 
     return _laid_out(frame, cell, "pipe")
@@ -215,9 +243,18 @@ def rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     def plain(value: object) -> object:
         if isinstance(value, Estimate | Spread):
             return asdict(value)
+        if isinstance(value, tuple):
+            return [one.run.run_id for one in runs_of(value)]
         return value.run.run_id if isinstance(value, Record) else value
 
     return [{str(key): plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def runs_of(value: object) -> tuple[Record, ...]:
+    """The runs of a cell of the column `run`: one, or several that a row takes together; none of another cell."""
+    if isinstance(value, Record):
+        return (value,)
+    return value if isinstance(value, tuple) else ()
 
 
 def escape(words: str) -> str:
@@ -229,24 +266,38 @@ def escape(words: str) -> str:
 
 
 def shown(key: str, value: object) -> str:
-    """A cell: a dash for what is unknown or does not apply, a refusal in its own words, else the column's format."""
-    if isinstance(value, Record):
-        return value.run.run_id
+    """A cell: a dash for what is unknown or does not apply, a refusal in its own words, else the column's format,
+    marked where an estimate has no interval."""
+    if runs := runs_of(value):
+        return " ".join(one.run.run_id for one in runs)
     if value is None or isinstance(value, str):
         return value or "—"
-    return COLUMNS[key].show(value)
+    words = COLUMNS[key].show(value)
+    return f"{words} {NO_INTERVAL_MARK}" if lacks_interval(value) else words
+
+
+def headings(frame: pd.DataFrame) -> dict[str, str]:
+    """The heading of every column that a frame shows, by key."""
+    named = {key: next(iter(frame[key]), "") for key in frame.columns if COLUMNS[key].named_in_headings}
+    return {key: COLUMNS[key].heading.format_map(named) for key in frame.columns if not COLUMNS[key].named_in_headings}
+
+
+def note(frame: pd.DataFrame) -> str | None:
+    """What the marks in a frame's cells mean; None where there are none."""
+    return NO_INTERVAL if any(map(lacks_interval, frame.to_numpy().ravel())) else None
 
 
 def _laid_out(frame: pd.DataFrame, cell: Callable[[str, object], str], table_format: str) -> str:
-    cells = {key: [cell(key, value) for value in frame[key]] for key in frame.columns}
+    heading = headings(frame)
+    cells = {key: [cell(key, value) for value in frame[key]] for key in heading}
     constant = [key for key in cells if COLUMNS[key].describes and len(set(cells[key])) == 1]
-    caption = " · ".join(f"{COLUMNS[key].heading} {cells[key][0]}" for key in constant)
+    caption = " · ".join(f"{heading[key]} {cells[key][0]}" for key in constant)
     columns = [key for key in cells if key not in constant]
     table = tabulate(
         list(zip(*(cells[key] for key in columns), strict=True)),
-        headers=[COLUMNS[key].heading for key in columns],
+        headers=[heading[key] for key in columns],
         colalign=["right" if COLUMNS[key].numeric else "left" for key in columns],
         disable_numparse=True,
         tablefmt=table_format,
     )
-    return f"{caption}\n\n{table}" if caption else table
+    return "\n\n".join(part for part in (caption, table, note(frame)) if part)

@@ -105,6 +105,7 @@ def _together(variant: str, compared: Sequence[dict[str, Any]]) -> dict[str, Any
         "variant": variant,
         "num_items": sum(one["num_items"] for one in compared),
         "delta_score": stats.pooled([one["delta_score"] for one in compared]),
+        "run": tuple({one["run"].run.run_id: one["run"] for one in compared}.values()),
     }
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from harness.record.results import Record
-from harness.report import evaluations, fidelities, tables
-from harness.suite import NOISE, Suite
+from harness.report import builds, evaluations, fidelities, tables
+from harness.suite import NOISE, SOURCE, Suite
 
 MEASURES = ("build", "verify", "ppl", "fidelity", "bench")  # in the order in which they run; each is also a nox session
-OPTIONAL = ("sensitivity",)  # of the source alone; a card has the block of that name only where there is a record
+OTHERS = ("sensitivity", "served")  # of the source alone, and measured elsewhere
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Evidence:
     perplexities: tables.ByProtocol  # protocol -> variant -> record
     tasks: evaluations.ByTask  # task -> variant -> record
     frames: Mapping[str, pd.DataFrame]
+    repo: str | None = None  # the id on the hub, of a card that is published
 
     @property
     def chosen(self) -> list[Record]:
@@ -42,31 +43,39 @@ class Evidence:
         return posixpath.join(self.results_dir, record.path.parent.name, record.path.name)
 
 
-def gather(suite: Suite, records: Sequence[Record], results_dir: str) -> Evidence:
+def gather(suite: Suite, records: Sequence[Record], results_dir: str, repo: str | None = None) -> Evidence:
+    """The evidence of a suite among `records`, which lie under `results_dir` (a POSIX path from the project's root)."""
     variants = suite.rows()
     chosen = {
         measure: tables.newest(records, suite.name, measure, (*variants, *NOISE))
-        for measure in (*MEASURES, *OPTIONAL)
+        for measure in (*MEASURES, *OTHERS)
         if measure != "ppl"
     }
     protocols = suite.ppl.protocols if suite.ppl else ()
     perplexities = tables.newest_by_protocol(records, suite.name, protocols, variants)
     tasks = evaluations.newest(records, suite, variants)
+    versus = suite.bench.versus if suite.bench else SOURCE
     frames = {
+        "totals": builds.totals(chosen["build"]),
         "size": tables.size(chosen["build"]),
+        "method": builds.method(chosen["build"]),
+        "calibration": builds.calibration(chosen["build"]),
+        "sizes": builds.sizes(chosen["build"]),
         "roundtrip": tables.roundtrip(chosen["verify"]),
         "findings": tables.findings(chosen["verify"]),
         "sensitivity": tables.sensitivity(chosen["sensitivity"]),
         "perplexity": tables.perplexity(perplexities, fidelities.log_ppl_floor(chosen["fidelity"], perplexities)),
         "fidelity": fidelities.divergences(chosen["fidelity"]),
         "bands": fidelities.bands(chosen["fidelity"]),
-        "decode": tables.decode(chosen["bench"]),
-        "prefill": tables.prefill(chosen["bench"]),
+        "decode": tables.decode(chosen["bench"], versus),
+        "prefill": tables.prefill(chosen["bench"], versus),
+        "kernels": tables.kernels(chosen["bench"]),
         "memory": tables.memory(chosen["bench"]),
+        "served": tables.served(chosen["served"]),
         "tasks": evaluations.scores(tasks),
         "answers": evaluations.answers(tasks),
     }
-    evidence = Evidence(suite, results_dir, chosen, perplexities, tasks, frames)
+    evidence = Evidence(suite, results_dir, chosen, perplexities, tasks, frames, repo)
     return replace(evidence, frames={**frames, "runs": tables.runs(evidence.chosen)})
 
 

@@ -1,19 +1,63 @@
-"""What the figures of a suite show: rows for `plots`, from the same evidence as the tables."""
+"""What the figures of a suite show, from the same evidence as the tables."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from harness.record.results import Record
 from harness.record.stats import Estimate
-from harness.report import plots, tables
+from harness.report import columns, drawings, fidelities, heatmaps, plots, tables
 from harness.report.evidence import Evidence, row_of
-from harness.suite import SOURCE
+from harness.report.numbers import format_estimate, format_percent
+from harness.suite import NOISE, SOURCE, row_parts
+
+_Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """Alternative text for who cannot see it; the dataclass that it draws, None where no record has anything for it;
+    and the drawing."""
+
+    words: str
+    shows: Callable[[Evidence], Any]
+    draw: Callable[[Any], Figure]
 
 
 def files(evidence: Evidence) -> dict[str, bytes]:
-    """Every figure of a suite: name -> bytes."""
+    """Every figure that there is something for, as "NAME.svg" and "NAME.png": name -> bytes."""
+    made: dict[str, bytes] = {}
+    for name, plotted in shown(evidence).items():
+        made |= plots.figure_files(name, [plotted], partial(draw, name, plotted))
+    return made
+
+
+def available(evidence: Evidence) -> list[str]:
+    """The names of the figures that `files` draws, without drawing them."""
+    return list(shown(evidence))
+
+
+def shown(evidence: Evidence) -> dict[str, Any]:
+    """What every figure shows that there is something for, as the dataclass of its drawing: name -> dataclass."""
+    found = {name: figure.shows(evidence) for name, figure in _KINDS.items()}
+    return {name: plotted for name, plotted in found.items() if plotted is not None}
+
+
+def draw(name: str, plotted: Any) -> Figure:
+    """One figure of what `shown` says, inside `plots.style()`."""
+    return _KINDS[name].draw(plotted)
+
+
+# -- What each shows ---------------------------------------------------------------------------------------------
+
+
+def _overview(evidence: Evidence) -> drawings.Overview:
+    looks = _looks(evidence)
     rows = []
-    sizes = evidence.frames["size"]
     for variant in (SOURCE, *evidence.suite.variants):
-        # Every build read the same source, so any of them tells its size.
-        total = row_of(sizes, role="total") if variant == SOURCE else row_of(sizes, role="total", variant=variant)
-        num_bytes = total and total["source_bytes" if variant == SOURCE else "output_bytes"]
         ppl = row_of(evidence.frames["perplexity"], variant=variant, protocol=evidence.protocol) or {}
         loss = ppl.get("delta_log_ppl")
         speed = row_of(evidence.frames["decode"], variant=variant, batch=1)
@@ -23,19 +67,255 @@ def files(evidence: Evidence) -> dict[str, bytes]:
             for sample in tables.by_shape(evidence.records["bench"][variant], "decode")[shape]:
                 steps += tables.token_seconds(sample)
         rows.append(
-            plots.Row(
+            drawings.Row(
                 variant,
-                num_bytes if isinstance(num_bytes, int) else None,
+                looks[variant],
+                _num_bytes(evidence, variant),
                 loss if isinstance(loss, Estimate) else None,
                 tuple(steps),
             )
         )
-    return {**plots.overview(rows), **_heat_map(evidence)}
+    return drawings.Overview(tuple(rows))
 
 
-def _heat_map(evidence: Evidence) -> dict[str, bytes]:
-    """The figure of the sensitivities, groups in the order of the table; none without a record."""
+def _divergence(evidence: Evidence) -> drawings.Divergence | None:
+    """Points of one text and engine: those that may stand beside the first."""
+    looks, records = _looks(evidence), _of_rows(evidence, "fidelity")
+    refused = _refused(records)
+    points, floors = [], []
+    for row in _rows(evidence, "fidelity", records):
+        variant, kl = row["variant"], row["kl"]
+        num_bytes = _num_bytes(evidence, row_parts(variant)[0])
+        if variant in refused:
+            continue
+        if num_bytes is None:
+            refused[variant] = "no record of its build"
+            continue
+        floor = fidelities.noise_floor(evidence.records["fidelity"], records[variant])
+        floors.append(floor.kl_nats if floor else 0.0)
+        points.append(drawings.Point(variant, looks[variant], num_bytes, kl if isinstance(kl, Estimate) else None))
+    if not points:
+        return None
+    source_bytes = _num_bytes(evidence, SOURCE)
+    source = drawings.Point(SOURCE, looks[SOURCE], source_bytes, None) if source_bytes is not None else None
+    return drawings.Divergence(source, tuple(points), max(floors) or None, _note(refused))
+
+
+def _losses(evidence: Evidence) -> drawings.Forest | None:
+    looks = _looks(evidence)
+    groups = []
+    for protocol, records in evidence.perplexities.items():
+        rows = [row for row in _rows(evidence, "perplexity", records) if row["protocol"] == protocol]
+        unit = rows[0]["unit"] if rows else "token"
+        marks = [
+            drawings.Mark(row["variant"], looks[row["variant"]], *_estimate(row, "delta_log_ppl"))
+            for row in rows
+            if row["variant"] != SOURCE
+        ]
+        groups.append(drawings.Group(f"{protocol}, per {unit}", tuple(marks)))
+    compared = [
+        drawings.Mark(row["variant"], looks[row["variant"]], *_estimate(row, "kl_log_ppl"))
+        for row in _rows(evidence, "fidelity", _of_rows(evidence, "fidelity"))
+    ]
+    if compared:
+        window = evidence.frames["fidelity"]["window"].iloc[0]
+        told = f", windows of {window:,}" if window else ""
+        groups.append(drawings.Group(f"fidelity{told}, per token", tuple(compared)))
+    groups = [group for group in groups if any(mark.value for mark in group.marks)]
+    if not groups:
+        return None
+    floor = fidelities.log_ppl_floor(evidence.records["fidelity"], evidence.perplexities)
+    return drawings.Forest(tuple(groups), floor or None)
+
+
+def _decode(evidence: Evidence) -> drawings.Forest | None:
+    looks, records = _looks(evidence), _of_rows(evidence, "bench")
+    refused = _refused(records)
+    single = [row for row in _rows(evidence, "decode", records) if row["batch"] == 1]
+    shapes = sorted({(row["prompt_tokens"], row["new_tokens"]) for row in single})
+    groups = []
+    for prompt_tokens, new_tokens in shapes:
+        marks = []
+        for row in single:
+            if (row["prompt_tokens"], row["new_tokens"]) == (prompt_tokens, new_tokens):
+                variant, speed, ceiling = (row[key] for key in ("variant", *_SPEEDS))
+                if variant in refused:
+                    marks.append(drawings.Mark(variant, looks[variant], None, refused[variant]))
+                    continue
+                words = format_estimate(speed, ".1f")
+                if ceiling is not None:
+                    words += f", {format_percent(row['ceiling_share'])} of {ceiling:.1f}"
+                marks.append(drawings.Mark(variant, looks[variant], speed, words, ceiling))
+        heading = f"after {_counted(prompt_tokens, 'token')}, {new_tokens - 1:,} timed"
+        groups.append(drawings.Group(heading, tuple(marks)))
+    return drawings.Forest(tuple(groups)) if groups else None
+
+
+_SPEEDS = ("tokens_per_second", "ceiling_tokens_per_second")
+
+
+def _batch(evidence: Evidence) -> drawings.Batches | None:
+    """Of the prompts that most batch sizes were measured with."""
+    looks, records = _looks(evidence), _of_rows(evidence, "bench")
+    refused = _refused(records)
+    rows = [row for row in _rows(evidence, "decode", records) if row["variant"] not in refused]
+    sizes: dict[tuple[int, int], set[int]] = {}
+    for row in rows:
+        sizes.setdefault((row["prompt_tokens"], row["new_tokens"]), set()).add(row["batch"])
+    shape = max(sizes, key=lambda one: len(sizes[one]), default=None)
+    if shape is None or len(sizes[shape]) < 2:
+        return None
+    chosen = [row for row in rows if (row["prompt_tokens"], row["new_tokens"]) == shape]
+    total, per_user = (
+        _curves(looks, [(row["variant"], row["batch"], row[key]) for row in chosen])
+        for key in ("tokens_per_second", "user_tokens_per_second")
+    )
+    told = f"after {_counted(shape[0], 'token')}, {shape[1] - 1:,} timed"
+    return drawings.Batches(total, per_user, told, _note(refused))
+
+
+def _depth(evidence: Evidence) -> drawings.Bands | None:
+    records = _of_rows(evidence, "fidelity")
+    refused = _refused(records)
+    rows = [row for row in _rows(evidence, "bands", records) if row["variant"] not in refused]
+    names = sorted(dict.fromkeys(row["before"] for row in rows), key=_first_number)
+    if len(names) < 2:
+        return None
+    places = [(row["variant"], names.index(row["before"]), row["kl"]) for row in rows]
+    return drawings.Bands(tuple(names), _curves(_looks(evidence), places), _note(refused))
+
+
+def _sensitivity(evidence: Evidence) -> heatmaps.Sensitivity | None:
+    """Groups in the order of the table."""
     order = {role: place for place, role in enumerate(evidence.frames["sensitivity"].get("role", ()))}
     samples = [one for record in evidence.records["sensitivity"].values() for one in record.kind("sensitivity")]
-    cells = [plots.Cell(one["index"], one["role"], one["format"], one["layer_error"]) for one in samples]
-    return plots.heat_map(sorted(cells, key=lambda cell: (order[cell.role], cell.layer))) if cells else {}
+    cells = [heatmaps.Cell(one["index"], one["role"], one["format"], one["layer_error"]) for one in samples]
+    cells.sort(key=lambda cell: (order[cell.role], cell.layer))
+    return heatmaps.Sensitivity(tuple(cells)) if cells else None
+
+
+def _experts(evidence: Evidence) -> heatmaps.Coverages | None:
+    builds = []
+    for variant, record in evidence.records["build"].items():
+        routed: dict[int, dict[int, int]] = {}
+        for one in record.kind("expert"):
+            routed.setdefault(one["index"], {})[one["expert"]] = one["num_tokens"]
+        calibrated = record.kind("calibration")
+        if routed and calibrated:
+            layers = sorted(routed)
+            rows = tuple(tuple(num for _, num in sorted(routed[layer].items())) for layer in layers)
+            builds.append(heatmaps.Coverage(variant, calibrated[0]["num_tokens"], tuple(layers), rows))
+    return heatmaps.Coverages(tuple(builds)) if builds else None
+
+
+# -- Common ------------------------------------------------------------------------------------------------------
+
+
+def _looks(evidence: Evidence) -> dict[str, plots.Look]:
+    return plots.looks(tuple(evidence.suite.variants), tuple(evidence.suite.setups))
+
+
+def _num_bytes(evidence: Evidence, variant: str) -> int | None:
+    """What a checkpoint weighs; the source's by any build of it, since all read the same."""
+    sizes = evidence.frames["size"]
+    total = row_of(sizes, role="total") if variant == SOURCE else row_of(sizes, role="total", variant=variant)
+    num_bytes = total and total["source_bytes" if variant == SOURCE else "output_bytes"]
+    return num_bytes if isinstance(num_bytes, int) else None
+
+
+def _of_rows(evidence: Evidence, measure: str) -> dict[str, Record]:
+    """The records of a measure without the source's noise, in the order of the tables."""
+    return {name: record for name, record in evidence.records[measure].items() if name not in NOISE}
+
+
+def _rows(evidence: Evidence, frame: str, records: Mapping[str, Record]) -> _Rows:
+    """The rows of a frame that are of these records."""
+    rows = [{str(key): value for key, value in row.items()} for row in evidence.frames[frame].to_dict("records")]
+    return [row for row in rows if row["variant"] in records]
+
+
+def _refused(records: Mapping[str, Record]) -> dict[str, str]:
+    """Which rows may not stand beside the first, the source's where it was measured, and why: variant -> reason."""
+    first = next(iter(records.values()), None)
+    refused = {}
+    for variant, record in records.items():
+        if first is not None and (found := tables.differing(record, first)):
+            refused[variant] = f"incomparable: {', '.join(found)}"
+    return refused
+
+
+def _note(refused: Mapping[str, str]) -> str:
+    return f"Not drawn: {'; '.join(f'{name} ({why})' for name, why in refused.items())}" if refused else ""
+
+
+def _estimate(row: Mapping[str, Any], key: str) -> tuple[Estimate | None, str]:
+    """A cell as a forest shows it: the estimate if it is one, and how tables print it."""
+    value = row[key]
+    return (value if isinstance(value, Estimate) else None), columns.shown(key, value)
+
+
+def _curves(looks: Mapping[str, plots.Look], places: list[tuple[str, int, Estimate]]) -> tuple[drawings.Curve, ...]:
+    """A curve for each variant from (variant, x, value)."""
+    curves = []
+    for variant in dict.fromkeys(variant for variant, _, _ in places):
+        own = sorted(((x, value) for name, x, value in places if name == variant), key=lambda pair: pair[0])
+        curves.append(
+            drawings.Curve(variant, looks[variant], tuple(x for x, _ in own), tuple(value for _, value in own))
+        )
+    return tuple(curves)
+
+
+def _first_number(words: str) -> int:
+    return int(words.split()[0].replace(",", ""))
+
+
+def _counted(num: int, noun: str) -> str:
+    return f"{num:,} {noun}" if num == 1 else f"{num:,} {noun}s"
+
+
+_KINDS: dict[str, _Figure] = {
+    "overview": _Figure(
+        "Checkpoint size, loss of log-perplexity and decode step times of every variant beside the source",
+        _overview,
+        drawings.overview,
+    ),
+    "divergence": _Figure(
+        "KL divergence from the source over checkpoint size, a point with its interval for every variant and the "
+        "source at zero",
+        _divergence,
+        drawings.divergence,
+    ),
+    "losses": _Figure(
+        "Change of log-perplexity against the source with its interval, for every variant by every protocol",
+        _losses,
+        drawings.losses,
+    ),
+    "decode": _Figure(
+        "Decode speed at batch 1 with its interval for every variant, beside the ceiling that memory bandwidth sets "
+        "where it is known",
+        _decode,
+        drawings.decode,
+    ),
+    "batch": _Figure(
+        "Decode speed over batch size, in total and for each user, a curve for every variant",
+        _batch,
+        drawings.batch,
+    ),
+    "depth": _Figure(
+        "KL divergence from the source by the number of tokens before the predicted one, a curve for every variant",
+        _depth,
+        drawings.depth,
+    ),
+    "sensitivity": _Figure(
+        "Layer error by layer, projection and format",
+        _sensitivity,
+        heatmaps.sensitivity,
+    ),
+    "experts": _Figure(
+        "Share of the calibration tokens that every expert of every layer got, for each calibrated build",
+        _experts,
+        heatmaps.experts,
+    ),
+}
+FIGURES: dict[str, str] = {name: figure.words for name, figure in _KINDS.items()}
+"""Alternative texts by name, in the order in which a page shows the figures."""

@@ -1,62 +1,98 @@
 """The sections of a card: each a piece of Markdown about one question, and the block of that name in other pages."""
 
+import json
 import shlex
 from collections.abc import Callable
 from functools import partial
 
 import pandas as pd
+from tabulate import tabulate
 
+from harness import serve
+from harness.errors import UserError
+from harness.record.results import Record
 from harness.record.stats import RESAMPLES, Estimate
-from harness.report import columns, tables
-from harness.report.evidence import OPTIONAL, Evidence, row_of
+from harness.report import builds, columns, figures, limits, tables
+from harness.report.evidence import Evidence, row_of
+from harness.report.numbers import format_bytes
+from harness.sampling import PRESETS
 from harness.suite import NOISE, SOURCE
 
 Link = Callable[[str], str]  # a path from the project's root -> its URL from where the text stands
 
 
 def _headline(evidence: Evidence, link: Link) -> str:
-    """One line per variant: what it weighs, what it loses, how fast it decodes."""
+    """One line per variant: what it weighs, what it loses, how fast it decodes, each with the run that says so."""
     lines = []
     for name, variant in evidence.suite.variants.items():
-        parts = [part(evidence, name) for part in (_size_words, _perplexity_words, _decode_words)]
-        said = "; ".join(part for part in parts if part) or "not measured yet"
-        lines.append(f"- **{name}** ({columns.escape(variant.recipe)}): {said}.")
-    return "\n".join(lines)
+        parts = [part(evidence, name) for part in (_size_words, _perplexity_words, _kl_words, _decode_words)]
+        said = "; ".join(f"{words} {_reference(evidence, link, record)}" for words, record in filter(None, parts))
+        lines.append(f"- **{name}** ({columns.escape(variant.recipe)}): {said or 'not measured yet'}.")
+    marked = any(columns.NO_INTERVAL_MARK in line for line in lines)
+    return paragraphs("\n".join(lines), columns.NO_INTERVAL if marked else None)
 
 
-def _size_words(evidence: Evidence, variant: str) -> str | None:
-    row = row_of(evidence.frames["size"], variant=variant, role="total")
+_Words = tuple[str, Record] | None  # what a run says of a variant
+
+
+def _size_words(evidence: Evidence, variant: str) -> _Words:
+    row = row_of(evidence.frames["totals"], variant=variant)
     if row is None:
         return None
-    show = columns.shown
-    share = show("bytes_share", row["bytes_share"])
-    output, source = (show(key, row[key]) for key in ("output_bytes", "source_bytes"))
-    return f"{output} of {source} ({share})"
+    share, output, source = (columns.shown(key, row[key]) for key in ("bytes_share", "output_bytes", "source_bytes"))
+    return f"{output} of {source} ({share})", evidence.records["build"][variant]
 
 
-def _perplexity_words(evidence: Evidence, variant: str) -> str | None:
+def _perplexity_words(evidence: Evidence, variant: str) -> _Words:
     row = row_of(evidence.frames["perplexity"], variant=variant, protocol=evidence.protocol)
     base = row_of(evidence.frames["perplexity"], variant=SOURCE, protocol=evidence.protocol)
-    if row is None:
+    if row is None or evidence.protocol is None:
         return None
+    record = evidence.perplexities[evidence.protocol][variant]
     kind = "perplexity" if row["unit"] == "token" else f"{row['unit']} perplexity"
     words = f"{kind} {columns.shown('ppl', row['ppl'])}"
     loss = row["delta_log_ppl"]
     if base is None or not isinstance(loss, Estimate):
-        return f"{words} ({f'Δ {loss}' if loss == tables.AT_NOISE else loss})"
+        return f"{words} ({f'Δ {loss}' if loss == tables.AT_NOISE else loss})", record
     change = columns.shown("relative_change_ratio", row["relative_change_ratio"])
     against = columns.shown("ppl", base["ppl"])
-    return f"{words} against {against} ({change}; Δ log-perplexity {columns.shown('delta_log_ppl', loss)})"
+    return f"{words} against {against} ({change}; Δ log-perplexity {columns.shown('delta_log_ppl', loss)})", record
 
 
-def _decode_words(evidence: Evidence, variant: str) -> str | None:
-    row = row_of(evidence.frames["decode"], variant=variant, batch=1)
+def _kl_words(evidence: Evidence, variant: str) -> _Words:
+    row = row_of(evidence.frames["fidelity"], variant=variant)
     if row is None:
         return None
-    speed = columns.shown("tokens_per_second", row["tokens_per_second"])
-    ratio = row["speed_ratio"]
-    relation = f"{columns.shown('speed_ratio', ratio)} × the source" if isinstance(ratio, Estimate) else ratio
-    return f"decode {speed} tok/s at batch 1 ({relation or 'not measured for the source'})"
+    kl = columns.shown("kl", row["kl"])
+    return f"KL to the source {kl}{' nats' if isinstance(row['kl'], Estimate) else ''}", evidence.records["fidelity"][
+        variant
+    ]
+
+
+def _decode_words(evidence: Evidence, variant: str) -> _Words:
+    decoded = evidence.frames["decode"]
+    if decoded.empty:
+        return None
+    row = row_of(tables.single(decoded), variant=variant) or row_of(tables.by_depth(decoded), variant=variant)
+    if row is None:
+        return None
+    speed, ratio = columns.shown("tokens_per_second", row["tokens_per_second"]), row["speed_ratio"]
+    other = "the source" if row["versus"] == SOURCE else row["versus"]
+    relation = f"{columns.shown('speed_ratio', ratio)} × {other}" if isinstance(ratio, Estimate) else ratio
+    words = f"decode {speed} tok/s at batch 1 ({relation or f'not measured for {other}'})"
+    return words, evidence.records["bench"][variant]
+
+
+def _reference(evidence: Evidence, link: Link, record: Record) -> str:
+    return f"[{record.run.run_id}]({link(evidence.record_path(record))})"
+
+
+def _image(evidence: Evidence, link: Link, name: str) -> str | None:
+    """A figure that leads to itself without pixels; None where nothing was measured that it could show."""
+    if name not in figures.available(evidence):
+        return None
+    path = f"reports/{evidence.suite.name}/{name}"
+    return f"[![{figures.FIGURES[name]}]({link(f'{path}.png')})]({link(f'{path}.svg')})"
 
 
 def _table(evidence: Evidence, link: Link, frame: pd.DataFrame) -> str:
@@ -66,8 +102,7 @@ def _table(evidence: Evidence, link: Link, frame: pd.DataFrame) -> str:
 def _no_record(evidence: Evidence, measure: str) -> str | None:
     """Which variants a measure has no run of, and what to do; None if it has them all."""
     quantized = tuple(evidence.suite.variants)
-    of_the_source = () if measure in ("build", "verify", "fidelity") else (SOURCE,)
-    expected = of_the_source if measure in OPTIONAL else (*of_the_source, *quantized)
+    expected = {"sensitivity": (SOURCE,), "bench": (SOURCE, *quantized)}.get(measure, quantized)
     missing = [variant for variant in expected if variant not in evidence.records[measure]]
     if not missing:
         return None
@@ -81,8 +116,49 @@ def paragraphs(*parts: str | None) -> str:
 
 
 def _size(evidence: Evidence, link: Link) -> str:
-    frame = evidence.frames["size"]
-    return paragraphs(None if frame.empty else _table(evidence, link, frame), _no_record(evidence, "build"))
+    totals = evidence.frames["totals"]
+    return paragraphs(
+        None if totals.empty else _table(evidence, link, totals),
+        None if totals.empty else f"**By role**\n\n{_roles(evidence, link)}",
+        _no_record(evidence, "build"),
+    )
+
+
+def _roles(evidence: Evidence, link: Link) -> str:
+    """A row for each role of the source, and beside its bytes what every variant makes of them. Builds of other sources
+    would have other roles, and a row for each all the same."""
+    records = evidence.records["build"]
+    found: dict[tuple[str, int, int, int], dict[str, str]] = {}
+    for variant, record in records.items():
+        for role in record.kind("role"):
+            same = (role["role"], role["num_tensors"], role["num_params"], role["source_bytes"])
+            kept = role["format"] == builds.KEPT
+            after = builds.KEPT if kept else f"{role['format']}, {format_bytes(role['output_bytes'])}"
+            found.setdefault(same, {})[variant] = after
+    rows = [
+        (name, f"{tensors:,}", f"{params:,}", format_bytes(size), *(after.get(variant, "—") for variant in records))
+        for (name, tensors, params, size), after in found.items()
+    ]
+    headers = ("role", "tensors", "parameters", "before", *map(columns.escape, records))
+    align = ("left", *("right" for _ in headers[1:]))
+    table = tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
+    runs = (f"{columns.escape(variant)} {_reference(evidence, link, record)}" for variant, record in records.items())
+    return f"runs {' · '.join(runs)}\n\n{table}"
+
+
+def _method(evidence: Evidence, link: Link) -> str:
+    frame, sources = evidence.frames["method"], evidence.frames["calibration"]
+    return paragraphs(
+        None if frame.empty else _table(evidence, link, frame),
+        None
+        if frame.empty
+        else "Scales and codes say how the 8-bit scale of each block of 16 weights and the 4-bit codes under it were "
+        "chosen: `absmax` and `rtn` round to nearest without data, `search` and `weighted-search` try scales, `gptq` "
+        "corrects each column for what the ones before it lost. Digests are the first digits of SHA-256.",
+        _part(evidence, link, "Calibration", sources),
+        _image(evidence, link, "experts"),
+        _no_record(evidence, "build"),
+    )
 
 
 def _roundtrip(evidence: Evidence, link: Link) -> str:
@@ -102,11 +178,10 @@ def _sensitivity(evidence: Evidence, link: Link) -> str:
     frame = evidence.frames["sensitivity"]
     if frame.empty:
         return paragraphs(_no_record(evidence, "sensitivity"))
-    folder = f"reports/{evidence.suite.name}"
-    image = "Layer error by layer, projection and format"
+    record = evidence.records["sensitivity"][SOURCE]
     return paragraphs(
-        " ".join(tables.sensitivity_words(frame)),
-        f"[![{image}]({link(f'{folder}/sensitivity.png')})]({link(f'{folder}/sensitivity.svg')})",
+        f"{' '.join(tables.sensitivity_words(frame))} {_reference(evidence, link, record)}",
+        _image(evidence, link, "sensitivity"),
         _table(evidence, link, frame),
         "Round-to-nearest with nothing else quantized, on the calibration samples. The layer error is the energy of "
         "what one group in that format changes at the end of its half of the decoder layer (attention or DeltaNet; MLP "
@@ -124,6 +199,7 @@ def _perplexity(evidence: Evidence, link: Link) -> str:
         return "No record yet: run `nox -s ppl`."
     units = set(frame["unit"])
     return paragraphs(
+        _image(evidence, link, "losses"),
         _table(evidence, link, frame),
         "Δ is paired: variant and source scored the same tokens, and their difference is taken window by window. The "
         f"interval is a bootstrap over blocks of neighbouring windows ({RESAMPLES:,} resamples)."
@@ -156,6 +232,7 @@ def _fidelity(evidence: Evidence, link: Link) -> str:
         return paragraphs(_no_record(evidence, "fidelity"))
     noise = evidence.records["fidelity"].keys() & set(NOISE)
     return paragraphs(
+        _image(evidence, link, "divergence"),
         _table(evidence, link, frame),
         "KL(source ‖ variant) of every next-token prediction: its mean with a bootstrap over blocks of windows, and "
         "its percentiles over single predictions. RMS Δp is the root mean square of what the probability of the token "
@@ -164,7 +241,7 @@ def _fidelity(evidence: Evidence, link: Link) -> str:
         f"does not exceed them prints as {tables.AT_NOISE}."
         if noise
         else "**There is no noise floor yet: `nox -s fidelity` measures the source beside itself.**",
-        None if bands.empty else f"**By the tokens before**\n\n{_table(evidence, link, bands)}",
+        _part(evidence, link, "By the tokens before", bands, "depth"),
         _no_record(evidence, "fidelity"),
     )
 
@@ -188,7 +265,7 @@ def _tasks(evidence: Evidence, link: Link) -> str:
         "interval is Tango's for answers that are right or wrong, and otherwise a bootstrap over documents "
         f"({RESAMPLES:,} resamples). Lost and won count the items that only the source, and only the variant, gets "
         "right; p is of no difference at all (McNemar's exact test or a permutation), by Holm over all tasks.",
-        None if answers.empty else f"**Generated answers**\n\n{_table(evidence, link, answers)}",
+        _part(evidence, link, "Generated answers", answers),
         None
         if answers.empty
         else "An answer is cut off at the most new tokens that it may have; unclosed is a thought without its end, not "
@@ -202,40 +279,29 @@ def _decode(evidence: Evidence, link: Link) -> str:
     frame = evidence.frames["decode"]
     if frame.empty:
         return paragraphs(_no_record(evidence, "bench"))
-    single = frame[frame["batch"] == 1].drop(columns="user_tokens_per_second")
-    curve = frame.drop(columns=["ceiling_tokens_per_second", "ceiling_share"]).sort_values("batch", kind="stable")
     return paragraphs(
-        None if single.empty else f"**One user**\n\n{_table(evidence, link, single)}",
-        f"**By batch size**, in total and for each user\n\n{_table(evidence, link, curve)}",
+        _part(evidence, link, "One user", tables.single(frame), "decode"),
+        _part(evidence, link, "By depth", tables.by_depth(frame)),
+        _part(evidence, link, "By batch size, in total and for each user", tables.batch_curve(frame), "batch"),
+        _part(evidence, link, "In other setups of the engine", tables.in_setups(frame)),
         "Speeds are medians over repetitions with exact order-statistic intervals. The ratio is of runs of one "
         "session, its interval over the engine's starts, since repetitions of one start are alike (of a single start: "
         "over repetitions, by the exact Mann-Whitney test). The ceiling is memory bandwidth over the bytes that a step "
         "moves (weights, states, the prompt's keys and values), and a dash where the bandwidth is unknown.",
-        _kernels(evidence),
+        _part(evidence, link, "Kernels that ran", evidence.frames["kernels"]),
+        "**The torch engine decompresses quantized weights to BF16 before it computes, on every device. Its decode "
+        "speed says nothing about NVFP4 kernels.**"
+        if any((record.run.engine or {}).get("name") == "torch" for record in evidence.records["bench"].values())
+        else None,
         _no_record(evidence, "bench"),
     )
 
 
-def _kernels(evidence: Evidence) -> str:
-    """What computed each variant's layers, and a warning where that is not the format of its weights."""
-    engines = {name: record.run.engine or {} for name, record in evidence.records["bench"].items()}
-    lines = []
-    for name, engine in engines.items():
-        layers: dict[str, list[str]] = {}
-        for layer, kernel in engine.get("kernels", {}).items():
-            layers.setdefault(kernel, []).append(layer)
-        lines += [
-            f"- `{name}`: {columns.escape(kernel)} ({', '.join(f'`{one}`' for one in those)})"
-            for kernel, those in layers.items()
-        ]
-    torch = any(engine.get("name") == "torch" for engine in engines.values())
-    return paragraphs(
-        "Kernels that ran:\n\n" + "\n".join(lines) if lines else None,
-        "**The torch engine decompresses quantized weights to BF16 before it computes, on every device. Its decode "
-        "speed says nothing about NVFP4 kernels.**"
-        if torch
-        else None,
-    )
+def _part(evidence: Evidence, link: Link, title: str, frame: pd.DataFrame, image: str | None = None) -> str | None:
+    """A table under a title of its own, with its figure; None where it has no rows."""
+    if frame.empty:
+        return None
+    return paragraphs(f"**{title}**", image and _image(evidence, link, image), _table(evidence, link, frame))
 
 
 def _prefill(evidence: Evidence, link: Link) -> str:
@@ -248,10 +314,102 @@ def _memory(evidence: Evidence, link: Link) -> str:
     return paragraphs(None if frame.empty else _table(evidence, link, frame), _no_record(evidence, "bench"))
 
 
+def _served(evidence: Evidence, link: Link) -> str:
+    frame = evidence.frames["served"]
+    if frame.empty:
+        return "No record yet: `harness import` takes what `vllm bench` wrote on another machine."
+    return paragraphs(
+        _table(evidence, link, frame),
+        "By `vllm bench` on another machine, as its files say; imported by `harness import`.",
+    )
+
+
 def _figure(evidence: Evidence, link: Link) -> str:
-    folder = f"reports/{evidence.suite.name}"
-    alternative = "Checkpoint size, loss of log-perplexity and decode step times of every variant beside the source"
-    return f"[![{alternative}]({link(f'{folder}/overview.png')})]({link(f'{folder}/overview.svg')})"
+    return _image(evidence, link, "overview") or ""
+
+
+def _usage(evidence: Evidence, link: Link) -> str:
+    """How the first variant is served; the others differ by their name."""
+    variant = next(iter(evidence.suite.variants))
+    record = evidence.records["build"].get(variant)
+    needed = record and builds.footprint(record)
+    if not record or not needed:
+        return (
+            f"Sizes are not known before a build: run `nox -s build`, or `harness serve-command --variant {variant}`."
+        )
+    model = evidence.repo or f"./artifacts/{evidence.suite.name}/{variant}"
+    gib = next((one for one in builds.GPUS_GIB if _fits(needed, one)), None)
+    if gib is None:
+        return paragraphs(f"No single GPU of {builds.GPUS_GIB[-1]} GiB holds it: see `harness serve-command --gpus`.")
+    sizing = serve.size(needed, gpu_gib=gib)
+    name = f"{evidence.suite.name}-{variant}"
+    given = serve.arguments(sizing, name=name)
+    speculating = serve.arguments(sizing, name=name, speculative_tokens=1)
+    python = (
+        "from vllm import LLM, SamplingParams\n\n"
+        f"llm = LLM({json.dumps(model)}, max_model_len={min(sizing.max_model_len, _PYTHON_LENGTH)})\n"
+        "sampling = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5, max_tokens=512)\n"
+        'print(llm.chat([{"role": "user", "content": "What is a Gated DeltaNet?"}], sampling)[0].outputs[0].text)'
+    )
+    return paragraphs(
+        f"Sized for `{variant}` on a GPU of {gib} GiB, by the bytes of its tensors and of its cache "
+        f"({_reference(evidence, link, record)}). Only Blackwell GPUs compute in 4 bits.",
+        f"```sh\n{serve.vllm_line(model, given)}\n```",
+        f"```sh\n{serve.docker_bash(model, given)}\n```",
+        f"With one token drafted by the MTP head:\n\n```sh\n{serve.vllm_line(model, speculating)}\n```"
+        if builds.has_mtp(record)
+        else None,
+        f"```python\n{python}\n```",
+        _part(evidence, link, "What fits", evidence.frames["sizes"]),
+        f"With images, `--utilization {serve.UTILIZATION:g}` of the GPU's memory and `--overhead-gb "
+        f"{serve.OVERHEAD_GB[True]:g}` for vLLM itself, which measures its own as it starts. `harness serve-command` "
+        "sizes other GPUs, users and lengths and writes PowerShell and compose files.",
+    )
+
+
+_PYTHON_LENGTH = 32768
+"""Tokens: enough for a first look, and quicker to start than the longest that fits."""
+
+
+def _fits(needed: serve.Footprint, gib: float) -> bool:
+    try:
+        serve.size(needed, gpu_gib=gib)
+    except UserError:
+        return False
+    return True
+
+
+def _limits(evidence: Evidence, link: Link) -> str:
+    roles = [role for record in evidence.records["build"].values() for role in record.kind("role")]
+    known = [
+        one
+        for one in limits.LIMITS
+        if (not one.needs_mtp or not roles or any(role["role"] == "mtp" for role in roles))
+        and (not one.needs_activations or not roles or any(role["format"] in _FOUR_BIT_ACTIVATIONS for role in roles))
+    ]
+    rows = [(one.configuration, one.effect, one.remedy, f"[source]({one.source})") for one in known]
+    return tabulate(
+        rows, headers=("configuration", "what happens", "instead", "where it is known from"), tablefmt="pipe"
+    )
+
+
+_FOUR_BIT_ACTIVATIONS = ("NVFP4",)
+
+
+def _presets(evidence: Evidence, link: Link) -> str:
+    fields = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty")
+    rows = [
+        (f"`{name}`", *(f"{getattr(preset, field):g}" for field in fields), f"[Qwen]({_PRESETS_SOURCE})")
+        for name, preset in PRESETS.items()
+    ]
+    headers = ("preset", *(field.replace("_", " ") for field in fields), "recommended by")
+    return paragraphs(
+        tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True),
+        "Greedy decoding is not among them: a model that thinks may then repeat itself without end.",
+    )
+
+
+_PRESETS_SOURCE = "https://huggingface.co/Qwen/Qwen3.5-9B#best-practices"
 
 
 def _reproduce(evidence: Evidence, link: Link) -> str:
@@ -272,12 +430,16 @@ def _runs(evidence: Evidence, link: Link) -> str:
         return "No record yet."
     artifacts = frame[["variant", "artifact"]].drop_duplicates()
     changed = artifacts["variant"][artifacts["variant"].duplicated()].unique()
+    packages: dict[str, list[str]] = {}
+    for row in frame.to_dict("records"):
+        packages.setdefault(row["packages"], []).append(_reference(evidence, link, row["run"]))
     return paragraphs(
-        _table(evidence, link, frame),
+        _table(evidence, link, frame.drop(columns="packages")),
         *(
             f"**The runs of `{variant}` are not all of one artifact: measure again what is of an older one.**"
             for variant in changed
         ),
+        "Packages:\n\n" + "\n".join(f"- {named}: {', '.join(those)}" for named, those in packages.items()),
     )
 
 
@@ -286,6 +448,7 @@ BLOCKS: dict[str, tuple[str | None, Callable[[Evidence, Link], str]]] = {
     "headline": (None, _headline),
     "figure": (None, _figure),
     "size": ("What is quantized and what is kept", _size),
+    "method": ("Method and calibration", _method),
     "roundtrip": ("Round-trip error", _roundtrip),
     "sensitivity": ("Sensitivity", _sensitivity),
     "perplexity": ("Perplexity", _perplexity),
@@ -294,8 +457,12 @@ BLOCKS: dict[str, tuple[str | None, Callable[[Evidence, Link], str]]] = {
     "decode": ("Decode speed", _decode),
     "prefill": ("Prefill speed", _prefill),
     "memory": ("Memory", _memory),
+    "served": ("Served elsewhere", _served),
+    "usage": ("Usage", _usage),
+    "presets": ("Sampling presets", _presets),
+    "limits": ("Known limits", _limits),
     "reproduce": ("How to reproduce", _reproduce),
-    "runs": ("Runs", _runs),
+    "runs": ("Provenance", _runs),
 }
 
 

@@ -8,6 +8,7 @@ them by protocol and variant, since each protocol has a number of its own. A row
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,7 +19,7 @@ from harness.record.results import Record, incomparable
 from harness.record.stats import Estimate
 from harness.report import columns
 from harness.report.numbers import format_bytes, format_percent
-from harness.suite import SOURCE
+from harness.suite import SOURCE, row_parts
 
 Records = Mapping[str, Record]  # variant -> the run that speaks for it, of one measure
 ByProtocol = Mapping[str, Records]  # protocol -> those of its perplexities
@@ -129,15 +130,16 @@ def reused_windows(by_protocol: ByProtocol) -> Iterator[str]:
                     )
 
 
-def decode(records: Records) -> pd.DataFrame:
-    """Decode speed per variant and batch size, beside the speed that memory allows.
+def decode(records: Records, versus: str = SOURCE) -> pd.DataFrame:
+    """Decode speed per variant, prompt length and batch size, beside the speed that memory allows, and how many times
+    it is that of the row `versus`; of a row with a setup also how many times that of the same variant without it.
 
     One value per repetition: the tokens of all its steps over their time. The first new token belongs to the
     prefill and is in neither. At batch 1 the ceiling is memory bandwidth over the bytes of a step: the weights once,
     the DeltaNet states read and written, and the keys and values of the prompt. A model that does not fit
     into the processor's caches cannot exceed it.
     """
-    rows = _speeds(records, "decode")
+    rows = _speeds(records, "decode", versus)
     for row in rows:
         effective = (row["run"].run.engine or {}).get("effective", {})
         speed, batch = row["tokens_per_second"], row["batch"]
@@ -163,9 +165,95 @@ def decode(records: Records) -> pd.DataFrame:
     return columns.frame_of(rows)
 
 
-def prefill(records: Records) -> pd.DataFrame:
+def prefill(records: Records, versus: str = SOURCE) -> pd.DataFrame:
     """Prefill speed: the prompt's tokens over the time until the first new token is known."""
-    return columns.frame_of(_speeds(records, "prefill"))
+    return columns.frame_of(_speeds(records, "prefill", versus))
+
+
+# What a card asks of a decode frame, each with the rows and columns that answer it. Together they show every row.
+
+
+def single(decoded: pd.DataFrame) -> pd.DataFrame:
+    """Decode speed of one sequence, of variants as they are."""
+    chosen = [row for row in _as_they_are(decoded) if _is_curve(row) and row["batch"] == 1]
+    return _about(chosen)
+
+
+def by_depth(decoded: pd.DataFrame) -> pd.DataFrame:
+    """Decode speed of one sequence after more and more tokens, of variants as they are, the shallowest first."""
+    chosen = sorted(filter(_is_at_depth, _as_they_are(decoded)), key=lambda row: row["prompt_tokens"])
+    return _about([_with_test(row) for row in chosen], without=_LENGTHS)
+
+
+def batch_curve(decoded: pd.DataFrame) -> pd.DataFrame:
+    """Decode speed in total and for each user, of variants as they are, the smallest batch first; empty where nothing
+    but batch 1 was measured."""
+    chosen = sorted(filter(_is_curve, _as_they_are(decoded)), key=lambda row: row["batch"])
+    measured = chosen if any(row["batch"] > 1 for row in chosen) else []
+    return _about(measured, without=("ceiling_tokens_per_second", "ceiling_share"))
+
+
+def in_setups(decoded: pd.DataFrame) -> pd.DataFrame:
+    """Decode speed of variants in setups, MTP among them, at every length and batch size: what drafts came to, and the
+    speed over that of the same variant without the setup."""
+    return _about([_with_test(row) for row in _rows(decoded) if _is_in_setup(row)], without=_LENGTHS)
+
+
+_LENGTHS = ("prompt_tokens", "new_tokens")
+_OPTIONAL = ("setup_ratio", "acceptance_share", "mean_accepted_length")  # columns of a table with something in them
+
+
+def _about(rows: Sequence[Mapping[str, Any]], without: Sequence[str] = ()) -> pd.DataFrame:
+    """The frame of some rows of another one."""
+    left_out = {*without, *(key for key in _OPTIONAL if all(row.get(key) is None for row in rows))}
+    if all(row["batch"] == 1 for row in rows):
+        left_out.add("user_tokens_per_second")
+    return columns.frame_of([{key: value for key, value in row.items() if key not in left_out} for row in rows])
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _as_they_are(decoded: pd.DataFrame) -> list[dict[str, Any]]:
+    return [row for row in _rows(decoded) if not _is_in_setup(row)]
+
+
+def _is_in_setup(row: Mapping[str, Any]) -> bool:
+    return row_parts(row["variant"])[1] is not None
+
+
+def _is_at_depth(row: Mapping[str, Any]) -> bool:
+    """Whether the suite that a run was made with asks for a row among its depths."""
+    bench = row["run"].run.suite.get("bench") or {}
+    depths = {max(depth, 1) for depth in bench.get("depths") or ()}
+    return row["batch"] == 1 and row["prompt_tokens"] in depths and row["new_tokens"] == bench["depth_tokens"]
+
+
+def _is_curve(row: Mapping[str, Any]) -> bool:
+    """Whether it asks for it among its batch sizes; what it does not ask for counts as such."""
+    bench = row["run"].run.suite.get("bench") or {}
+    return not _is_at_depth(row) or [row[key] for key in _LENGTHS] == [bench[key] for key in _LENGTHS]
+
+
+def _with_test(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with llama-bench's name of what was timed: `tg32`, and `tg32 @ d4096` after 4,096 tokens. There is no
+    empty prompt, so one token is depth 0. (https://github.com/ggml-org/llama.cpp/tree/master/tools/llama-bench)"""
+    depth = f" @ d{row['prompt_tokens']}" if row["prompt_tokens"] > 1 else ""
+    return {**row, "test": f"tg{row['new_tokens'] - 1}{depth}"}
+
+
+def kernels(records: Records) -> pd.DataFrame:
+    """What computed the layers, as the engine told it: one row a variant and kernel."""
+    rows = []
+    for variant, record in records.items():
+        layers: dict[str, list[str]] = {}
+        for layer, kernel in ((record.run.engine or {}).get("kernels") or {}).items():
+            layers.setdefault(kernel, []).append(layer)
+        for kernel, those in layers.items():
+            if kernel:
+                rows.append({"variant": variant, "kernel": kernel, "computes": ", ".join(those), "run": record})
+    return columns.frame_of(rows)
 
 
 def memory(records: Records) -> pd.DataFrame:
@@ -344,13 +432,14 @@ def runs(records: Sequence[Record]) -> pd.DataFrame:
     return columns.frame_of(rows)
 
 
-def of_measure(measure: str, records: Records) -> list[pd.DataFrame]:
-    """The frames that answer one measure's questions, those without rows left out."""
-    frames = {
+def of_measure(measure: str, records: Records, versus: str = SOURCE) -> list[pd.DataFrame]:
+    """The frames that answer one measure's questions, those without rows left out; speeds are divided by those of the
+    row `versus`."""
+    frames: tuple[Callable[[Records], pd.DataFrame], ...] = {
         "build": (size,),
         "verify": (roundtrip, findings),
         "sensitivity": (sensitivity,),
-        "bench": (decode, prefill, memory),
+        "bench": (partial(decode, versus=versus), partial(prefill, versus=versus), memory),
         "served": (served,),
     }[measure]
     return [frame for make in frames if not (frame := make(records)).empty]
@@ -393,11 +482,11 @@ def _ppl(clusters: Sequence[tuple[float, int]]) -> float | None:
     return math.exp(math.fsum(nll for nll, _ in clusters) / sum(weight for _, weight in clusters))
 
 
-def _refusal(records: Records, variant: str) -> str | None:
-    """Why a variant cannot be compared with the source; None if it can, or is the source."""
-    if SOURCE not in records:
-        return "no record of the source"
-    found = differing(records[variant], records[SOURCE])
+def _refusal(records: Records, variant: str, versus: str = SOURCE) -> str | None:
+    """Why a variant cannot be compared with another row; None if it can, or is that row."""
+    if versus not in records:
+        return f"no record of {'the source' if versus == SOURCE else versus}"
+    found = differing(records[variant], records[versus])
     return f"incomparable: {', '.join(found)}" if found else None
 
 
@@ -419,30 +508,44 @@ def _spans(record: Record) -> list[tuple[int, ...]]:
     return [tuple(window[key] for key in keys) for window in record.kind("window")]
 
 
-def _speeds(records: Records, kind: str) -> list[dict[str, Any]]:
+def _speeds(records: Records, kind: str, versus: str) -> list[dict[str, Any]]:
     """Rows of speed, one per variant and shape (batch size, prompt length)."""
     rows, rate = [], RATES[kind]
     for variant, record in records.items():
         for shape, samples in by_shape(record, kind).items():
             rates = [rate(sample) for sample in samples]
-            ratio: Estimate | str | None = _refusal(records, variant)
-            if variant != SOURCE and ratio is None:
-                base = by_shape(records[SOURCE], kind).get(shape)
-                ratio = speed_ratio(kind, samples, base)[0] if base else None
-            rows.append(
-                {
-                    "variant": variant,
-                    "batch": shape[0],
-                    "prompt_tokens": shape[1],
-                    **({"new_tokens": shape[2]} if kind == "decode" else {}),
-                    "num_repetitions": len(rates),
-                    "tokens_per_second": stats.median(rates),
-                    "speed_ratio": ratio,
-                    "run": record,
-                    **served_as(record),
-                }
-            )
+            ratio = _speed_over(records, variant, versus, kind, shape)
+            row = {
+                "variant": variant,
+                "batch": shape[0],
+                "prompt_tokens": shape[1],
+                **({"new_tokens": shape[2]} if kind == "decode" else {}),
+                "num_repetitions": len(rates),
+                "tokens_per_second": stats.median(rates),
+                "versus": versus,
+                "speed_ratio": ratio,
+                "speed_change_ratio": ratio.value - 1 if isinstance(ratio, Estimate) else None,
+                "run": record,
+                **served_as(record),
+            }
+            name, setup = row_parts(variant)
+            if setup is not None:
+                row["setup_ratio"] = _speed_over(records, variant, name, kind, shape)
+            rows.append(row)
     return rows
+
+
+def _speed_over(
+    records: Records, variant: str, versus: str, kind: str, shape: tuple[int, int, int]
+) -> Estimate | str | None:
+    """How many times as fast a row is as another one at one shape, or why that cannot be said; None of the other one
+    itself, and where it has no such shape."""
+    if variant == versus:
+        return None
+    if refusal := _refusal(records, variant, versus):
+        return refusal
+    base = by_shape(records[versus], kind).get(shape)
+    return speed_ratio(kind, by_shape(records[variant], kind)[shape], base)[0] if base else None
 
 
 def speed_ratio(

@@ -1,0 +1,466 @@
+"""Publishing a variant: all that its page on the model hub holds, gathered in one folder, checked and uploaded.
+
+    publish/<suite>/<variant>/
+      README.md, figures, index.html     the card
+      config.json, *.safetensors, …      the artifact as its build wrote it, with the source's tokenizer and licence
+      harness-build.json, …              what it was built from and calibrated on
+      suite.toml                         the suite's file, to repeat it with
+      results/<machine>/*.jsonl          the records that the card cites, and no others
+      results/exports/, .eval_results/   the same numbers for programs
+      harness-publish.json               the list of all this; a folder with it is ours
+
+Nothing is built or measured here: what is published is what the records are of. The artifact is read whole and held
+against its manifest, and that against the records; then `verify`, the suite's gate and its claims must have nothing to
+object to. The folder is put together under another name beside its own, its card is traced and its text searched for
+what belongs to this machine, and only then does it get its name. An upload is one commit.
+"""
+
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
+
+from harness import __version__
+from harness.audit.verify import verify
+from harness.errors import UserError
+from harness.model.checkpoint import open_checkpoint, read_json
+from harness.quantize.build import MANIFEST, altered
+from harness.quantize.recipes import Recipe, recipe_named
+from harness.record import baselines
+from harness.record.results import Record, Skipped
+from harness.report import card, claims, export, gate
+from harness.report.evidence import Evidence, gather
+from harness.report.trace import trace
+from harness.stages import Job, chosen_variants, suite_source
+from harness.suite import SOURCE, narrowed, row_parts
+
+PUBLISHED = "harness-publish.json"
+"""The file in a folder that says what was put there to be published; a folder with it is ours."""
+
+TOKEN = "HF_TOKEN"
+"""The variable that holds the token; it is read from the environment and kept nowhere."""
+
+_RESULTS = "results"
+_EXPORTS = "results/exports"
+_EVAL_RESULTS = ".eval_results/"  # where the Hub looks for scores (https://huggingface.co/docs/hub/eval-results)
+_LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+_PATIENCE_SECONDS = 120.0  # for an answer of the Hub, which by itself would be waited for without end
+_NAMES_A_SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY")
+_SHORTEST_SECRET = 8
+_LONGEST_REASON = 400
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What came of a folder. `files` has the bytes of each by its path and is empty where the folder was refused, for
+    `findings` or for what is `undecided`; of a folder that is there, `undecided` is what was allowed to be."""
+
+    folder: Path
+    artifact_digest: str
+    files: Mapping[str, int]
+    findings: tuple[str, ...]
+    undecided: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command: 0 for a folder that is there, 1 for findings, 3 for what could not be judged."""
+        return 0 if self.files else 1 if self.findings else 3
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A commit on the Hub. `others` are files of the repository that are not of this upload, and were left there."""
+
+    url: str
+    private: bool
+    others: tuple[str, ...]
+
+
+def check_repo(repo: str) -> None:
+    """`UserError` for what is no owner and name of a repository."""
+    try:
+        validate_repo_id(repo)
+        reason = None if repo.count("/") == 1 else "it has no owner"
+    except HFValidationError as error:
+        reason = str(error).rstrip(".")
+    if reason:
+        raise UserError(f"'{repo}' is no repository of the Hub: {reason}.", "Write --repo owner/name.")
+
+
+def token_of(environment: Mapping[str, str]) -> str:
+    """The token to upload with; `UserError` where there is none, or no way to the Hub."""
+    if huggingface_hub.is_offline_mode():
+        raise UserError("HF_HUB_OFFLINE is set, and an upload needs the Hub.", "Unset it, or give --dry-run.")
+    token = environment.get(TOKEN, "").strip()
+    if not token:
+        raise UserError(
+            f"An upload needs a token, and {TOKEN} is not set.",
+            f"Put a token with write access into the environment as {TOKEN}, or give --dry-run.",
+        )
+    if not re.fullmatch("[!-~]+", token):
+        raise UserError(f"{TOKEN} holds characters that no token has.", "Copy the token again.")
+    return token
+
+
+# -- Checks ------------------------------------------------------------------------------------------------------
+
+
+def assemble(
+    job: Job,
+    suite_file: Path,
+    variant: str,
+    repo: str,
+    out: Path,
+    records: Sequence[Record],
+    skipped: Sequence[Skipped],
+    *,
+    allow_undecided: bool = False,
+) -> Assembled:
+    """Checks a variant and puts all that is published of it into folder `out`, or says what stands against it.
+
+    `UserError`, with nothing written, for an artifact that is not built, not of this suite or changed since; for one
+    that the records are not of; for a suite without a rule for it; and for an `out` that was not made by this function.
+    """
+    chosen_variants(job.suite, [variant], with_source=False)
+    out = out.resolve()
+    _check_out(out)
+    artifact = _artifact(job, variant)
+    judged = _judgements(job, variant, records, skipped)
+    evidence = gather(narrowed(job.suite, variant), records, _RESULTS, repo)
+    _check_records(artifact, variant, evidence)
+    _check_files(job, artifact, variant)
+    findings = [
+        f"verify: {one.tensor} {one.problem}: {one.consequence}"
+        for one in verify(artifact.folder, artifact.source, job.progress).findings
+        if one.severity == "error"
+    ]
+    findings += [_words(one) for one in judged if one.verdict == "fail"]
+    # The card has the suite's prose, with what that says of other variants too.
+    found = claims.claims_of(job.suite, records, skipped)
+    findings += [f"claims: {one.reason}" for one in found if not one.supported]
+    undecided = tuple(_words(one) for one in judged if gate.EXIT_CODES[one.verdict] == 3)
+    outcome = Assembled(out, artifact.digest, {}, tuple(findings), undecided)
+    if findings or (undecided and not allow_undecided):
+        return outcome
+    contents = _contents(artifact, evidence)
+    card_files = card.variant_card(job.suite, records, variant, results_dir=_RESULTS, repo=repo)
+    _add(contents, card_files, "the card")
+    _add(contents, {"suite.toml": suite_file}, "the suite")
+    with _new_folder(out) as made:
+        files = _write(made, contents)
+        about = {"suite": job.suite.name, "variant": variant, "repo": repo, "artifact_digest": artifact.digest}
+        files[PUBLISHED] = _write_list(made, {**about, "files": files})
+        findings = [f"trace: README.md: {one}" for one in trace(made / "README.md").findings]
+        findings += of_this_machine(made, files, _places(job, artifact), os.environ)
+        if findings:
+            told = tuple(one.replace(str(made), str(out)) for one in findings)
+            return replace(outcome, findings=told)
+        _put_in_place(made, out)
+    return replace(outcome, files=files)
+
+
+@dataclass(frozen=True)
+class _Artifact:
+    """A built artifact by its manifest; `files` are all that belong to it."""
+
+    folder: Path
+    source: Path
+    source_digest: str
+    digest: str
+    files: tuple[str, ...]
+
+
+def _recipe(job: Job, variant: str) -> Recipe:
+    wanted = job.suite.variants[variant]
+    return recipe_named(wanted.recipe).with_method(wanted.scales, wanted.codes)
+
+
+def _artifact(job: Job, variant: str) -> _Artifact:
+    """What the build of an artifact wrote down; `UserError` where it is not built, or built of something else."""
+    folder, source = job.artifact(variant), suite_source(job.suite)
+    if not (folder / MANIFEST).is_file() or not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no built artifact of '{variant}'.", "Build it: run `nox -s build`.")
+    manifest, recipe = read_json(folder / MANIFEST), _recipe(job, variant)
+    source_digest = open_checkpoint(source).fingerprint()
+    identity, files, digest = (manifest.get(key) for key in ("identity", "files", "digest"))
+    if not (
+        isinstance(identity, dict)
+        and isinstance(digest, str)
+        and isinstance(files, dict)
+        and all(Path(name).name == name and {"bytes", "digest"} <= set(one) for name, one in files.items())
+    ):
+        raise UserError(f"{folder / MANIFEST} is no manifest of a build.", "Remove the folder to build it again.")
+    wanted = {
+        "recipe": recipe.name,
+        "formats": {role: form.name for role, form in recipe.formats.items()},
+        "method": vars(recipe.method),
+        "source_fingerprint": source_digest,
+    }
+    if any(identity.get(key) != value for key, value in wanted.items()):
+        raise UserError(
+            f"{folder} holds an artifact of another recipe or source than the suite's '{variant}'.",
+            "Remove it, and run `nox -s build`.",
+        )
+    return _Artifact(folder, source, source_digest, digest, (*files, MANIFEST))
+
+
+def _check_files(job: Job, artifact: _Artifact, variant: str) -> None:
+    """`UserError` for an artifact that is not what its build wrote."""
+    found = altered(artifact.folder, artifact.source, _recipe(job, variant), job.progress)
+    if found:
+        more = f", nor are {len(found) - 1} more" if len(found) > 1 else ""
+        raise UserError(
+            f"{artifact.folder / found[0]} is not as its build wrote it{more}.", "Remove the folder to build it again."
+        )
+
+
+def _check_records(artifact: _Artifact, variant: str, evidence: Evidence) -> None:
+    """`UserError` for a card about another artifact, or another source. A run whose owner only says of what it is has
+    no digest."""
+    cited = [record for record in evidence.chosen if row_parts(record.run.variant["name"])[0] == variant]
+    if not cited:
+        raise UserError(f"There is no record of '{variant}' to make a card of.", "Measure it: run `nox -s ppl bench`.")
+    for record in evidence.chosen:
+        digests = {"source_digest": artifact.source_digest}
+        if record in cited:
+            digests["artifact_digest"] = artifact.digest
+        for key, here in digests.items():
+            if (known := record.run.variant.get(key)) not in (None, here):
+                what = key.removesuffix("_digest")
+                raise UserError(
+                    f"Run {record.run.run_id} ({record.run.measure}) is of another {what}, {known[:12]}, than the one "
+                    f"that lies here, {here[:12]}.",
+                    f"Run `nox -s {record.run.measure}` again, or restore what was measured.",
+                )
+
+
+def _judgements(
+    job: Job, variant: str, records: Sequence[Record], skipped: Sequence[Skipped]
+) -> tuple[gate.Judgement, ...]:
+    """The verdicts on the suite's rules about a variant and about the source, which its card compares it with."""
+    rows = narrowed(job.suite, variant).rows()
+    rules = tuple(rule for rule in job.suite.gate if rule.variant in rows)
+    if all(row_parts(rule.variant)[0] == SOURCE for rule in rules):
+        raise UserError(
+            f"Suite '{job.suite.name}' has no [[gate]] rule about '{variant}'.", "Say what it may lose: add one."
+        )
+    baseline = baselines.read(job.results, job.suite.name)
+    return gate.judge(replace(job.suite, gate=rules), records, baseline, skipped)
+
+
+def _words(judgement: gate.Judgement) -> str:
+    return f"gate: {judgement.name}: {judgement.verdict}: {judgement.reason}"
+
+
+# -- The folder --------------------------------------------------------------------------------------------------
+
+
+def _contents(artifact: _Artifact, evidence: Evidence) -> dict[str, bytes | Path]:
+    """What a folder holds beside the card and the suite: its path there, and the bytes or where they lie."""
+    contents: dict[str, bytes | Path] = {name: artifact.folder / name for name in artifact.files}
+    licences = {path.name: path for pattern in _LICENCES for path in sorted(artifact.source.glob(pattern))}
+    contents |= {name: path for name, path in licences.items() if name not in contents and path.is_file()}
+    _add(contents, {evidence.record_path(record): record.path for record in evidence.chosen}, "the records")
+    (variant,) = evidence.suite.variants
+    exported = export.export(evidence, [variant])
+    placed = {_place_of_export(name.removeprefix(f"{variant}/")): data for name, data in exported.items()}
+    _add(contents, placed, "the exports")
+    return contents
+
+
+def _place_of_export(name: str) -> str:
+    return name if name.startswith(_EVAL_RESULTS) else f"{_EXPORTS}/{name}"
+
+
+def _add(contents: dict[str, bytes | Path], more: Mapping[str, bytes | Path], what: str) -> None:
+    if taken := sorted(contents.keys() & more.keys()):
+        raise UserError(
+            f"The artifact has a file '{taken[0]}', and so have {what}.", "Rename it in the source, and build again."
+        )
+    contents |= more
+
+
+def _check_out(out: Path) -> None:
+    """`UserError` for a place that holds anything that was not put there to be published."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    remedy = "Give another --out, or move it away."
+    listed = read_json(out / PUBLISHED).get("files") if (out / PUBLISHED).is_file() else None
+    if not isinstance(listed, dict):
+        raise UserError(f"{out} exists and was not made by `harness publish`.", remedy)
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+    if others := sorted(present - listed.keys() - {PUBLISHED}):
+        raise UserError(f"{out} holds {others[0]}, which `harness publish` did not put there.", remedy)
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, which is gone again unless it was put in its place."""
+    made = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    made.mkdir(parents=True)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _put_in_place(made: Path, out: Path) -> None:
+    """Gives a finished folder its name. What had it goes after that, so that there is always a whole one."""
+    if out.exists():
+        old = made.with_suffix(".old")
+        out.rename(old)
+        made.rename(out)
+        shutil.rmtree(old)
+    else:
+        made.rename(out)
+
+
+def _write(made: Path, contents: Mapping[str, bytes | Path]) -> dict[str, int]:
+    """Writes every file; returns its bytes by its path. Shards are linked where the disk can, and never written to:
+    they are most of an artifact, and all the rest may be edited before it is uploaded."""
+    for name, content in sorted(contents.items()):
+        target = made / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        elif name.endswith(".safetensors"):
+            _link(content.resolve(), target)
+        else:
+            shutil.copyfile(content, target)
+    return {name: (made / name).stat().st_size for name in sorted(contents)}
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(file)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(file, target)
+
+
+def _write_list(made: Path, listed: Mapping[str, Any]) -> int:
+    document = {"schema": 1, "harness": __version__, **listed}
+    return (made / PUBLISHED).write_bytes((json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+# -- What is nobody's business -----------------------------------------------------------------------------------
+
+
+def _places(job: Job, artifact: _Artifact) -> list[Path]:
+    """The folders of this machine that a command has to do with."""
+    given = (Path.home(), Path.cwd(), artifact.folder, artifact.source, job.artifacts, job.results, job.suite.folder)
+    return list(dict.fromkeys(place for path in given for place in (path.absolute(), path.resolve())))
+
+
+def of_this_machine(
+    folder: Path, files: Iterable[str], places: Iterable[Path], environment: Mapping[str, str]
+) -> Iterator[str]:
+    """Where a file of `folder` holds one of the paths `places`, or the value of a variable whose name is that of a
+    secret: a sentence for each, which does not repeat a secret. Weights are not looked at."""
+    wanted = [(str(place), str(place), True) for place in places if len(place.parts) > 1]
+    for name, value in sorted(environment.items()):
+        if _NAMES_A_SECRET.search(name.upper()) and len(value) >= _SHORTEST_SECRET:
+            wanted.append((f"the value of the variable {name}", value, False))
+    for file in sorted(files):
+        if file.endswith(".safetensors"):
+            continue
+        data = (folder / file).read_bytes()
+        for what, text, is_path in wanted:
+            if (place := _position(data, text, is_path)) is not None:
+                line = data.count(b"\n", 0, place) + 1
+                yield f"{file}, line {line} holds {what}: that is of this machine alone"
+
+
+def _position(data: bytes, text: str, is_path: bool) -> int | None:
+    """Where a text first stands, as it is, as JSON has it or as a link has it; None if it does not. A path stands where
+    it is not inside another, nor the start of a longer name; one of a single name may be a word, and counts where
+    something follows it."""
+    ways = (way.encode(errors="surrogateescape") for way in dict.fromkeys((text, json.dumps(text)[1:-1], quote(text))))
+    end = rb"/\w" if text.count("/") == 1 else rb"(?![\w-])"
+    for way in ways:
+        if way in data:  # the expression is slow, and seldom needed
+            if not is_path:
+                return data.index(way)
+            if found := re.search(rb"(?<![\w.~-])" + re.escape(way) + end, data):
+                return found.start()
+    return None
+
+
+# -- The upload --------------------------------------------------------------------------------------------------
+
+
+def upload(assembled: Assembled, repo: str, message: str, token: str, *, public: bool, bars: bool) -> Uploaded:
+    """Uploads a folder as one commit to the repository `repo`, which is made where there is none, private unless it is
+    to be `public`. What was uploaded before a failure is not sent again. `bars`: the Hub's client may draw on stderr.
+
+    `UserError` for whatever goes wrong, in one sentence without the token; and for a repository that is public when
+    nobody said so.
+    """
+    # It logs what it tries again, and what the Hub writes into headers; what counts is raised.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not bars:
+        disable_progress_bars()
+    client = huggingface_hub.get_session()
+    make, hooks = type(client), client.event_hooks
+    huggingface_hub.set_client_factory(
+        lambda: make(event_hooks=hooks, follow_redirects=True, timeout=_PATIENCE_SECONDS)
+    )
+    api = huggingface_hub.HfApi(token=token)
+    try:
+        api.create_repo(repo, private=not public, exist_ok=True)
+        private = bool(api.repo_info(repo).private)
+        if not private and not public:
+            raise UserError(f"The repository '{repo}' is public.", "Give --public to publish there, or another --repo.")
+        operations = [
+            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=assembled.folder / name)
+            for name in assembled.files
+        ]
+        commit = api.create_commit(repo, operations, commit_message=message)
+        entries = api.list_repo_tree(repo, recursive=True, revision=commit.oid)
+        sizes = {one.path: one.size for one in entries if isinstance(one, huggingface_hub.RepoFile)}
+    except UserError:
+        raise
+    except Exception as error:
+        # The library raises its own, its HTTP client's and the operating system's errors; all mean: not done.
+        raise UserError(
+            f"{api.endpoint} did not take the upload to '{repo}': {_reason(error, token)}.", _remedy(error)
+        ) from None
+    if missing := [name for name, size in assembled.files.items() if sizes.get(name) != size]:
+        raise UserError(
+            f"{commit.commit_url} lacks {len(missing)} of the files, such as {missing[0]}.",
+            "Look for a .gitignore in the repository, and run the same command again.",
+        )
+    others = sorted(sizes.keys() - assembled.files.keys() - {".gitattributes"})
+    return Uploaded(str(commit.commit_url), private, tuple(others))
+
+
+def _reason(error: BaseException | None, token: str) -> str:
+    """What an error of the library says, on one line and without the token, which a server may have sent back."""
+    told: list[str] = []
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            status = error.response
+            told.append(f"{status.status_code} {error.server_message or status.reason_phrase}")
+            break
+        told.append(str(error) or type(error).__name__)
+        error = error.__cause__
+    words = ": ".join(dict.fromkeys(" ".join(one.split()) for one in told))
+    return words.replace(token, "…")[:_LONGEST_REASON].rstrip(".")
+
+
+def _remedy(error: BaseException) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status in (401, 403):
+        return f"Put a token into {TOKEN} that may write to that repository."
+    return "Run the same command again: what is there is not sent again."

@@ -1,0 +1,149 @@
+"""Records of builds to tables: what came out in all, by which method and from which data, and how it is served."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from harness import serve
+from harness.errors import UserError
+from harness.record.results import Record
+from harness.report import columns, tables
+
+GPUS_GIB = (16, 24, 32, 96)
+"""Memory of the GPUs that sizes are given for: what Blackwell cards have."""
+
+KEPT = "kept"
+"""The format of a role that is not quantized."""
+
+
+def totals(records: tables.Records) -> pd.DataFrame:
+    """One row a variant: how many of the source's tensors were quantized, and the bytes of all before and after."""
+    rows = []
+    for variant, record in records.items():
+        roles = record.kind("role")
+        source, output = (sum(role[key] for role in roles) for key in ("source_bytes", "output_bytes"))
+        rows.append(
+            {
+                "variant": variant,
+                "num_quantized": sum(role["num_tensors"] for role in roles if role["format"] != KEPT),
+                "num_kept": sum(role["num_tensors"] for role in roles if role["format"] == KEPT),
+                "source_bytes": source,
+                "output_bytes": output,
+                "bytes_share": output / source if source else None,
+                "run": record,
+            }
+        )
+    return columns.frame_of(rows)
+
+
+def method(records: tables.Records) -> pd.DataFrame:
+    """One row a variant: recipe, how scales and codes were chosen, the formats, and what identifies all that went in.
+    Builds of before the method was recorded show a dash."""
+    rows = []
+    for variant, record in records.items():
+        about = record.run.variant
+        (chosen,) = record.kind("method") or [{}]
+        (calibration,) = record.kind("calibration") or [{}]
+        formats = dict.fromkeys(role["format"] for role in record.kind("role") if role["format"] != KEPT)
+        rows.append(
+            {
+                "variant": variant,
+                "recipe": about.get("recipe"),
+                "scales": chosen.get("scales"),
+                "codes": chosen.get("codes"),
+                "formats": ", ".join(formats),
+                "num_tokens": calibration.get("num_tokens"),
+                "calibration_digest": _short(calibration.get("samples_sha256")),
+                "artifact": _short(about.get("artifact_digest")),
+                "source_digest": _short(about.get("source_digest")),
+                "source_revision": about.get("source_revision"),
+                "run": record,
+            }
+        )
+    return columns.frame_of(rows)
+
+
+def calibration(records: tables.Records) -> pd.DataFrame:
+    """One row a source of calibration samples, as the suite of the builds names it; those of the first calibrated
+    variant, since a suite has one set."""
+    record = next((one for one in records.values() if one.kind("calibration")), None)
+    if record is None:
+        return columns.frame_of([])
+    sources = (record.run.suite.get("calibration") or {}).get("sources", ())
+    return columns.frame_of(
+        [
+            {
+                "dataset": _named(source),
+                "num_samples": source["samples"],
+                "max_tokens": source["max_tokens"],
+                "seed": source.get("seed"),
+                "run": record,
+            }
+            for source in sources
+        ]
+    )
+
+
+def calibration_datasets(records: tables.Records) -> list[str]:
+    """The hub ids among the sources of calibration samples."""
+    suites = [record.run.suite for record in records.values() if record.kind("calibration")]
+    sources = [one for suite in suites for one in (suite.get("calibration") or {}).get("sources", ())]
+    return list(dict.fromkeys(one["dataset"] for one in sources if "dataset" in one))
+
+
+def has_vision(records: tables.Records) -> bool:
+    """Whether a variant has a vision tower."""
+    return any(role["role"] == "visual" for record in records.values() for role in record.kind("role"))
+
+
+def has_mtp(record: Record) -> bool:
+    """Whether a variant has an MTP head to speculate with."""
+    return any(role["role"] == "mtp" for role in record.kind("role"))
+
+
+def footprint(record: Record) -> serve.Footprint | None:
+    """What sizes a server of a variant; None of a build of before it was recorded."""
+    names = [one.name for one in dataclasses.fields(serve.Footprint)]
+    found = record.kind("footprint")
+    return serve.Footprint(**{name: found[0][name] for name in names}) if found else None
+
+
+def sizes(records: tables.Records) -> pd.DataFrame:
+    """One row a variant and GPU: what `harness serve-command` finds to fit, images served and all else at its defaults;
+    GPUs that a variant does not fit have no row."""
+    rows = []
+    for variant, record in records.items():
+        needed = footprint(record)
+        for gib in GPUS_GIB if needed else ():
+            assert needed is not None
+            try:
+                sizing = serve.size(needed, gpu_gib=gib)
+            except UserError:
+                continue
+            rows.append(
+                {
+                    "variant": variant,
+                    "gpu_gib": gib,
+                    "weight_bytes": sizing.weight_bytes,
+                    "max_model_len": sizing.max_model_len,
+                    "users": sizing.users,
+                    "shared_tokens": sizing.shared_tokens,
+                    "run": record,
+                }
+            )
+    return columns.frame_of(rows)
+
+
+def _short(digest: str | None) -> str | None:
+    return digest and digest[:12]
+
+
+def _named(source: Mapping[str, Any]) -> str:
+    """A source of samples: `openai/gsm8k/main/train`, `notes.jsonl`, `demo:train`."""
+    if "demo" in source:
+        return f"demo:{source['demo']}"
+    if "path" in source:
+        return str(source["path"])
+    return "/".join(part for part in (source["dataset"], source.get("config"), source.get("split")) if part)

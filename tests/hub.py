@@ -1,0 +1,198 @@
+"""A model hub on this machine: the part of the Hub's HTTP interface that an upload needs, over real sockets.
+
+It answers as https://huggingface.co does to `huggingface_hub` without Xet: repositories are made and looked at, a
+card's metadata is checked, files are told to go into the commit or to the large-file store (Git LFS,
+https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md), and a commit of JSON lines puts them in place.
+"""
+
+import base64
+import hashlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+LARGE = (".safetensors", ".png")
+
+
+@dataclass
+class Repository:
+    """A model repository: what it holds, and every commit's summary."""
+
+    private: bool
+    files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b"*.safetensors filter=lfs\n"})
+    ignored: tuple[str, ...] = ()
+    """Beginnings of paths that its .gitignore leaves out."""
+    commits: list[str] = field(default_factory=list)
+
+
+class Hub(ThreadingHTTPServer):
+    """The hub, with one user's `token`. `trouble` is what becomes of a request whose path ends so: "die" cuts the
+    connection, "hang" answers nothing until `released`, a number is an answer of that status."""
+
+    daemon_threads = True
+
+    def __init__(self, token: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.token = token
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}
+        self.stored: list[str] = []  # digests of large files, as they were sent
+        self.trouble: dict[str, str | int] = {}
+        self.released = threading.Event()
+        self.requests: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@contextmanager
+def hub(token: str) -> Iterator[Hub]:
+    """A hub that runs while it is needed."""
+    server = Hub(token)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nobody reads it."""
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    def do_POST(self) -> None:
+        self._serve()
+
+    def do_PUT(self) -> None:
+        self._serve()
+
+    def _serve(self) -> None:
+        path = urlsplit(self.path).path
+        body = self._body()
+        self.server.requests.append(f"{self.command} {path}")
+        trouble = next((what for end, what in self.server.trouble.items() if path.endswith(end)), None)
+        if trouble == "hang":
+            self.server.released.wait(30)
+        if trouble in ("die", "hang"):
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        elif isinstance(trouble, int):
+            self._answer(trouble, {"error": "The hub is not well"})
+        elif path.startswith("/store/"):
+            self._store(path.removeprefix("/store/"), body)
+        elif (given := self.headers.get("Authorization")) != f"Bearer {self.server.token}":
+            self._answer(401, {"error": f"Invalid credentials in Authorization header: {given}"})
+        else:
+            self._route(path, body)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        pieces = []
+        while size := int(self.rfile.readline(), 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
+
+    def _answer(self, status: int, document: Any) -> None:
+        data = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _store(self, digest: str, body: bytes) -> None:
+        if hashlib.sha256(body).hexdigest() != digest:
+            self._answer(400, {"error": "the bytes are not those of the digest"})
+            return
+        self.server.objects[digest] = body
+        self.server.stored.append(digest)
+        self._answer(200, {})
+
+    def _route(self, path: str, body: bytes) -> None:
+        if path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            is_card = json.loads(body)["content"].startswith("---\n")
+            self._answer(200 if is_card else 400, {"errors": [] if is_card else [{"message": "no metadata"}]})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self._answer(
+                200, {"transfer": "basic", "objects": [self._object(one) for one in json.loads(body)["objects"]]}
+            )
+        elif path.startswith("/api/models/"):
+            owner, name, *what = path.removeprefix("/api/models/").split("/")
+            repository = self.server.repositories.get(f"{owner}/{name}")
+            if repository is None:
+                self._answer(404, {"error": "Repository not found"})
+            else:
+                self._model(f"{owner}/{name}", repository, what, body)
+        else:
+            self._answer(404, {"error": "no such page"})
+
+    def _create(self, wanted: dict[str, Any]) -> None:
+        repo = f"{wanted['organization']}/{wanted['name']}"
+        known = repo in self.server.repositories
+        self.server.repositories.setdefault(repo, Repository(private=wanted["visibility"] == "private"))
+        document = {"url": f"{self.server.url}/{repo}"}
+        self._answer(
+            409 if known else 200, {**document, "error": "You already created this model repo"} if known else document
+        )
+
+    def _object(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        found = {"oid": wanted["oid"], "size": wanted["size"]}
+        if wanted["oid"] in self.server.objects:
+            return found
+        return {**found, "actions": {"upload": {"href": f"{self.server.url}/store/{wanted['oid']}"}}}
+
+    def _model(self, repo: str, repository: Repository, what: list[str], body: bytes) -> None:
+        match what:
+            case []:
+                self._answer(200, {"id": repo, "private": repository.private, "sha": "0" * 40, "siblings": []})
+            case ["preupload", "main"]:
+                self._answer(200, {"files": [self._mode(repository, one) for one in json.loads(body)["files"]]})
+            case ["commit", "main"]:
+                self._commit(repo, repository, body)
+            case ["tree", _]:
+                entries = [
+                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for name, data in repository.files.items()
+                ]
+                self._answer(200, entries)
+            case _:
+                self._answer(404, {"error": "no such page"})
+
+    def _mode(self, repository: Repository, wanted: dict[str, Any]) -> dict[str, Any]:
+        path = wanted["path"]
+        mode = "lfs" if path.endswith(LARGE) else "regular"
+        return {"path": path, "uploadMode": mode, "shouldIgnore": path.startswith(repository.ignored or ("\0",))}
+
+    def _commit(self, repo: str, repository: Repository, body: bytes) -> None:
+        header, *lines = [json.loads(line) for line in body.splitlines()]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                repository.files[value["path"]] = base64.b64decode(value["content"])
+            else:
+                repository.files[value["path"]] = self.server.objects[value["oid"]]
+        repository.commits.append(header["value"]["summary"])
+        oid = f"{len(repository.commits):040x}"
+        self._answer(200, {"commitUrl": f"{self.server.url}/{repo}/commit/{oid}", "commitOid": oid})
