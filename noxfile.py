@@ -117,9 +117,10 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite, offline."""
+    """The test suite, offline: two tests at a time, each on a core."""
     install(session, "tests")
-    session.run("python", "-m", "pytest", *session.posargs, env=OFFLINE)
+    arguments = ("-m", "pytest", "-n", "2", "--dist", "worksteal")
+    session.run("python", *arguments, *session.posargs, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -27,6 +27,7 @@ OVERHEAD_GB = {True: 6.5, False: 3.0}
 
 _PORT = 8000
 _MOUNT = "/model"
+_CACHE = ".cache/huggingface"
 _BLOCK = 16
 """vLLM rounds what a sequence may take to blocks; a length is rounded down to the same."""
 
@@ -130,14 +131,23 @@ def vllm_line(model: str, given: Sequence[str]) -> str:
 
 
 def docker_bash(model: str, given: Sequence[str]) -> str:
-    """`docker run …` for bash; the checkpoint's folder is mounted, read-only."""
-    return _broken(_docker(f'"$(realpath {shlex.quote(model)})":{_MOUNT}:ro', given, shlex.quote), " \\")
+    """`docker run …` for bash. A checkpoint's folder is mounted, read-only; for a hub id, which has one slash and no
+    other mark of a path, it is the cache of downloads."""
+    if _is_hub_id(model):
+        return _broken(_docker(f"~/{_CACHE}:/root/{_CACHE}", model, given, shlex.quote), " \\")
+    return _broken(_docker(f'"$(realpath {shlex.quote(model)})":{_MOUNT}:ro', _MOUNT, given, shlex.quote), " \\")
 
 
 def docker_powershell(model: str, given: Sequence[str]) -> str:
     """The same for PowerShell, whose lines go on after a backtick."""
+    if _is_hub_id(model):
+        return _broken(_docker(f'"$HOME/{_CACHE}:/root/{_CACHE}"', model, given, _powershell), " `")
     folder = f'"$(Resolve-Path {_powershell(model)}):{_MOUNT}:ro"'
-    return _broken(_docker(folder, given, _powershell), " `")
+    return _broken(_docker(folder, _MOUNT, given, _powershell), " `")
+
+
+def _is_hub_id(model: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) is not None
 
 
 def _powershell(word: str) -> str:
@@ -145,12 +155,12 @@ def _powershell(word: str) -> str:
     return word if re.fullmatch(r"[A-Za-z0-9_./:-]+", word) else "'" + word.replace("'", "''") + "'"
 
 
-def _docker(volume: str, given: Sequence[str], quoted: Callable[[str], str]) -> list[str]:
+def _docker(volume: str, model: str, given: Sequence[str], quoted: Callable[[str], str]) -> list[str]:
     return [
         "docker run --rm --gpus all --ipc host",
         f"-p 127.0.0.1:{_PORT}:{_PORT}",
         f"-v {volume}",
-        f"{IMAGE} {_MOUNT}",
+        f"{IMAGE} {model}",
         *_options(given, quoted),
     ]
 
@@ -172,7 +182,9 @@ def _broken(lines: Sequence[str], end: str) -> str:
 
 def compose(model: str, given: Sequence[str]) -> str:
     """A compose file. Every string is quoted as JSON, which is YAML."""
-    command = "\n".join(f"      - {json.dumps(word)}" for word in [_MOUNT, *given])
+    on_the_hub = _is_hub_id(model)
+    volume = f"~/{_CACHE}:/root/{_CACHE}" if on_the_hub else f"{model}:{_MOUNT}:ro"
+    command = "\n".join(f"      - {json.dumps(word)}" for word in [model if on_the_hub else _MOUNT, *given])
     return f"""services:
   vllm:
     image: {json.dumps(IMAGE)}
@@ -180,7 +192,7 @@ def compose(model: str, given: Sequence[str]) -> str:
     ports:
       - "127.0.0.1:{_PORT}:{_PORT}"
     volumes:
-      - {json.dumps(f"{model}:{_MOUNT}:ro")}
+      - {json.dumps(volume)}
     command:
 {command}
     deploy:

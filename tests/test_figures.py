@@ -16,12 +16,12 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
+from matplotlib.image import AxesImage, imread
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from harness.record.results import Record
-from harness.report import drawings, figures, heatmaps, plots
+from harness.report import figures, plots
 from harness.report.evidence import Evidence, gather
 from harness.suite import Suite, load
 from tests.records import (
@@ -523,18 +523,7 @@ def test_what_is_all_zero_or_all_the_same_can_be_drawn(tmp_path: Path) -> None:
 
 
 def test_pictures_have_no_ground_of_their_own(suite: Suite) -> None:
-    from matplotlib.image import imread
-
     for name, data in figures.files(evidence_of(suite, demo_records())).items():
         if name.endswith(".png"):
             pixels = imread(io.BytesIO(data))
             assert pixels.shape[2] == 4 and (pixels[0, :, 3] == 0).all() and (pixels[..., 3] == 0).mean() > 0.4, name
-
-
-def test_every_drawing_is_of_one_module_or_the_other() -> None:
-    """Guards the names that other pages use."""
-    assert {name for name in figures.FIGURES if hasattr(heatmaps, name)} == {"sensitivity", "experts"}
-    assert {name for name in figures.FIGURES if hasattr(drawings, name)} == set(figures.FIGURES) - {
-        "sensitivity",
-        "experts",
-    }

@@ -397,11 +397,19 @@ def test_a_wide_table_scrolls_in_its_box_under_its_first_column(browser: Browser
             box.scrollLeft = 1e6;
             const [first, last] = [box.querySelector('td'), box.querySelector('tr').lastElementChild];
             const left = (one) => one.getBoundingClientRect().left, right = (one) => one.getBoundingClientRect().right;
-            return [box.scrollLeft, left(first) - left(box), right(last) - right(box)];
+            const ends = [box.scrollLeft, left(first) - left(box), right(last) - right(box)];
+            box.scrollIntoView({block: 'start'});
+            const heading = box.querySelector('th'), place = heading.getBoundingClientRect();
+            const isOnTop = Array.from({length: 40}, (_, scrolled) => {
+                box.scrollLeft = 5 * scrolled;
+                return heading.contains(document.elementFromPoint(place.right - 5, place.bottom - 12));
+            });
+            return [...ends, isOnTop.every(Boolean)];
         })"""
     )
-    assert max(scrolled for scrolled, _, _ in boxes) > 300
-    assert all(abs(first) < 1 and (abs(last) < 1 or scrolled == 0) for scrolled, first, last in boxes)
+    assert max(scrolled for scrolled, *_ in boxes) > 300
+    for scrolled, first, last, is_on_top in boxes:
+        assert abs(first) < 1 and (abs(last) < 1 or scrolled == 0) and is_on_top
 
 
 def luminance(colour: str) -> float:

@@ -127,7 +127,7 @@ def test_the_heat_map_is_stale_only_if_an_error_changed() -> None:
     assert plots.embedded_digest(figure[name]) != plots.embedded_digest(other[name])
 
 
-@pytest.mark.parametrize("errors", [[None], [0.0, 0.01], [0.01], [0.01] * 64])
+@pytest.mark.parametrize("errors", [[None], [None] * 64, [0.0, 0.01], [0.01], [0.01] * 64, [0.01] * 3000])
 def test_a_heat_map_can_be_drawn_of_anything(errors: list[float | None]) -> None:
     made = heat_map([heatmaps.Cell(layer, "mlp.down_proj", "NVFP4", error) for layer, error in enumerate(errors)])
     assert made["sensitivity.png"].startswith(b"\x89PNG")

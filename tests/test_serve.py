@@ -107,6 +107,17 @@ def suite_of(tmp_path: Path, model: str) -> Path:
     return suite
 
 
+def test_a_model_on_the_hub_is_named_and_its_downloads_are_kept(tmp_path: Path) -> None:
+    line = serve.docker_bash("me/my-9b-NVFP4", AWKWARD)
+    words = shlex.split(line.replace("\\\n", " "))
+    assert words[words.index(serve.IMAGE) + 1] == "me/my-9b-NVFP4"
+    assert "~/.cache/huggingface:/root/.cache/huggingface" in words and "/model" not in line
+    assert '-v "$HOME/.cache/huggingface:/root/.cache/huggingface"' in serve.docker_powershell("me/x", AWKWARD)
+    (service,) = yaml.safe_load(serve.compose("me/x", AWKWARD))["services"].values()
+    assert service["command"][0] == "me/x"
+    assert service["volumes"] == ["~/.cache/huggingface:/root/.cache/huggingface"]
+
+
 def test_the_command_prints_everything_to_serve_a_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     suite = str(suite_of(tmp_path, "qwen3.5-9b"))
     assert main(["serve-command", "--suite", suite, "--variant", "w4a4", "--gpu-memory", "32", "--users", "8"]) == 0

@@ -262,7 +262,7 @@ def escape(words: str) -> str:
 
     An underscore inside a word is literal already, and tensor names are full of them.
     """
-    return re.sub(r"([\\`*|<>\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
+    return re.sub(r"([\\`*|<>&\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
 
 
 def shown(key: str, value: object) -> str:

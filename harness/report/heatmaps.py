@@ -1,6 +1,5 @@
 """Figures of squares: what each format costs each projection of each layer, and which experts calibration reached."""
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,11 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from harness.report.labels import num_lines
+from harness.report.labels import num_lines, wrapped
 from harness.report.numbers import format_percent
 from harness.report.plots import COLOURS, canvas
 
 _MOST_WRITTEN = 12  # columns of a heat map whose squares have room for their number
+_MOST_SQUARES = 2000  # that are drawn one by one
 _ROW = 0.28  # inches, where rows have names or numbers
 _DENSE_ROW = 0.09
 _TITLE_WIDTH = 84  # characters
@@ -92,7 +92,7 @@ def experts(plotted: Coverages) -> Figure:
     num_experts = max(len(row) for build in builds for row in build.routed)
     is_written = num_experts <= _MOST_WRITTEN
     heights = [len(build.layers) * (_ROW if is_written else _DENSE_ROW) for build in builds]
-    titles = [textwrap.fill(f"{build.variant}: {_told(build)}", _TITLE_WIDTH) for build in builds]
+    titles = [_title(build) for build in builds]
     figure = canvas(10, 0.7 + sum(heights) + sum(0.45 + 0.17 * num_lines(title) for title in titles))
     panels = list(figure.subplots(len(builds), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     for axes, build, title in zip(panels, builds, titles, strict=True):
@@ -111,6 +111,11 @@ def experts(plotted: Coverages) -> Figure:
     panels[-1].set_xlabel("expert")
     _bar(figure, panels, norm, "share of the\ncalibration tokens")
     return figure
+
+
+def _title(build: Coverage) -> str:
+    told = f"{build.variant}: {_told(build)}"
+    return told if len(told) <= _TITLE_WIDTH else f"{wrapped(build.variant, _TITLE_WIDTH // 2)}:\n{_told(build)}"
 
 
 def _told(build: Coverage) -> str:
@@ -141,7 +146,7 @@ def _colours() -> ListedColormap:
 def _draw_squares(axes: Axes, squares: Sequence[tuple[int, int, float]], norm: LogNorm, *, is_written: bool) -> None:
     """Squares (x, y, value) on the page's own ground, with their values where there is room."""
     colours = _colours()
-    if not is_written:  # thousands of squares: an image, which an SVG holds in a hundredth of the space
+    if len(squares) > _MOST_SQUARES:  # an image, which an SVG holds in a hundredth of the space
         pixels = np.zeros((1 + max(y for _, y, _ in squares), 1 + max(x for x, _, _ in squares), 4))
         for x, y, value in squares:
             pixels[y, x] = colours(norm(value))
@@ -152,7 +157,7 @@ def _draw_squares(axes: Axes, squares: Sequence[tuple[int, int, float]], norm: L
     )
     drawn.set_array(np.array([value for _, _, value in squares]))
     axes.add_collection(drawn)
-    for x, y, value in squares:
+    for x, y, value in squares if is_written else ():
         red, green, blue, _ = colours(norm(value))
         ink = "#101418" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#f4f6f8"
         axes.text(x, y, format_percent(value, ".2g"), color=ink, ha="center", va="center", fontsize=8)

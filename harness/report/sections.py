@@ -133,7 +133,7 @@ def _roles(evidence: Evidence, link: Link) -> str:
         for role in record.kind("role"):
             same = (role["role"], role["num_tensors"], role["num_params"], role["source_bytes"])
             kept = role["format"] == builds.KEPT
-            after = builds.KEPT if kept else f"{role['format']}, {format_bytes(role['output_bytes'])}"
+            after = builds.KEPT if kept else f"{format_bytes(role['output_bytes'])}, {role['format']}"
             found.setdefault(same, {})[variant] = after
     rows = [
         (name, f"{tensors:,}", f"{params:,}", format_bytes(size), *(after.get(variant, "—") for variant in records))
