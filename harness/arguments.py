@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from harness import __version__
+from harness.serve import OVERHEAD_GB, USERS, UTILIZATION
 
 DEFAULT_SUITE = "suites/demo.toml"
 
@@ -95,11 +96,20 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--gpu-memory", type=positive_number, metavar="GIB", required=True, help="of one GPU")
     serve.add_argument("--gpus", type=whole_number, default=1, metavar="N", help="that share every layer (1)")
     serve.add_argument(
-        "--utilization", type=positive_number, default=0.9, metavar="U", help="of the GPU's memory (0.9)"
+        "--utilization",
+        type=positive_number,
+        default=UTILIZATION,
+        metavar="U",
+        help=f"of the GPU's memory ({UTILIZATION:g})",
     )
-    serve.add_argument("--users", type=whole_number, default=64, metavar="N", help="requests at the same time (64)")
     serve.add_argument(
-        "--overhead-gb", type=positive_number, metavar="G", help="what vLLM keeps for itself (6.5, without images 3)"
+        "--users", type=whole_number, default=USERS, metavar="N", help=f"requests at the same time ({USERS})"
+    )
+    serve.add_argument(
+        "--overhead-gb",
+        type=positive_number,
+        metavar="G",
+        help=f"what vLLM keeps for itself ({OVERHEAD_GB[True]:g}, without images {OVERHEAD_GB[False]:g})",
     )
     serve.add_argument("--mtp", type=whole_number, default=0, metavar="K", help="speculate K tokens by the MTP head")
     serve.add_argument("--no-images", action="store_true", help="without the vision tower")
@@ -116,6 +126,9 @@ def parser() -> argparse.ArgumentParser:
 
     trace = command("trace", "Follow every number of a card to its record, and compute it again.")
     trace.add_argument("card", metavar="CARD", type=Path, help="a Markdown file, for example reports/demo/README.md")
+    trace.add_argument(
+        "--suite", metavar="F", help="that the card was written for (what its newest record was made with)"
+    )
     _json_option(trace)
 
     export = command("export", "Write what the records say in the formats that other tools read.")
@@ -147,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     publish.add_argument("--repo", metavar="ID", required=True, help="owner/name; made private where there is none")
     publish.add_argument("--out", type=Path, metavar="DIR", help="the folder (publish/SUITE/VARIANT)")
     publish.add_argument("--dry-run", action="store_true", help="upload nothing; without it HF_TOKEN must be set")
-    publish.add_argument("--public", action="store_true", help="make the repository public, or upload to one that is")
+    publish.add_argument("--public", action="store_true", help="make a new repository public, or upload to one that is")
     publish.add_argument(
         "--allow-inconclusive", action="store_true", help="go on where the gate cannot tell, or has nothing to compare"
     )

@@ -642,12 +642,12 @@ def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
 def _trace(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     from harness.report.trace import trace
 
-    found = trace(options.card)
+    found = trace(options.card, load(Path(options.suite)) if options.suite else None)
     if options.json:
         _print_json(asdict(found))
     else:
         print(f"{found.num_references} references to {found.num_records} records.")
-        print(*found.findings or (f"All {found.num_lines} lines that cite them come out of them again.",), sep="\n")
+        print(*found.findings or (f"All {found.num_lines} lines come out of them again.",), sep="\n")
     return 1 if found.findings else 0
 
 

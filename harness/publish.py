@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def assemble(
         files = _write(made, contents)
         about = {"suite": job.suite.name, "variant": variant, "repo": repo, "artifact_digest": artifact.digest}
         files[PUBLISHED] = _write_list(made, {**about, "files": files})
-        findings = [f"trace: README.md: {one}" for one in trace(made / "README.md").findings]
+        findings = [f"trace: README.md: {one}" for one in trace(made / "README.md", job.suite).findings]
         findings += of_this_machine(made, files, _places(job, artifact), os.environ)
         if findings:
             told = tuple(one.replace(str(made), str(out)) for one in findings)
@@ -199,7 +199,7 @@ def _artifact(job: Job, variant: str) -> _Artifact:
         isinstance(identity, dict)
         and isinstance(digest, str)
         and isinstance(files, dict)
-        and all(Path(name).name == name and {"bytes", "digest"} <= set(one) for name, one in files.items())
+        and all(_is_entry(name, one) for name, one in files.items())
     ):
         raise UserError(f"{folder / MANIFEST} is no manifest of a build.", "Remove the folder to build it again.")
     wanted = {
@@ -214,6 +214,12 @@ def _artifact(job: Job, variant: str) -> _Artifact:
             "Remove it, and run `nox -s build`.",
         )
     return _Artifact(folder, source, source_digest, digest, (*files, MANIFEST))
+
+
+def _is_entry(name: str, written: object) -> bool:
+    """Whether a manifest may say this of a file: one in its own folder, its bytes and its digest."""
+    is_in_the_folder = Path(name).name == name and name not in ("", "..")
+    return is_in_the_folder and isinstance(written, dict) and {"bytes", "digest"} <= written.keys()
 
 
 def _check_files(job: Job, artifact: _Artifact, variant: str) -> None:
@@ -274,9 +280,8 @@ def _contents(artifact: _Artifact, evidence: Evidence) -> dict[str, bytes | Path
     contents |= {name: path for name, path in licences.items() if name not in contents and path.is_file()}
     _add(contents, {evidence.record_path(record): record.path for record in evidence.chosen}, "the records")
     (variant,) = evidence.suite.variants
-    exported = export.export(evidence, [variant])
-    placed = {_place_of_export(name.removeprefix(f"{variant}/")): data for name, data in exported.items()}
-    _add(contents, placed, "the exports")
+    exported = export.variant_files(evidence, variant) | export.shared_files(evidence, evidence.suite.rows())
+    _add(contents, {_place_of_export(name): data for name, data in exported.items()}, "the exports")
     return contents
 
 
@@ -307,13 +312,18 @@ def _check_out(out: Path) -> None:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, which is gone again unless it was put in its place."""
+    """A folder beside `out`, which is gone again unless it was put in its place, as are the folders above that were
+    made for it."""
     made = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    above = [folder for folder in out.parents if not folder.exists()]
     made.mkdir(parents=True)
     try:
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
+        with suppress(OSError):  # the first that holds something
+            for folder in above:
+                folder.rmdir()
 
 
 def _put_in_place(made: Path, out: Path) -> None:
@@ -385,14 +395,15 @@ def of_this_machine(
 def _position(data: bytes, text: str, is_path: bool) -> int | None:
     """Where a text first stands, as it is, as JSON has it or as a link has it; None if it does not. A path stands where
     it is not inside another, nor the start of a longer name; one of a single name may be a word, and counts where
-    something follows it."""
+    something follows it. The cache of a container, as the commands to serve a variant mount it, is of no machine."""
     ways = (way.encode(errors="surrogateescape") for way in dict.fromkeys((text, json.dumps(text)[1:-1], quote(text))))
-    end = rb"/\w" if text.count("/") == 1 else rb"(?![\w-])"
+    start = rb"(?<![\w.~-])(?!(?<=:)/root/\.cache/huggingface\b)"
+    end = rb"/[\w.]" if text.count("/") == 1 else rb"(?![\w-])"
     for way in ways:
         if way in data:  # the expression is slow, and seldom needed
             if not is_path:
                 return data.index(way)
-            if found := re.search(rb"(?<![\w.~-])" + re.escape(way) + end, data):
+            if found := re.search(start + re.escape(way) + end, data):
                 return found.start()
     return None
 

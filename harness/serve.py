@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.errors import UserError
+from harness.suite import is_hub_id
 
 IMAGE = "vllm/vllm-openai:v0.32.0"
 GIB = 2**30
@@ -131,23 +132,19 @@ def vllm_line(model: str, given: Sequence[str]) -> str:
 
 
 def docker_bash(model: str, given: Sequence[str]) -> str:
-    """`docker run …` for bash. A checkpoint's folder is mounted, read-only; for a hub id, which has one slash and no
-    other mark of a path, it is the cache of downloads."""
-    if _is_hub_id(model):
+    """`docker run …` for bash. A checkpoint's folder is mounted, read-only; for a hub id it is the cache of
+    downloads."""
+    if is_hub_id(model):
         return _broken(_docker(f"~/{_CACHE}:/root/{_CACHE}", model, given, shlex.quote), " \\")
     return _broken(_docker(f'"$(realpath {shlex.quote(model)})":{_MOUNT}:ro', _MOUNT, given, shlex.quote), " \\")
 
 
 def docker_powershell(model: str, given: Sequence[str]) -> str:
     """The same for PowerShell, whose lines go on after a backtick."""
-    if _is_hub_id(model):
+    if is_hub_id(model):
         return _broken(_docker(f'"$HOME/{_CACHE}:/root/{_CACHE}"', model, given, _powershell), " `")
     folder = f'"$(Resolve-Path {_powershell(model)}):{_MOUNT}:ro"'
     return _broken(_docker(folder, _MOUNT, given, _powershell), " `")
-
-
-def _is_hub_id(model: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) is not None
 
 
 def _powershell(word: str) -> str:
@@ -182,7 +179,7 @@ def _broken(lines: Sequence[str], end: str) -> str:
 
 def compose(model: str, given: Sequence[str]) -> str:
     """A compose file. Every string is quoted as JSON, which is YAML."""
-    on_the_hub = _is_hub_id(model)
+    on_the_hub = is_hub_id(model)
     volume = f"~/{_CACHE}:/root/{_CACHE}" if on_the_hub else f"{model}:{_MOUNT}:ro"
     command = "\n".join(f"      - {json.dumps(word)}" for word in [model if on_the_hub else _MOUNT, *given])
     return f"""services:

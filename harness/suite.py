@@ -81,6 +81,7 @@ NOISE = ("noise-restart", "noise-batch", "noise-engine")
 """The source beside itself: rows of `harness fidelity`, and no names for variants."""
 _SETUP = "+"  # between a variant and the setup that it was measured in
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 
 
 def row_name(variant: str, setup: str | None) -> str:
@@ -92,6 +93,13 @@ def row_parts(row: str) -> tuple[str, str | None]:
     """The variant and the setup of a row; None for the suite's own options."""
     variant, _, setup = row.partition(_SETUP)
     return variant, setup or None
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether a name is `owner/name` as the Hub takes it (https://huggingface.co/docs/huggingface_hub, `HfApi`'s
+    `validate_repo_id`). A name without an owner is none: among datasets it may be a kind of local files, such as
+    `json`."""
+    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
 
 
 # A check returns what is wrong with a value, to be read after its key ("must be ..."), or None.

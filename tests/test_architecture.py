@@ -12,10 +12,10 @@ import harness
 ROOT = Path(harness.__file__).parent
 FLOORS = {
     0: ("harness", "allocator", "errors", "progress", "sampling"),
-    1: ("arguments", "formats", "serve"),
+    1: ("formats",),
     2: ("model", "record", "suite"),
-    3: ("engines",),
-    4: ("measure", "quantize", "audit", "report", "demo"),
+    3: ("engines", "serve"),
+    4: ("arguments", "measure", "quantize", "audit", "report", "demo"),
     5: ("cli", "stages", "evaluation", "fidelity", "perplexity", "publish", "peers", "simulation", "__main__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

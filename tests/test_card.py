@@ -366,7 +366,7 @@ def test_every_block_can_stand_in_a_page(suite: Suite) -> None:
 
 def test_links_start_at_the_page(suite: Suite) -> None:
     page = b"<!-- harness:begin figure suite=demo -->\n<!-- harness:end figure -->"
-    made = card.render(suite, [], results_dir="results", pages={"docs/a/b.md": page})
+    made = card.render(suite, demo_records(), results_dir="results", pages={"docs/a/b.md": page})
     assert b"(../../reports/demo/overview.png)" in made["docs/a/b.md"]
 
 

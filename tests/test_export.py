@@ -29,12 +29,21 @@ from lm_eval.utils import make_table
 from harness.cli import main
 from harness.errors import UserError
 from harness.record.results import Record, read_all
-from harness.report import evidence
+from harness.report import evidence, tables
 from harness.report.columns import COLUMNS
 from harness.report.evidence import Evidence
 from harness.report.exchange import path_part
-from harness.report.export import BENCHMARKS, eval_results, export, llama_bench, llama_bench_markdown, model_index
-from harness.suite import Suite, Task, load
+from harness.report.export import (
+    BENCHMARKS,
+    eval_results,
+    export,
+    llama_bench,
+    llama_bench_markdown,
+    model_index,
+    shared_files,
+    variant_files,
+)
+from harness.suite import Bench, DemoText, Suite, Task, Variant, load
 from tests.conftest import DATA
 from tests.records import (
     AUDIT,
@@ -302,6 +311,26 @@ def test_the_model_index_is_what_huggingface_hub_reads(suite: Suite) -> None:
     assert model_index(of(suite, records), "w4a4") == []
 
 
+def test_a_score_over_repetitions_says_how_many_beside_its_items(suite: Suite) -> None:
+    items = [answer(doc_id, 1.0, task="gsm8k", repetition=one) for one in (0, 1) for doc_id in range(4)]
+    twice = tasks_record("w4a4", items, dataset={**GSM8K, "settings": {**GSM8K["settings"], "repeats": 2}})
+    for record, words in ((twice, "4 items × 2 repetitions"), (gsm8k("w4a4", [1, 0, 1, 1]), "n = 4")):
+        gathered = of(suite, [record])
+        (first, *_) = model_index(gathered, "w4a4")[0]["results"]
+        assert first["metrics"][0]["name"].endswith(f" ({words})")
+        assert words in eval_results(gathered, "w4a4")["gsm8k"][0]["notes"].split(", ")
+
+
+@pytest.mark.parametrize("name", ["data", "nul", "com1", "v1.", "csv", "lm-eval", "x" * 99, "a"])
+def test_a_variants_own_files_are_those_of_its_folder_whatever_it_is_called(suite: Suite, name: str) -> None:
+    named = replace(suite, variants={name: Variant("w4a4")})
+    gathered = of(named, [gsm8k(name, [1, 0, 1, 1]), make_record("bench", name, prefills(0.5))])
+    own, shared = variant_files(gathered, name), shared_files(gathered, named.rows())
+    assert list(own) == [".eval_results/gsm8k.yaml", "model-index.yaml"]
+    assert export(gathered, [name]) == shared | {f"{path_part(name)}/{path}": data for path, data in own.items()}
+    assert "csv/prefill.csv" in shared and "llama-bench.json" in shared
+
+
 # -- Every Eval Ever -------------------------------------------------------------------------------------------------
 
 
@@ -489,12 +518,24 @@ def test_a_decode_at_depth_is_a_row_of_llama_bench(suite: Suite) -> None:
     assert decode.avg_ns == round(statistics.mean(decode.samples_ns))
     assert decode.stddev_ns == pytest.approx(statistics.stdev(decode.samples_ns), abs=1)
     assert (decode.model_size, decode.model_n_params) == (6_500_000, 9_000_000)
-    header, rule, *rows = llama_bench_markdown([prefill, decode]).splitlines()
+    header, rule, *rows, empty, note = llama_bench_markdown([prefill, decode]).splitlines()
     assert header == "| model | size | params | backend | test | t/s |" and set(rule) <= set("|-: ")
     assert rows == [
         "| demo/w4a4 | 6.20 MiB | 9.00 M | torch cpu | pp512 | 2048.00 ± 0.00 |",
         "| demo/w4a4 | 6.20 MiB | 9.00 M | torch cpu | tg32 @ d4096 | 163.40 ± 0.50 |",
     ], "6.5e6 bytes are 6.20 MiB"
+    assert not empty and "mean" in note and "the card has medians" in note
+
+
+def test_a_decode_is_called_as_on_the_card_and_one_token_is_no_depth(suite: Suite) -> None:
+    bench = replace(suite.bench or Bench(text=DemoText("heldout")), depths=(0, 4096), depth_tokens=33)
+    whole = replace(suite, bench=bench)
+    samples = [sample for prompt in (1, 4096) for sample in at_depth([162.0, 163.0, 164.0], prompt)]
+    gathered = of(whole, [make_record("bench", "w4a4", samples, suite=whole.resolved())])
+    card = tables.by_depth(gathered.frames["decode"])
+    speeds = llama_bench(gathered, ["w4a4"])
+    assert [speed.test for speed in speeds] == card["test"].tolist() == ["tg32", "tg32 @ d4096"]
+    assert [speed.n_depth for speed in speeds] == [0, 4096]
 
 
 def test_without_a_build_the_size_is_not_known_and_the_source_has_that_of_any(suite: Suite) -> None:
@@ -550,7 +591,7 @@ def test_odd_names_break_no_file_and_leave_no_folder(suite: Suite, odd: str, tmp
     assert log["evaluation_results"][0]["evaluation_name"] == odd
     table = list(csv.DictReader(io.StringIO(files["csv/tasks.csv"].decode(), newline="")))
     assert table[0]["task"] == odd
-    assert [row.count(" | ") for row in files["llama-bench.md"].decode().splitlines()] == [5, 5, 5]
+    assert [row.count(" | ") for row in files["llama-bench.md"].decode().splitlines()] == [5, 5, 5, 0, 0]
     (index,) = yaml.safe_load(files["w4a4/model-index.yaml"])["model-index"]
     assert index["results"][0]["dataset"]["name"] == odd
 

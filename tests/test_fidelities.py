@@ -67,9 +67,17 @@ def test_agreement_is_a_share_of_predictions() -> None:
 
 def test_bands_tell_whether_the_divergence_grows_with_the_window() -> None:
     frame = fidelities.bands({"w4a4": fidelity_record("w4a4", fidelity_windows(of_mean(0.01)))})
-    assert frame["before"].tolist() == ["1 – 511", "512 – 4,095"]
+    assert frame["before"].tolist() == ["1 – 511", "512 – 1,024"]  # of 1,025 tokens
     first, second = frame["kl"]
     assert second.value == pytest.approx(2 * first.value)
+
+
+@pytest.mark.parametrize(("num_tokens", "last"), [(513, "512"), (514, "512 – 513"), (4096, "512 – 4,095")])
+def test_the_last_band_ends_where_the_longest_window_does(num_tokens: int, last: str) -> None:
+    samples = fidelity_windows([0.01, 0.02], num_tokens=num_tokens)
+    shorter = {**samples[1], "num_tokens": 7, "num_scored": 6, "bands": [{**samples[1]["bands"][0], "num_scored": 6}]}
+    frame = fidelities.bands({"w4a4": fidelity_record("w4a4", [samples[0], shorter])})
+    assert frame["before"].tolist() == ["1 – 511", last]
 
 
 def test_windows_of_one_band_have_no_table_of_bands() -> None:

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from harness.record.results import Record
-from harness.report import figures, plots
+from harness.report import columns, figures, plots
 from harness.report.evidence import Evidence, gather
 from harness.suite import Suite, load
 from tests.records import (
@@ -150,27 +150,27 @@ WITHIN_A_BAND = [
     ("records", "names"),
     [
         ([], []),
-        (OF_A_BUILD, []),
+        (OF_A_BUILD, ["overview"]),
         (OF_FIDELITY, ["losses", "depth"]),
         ([fidelity_record("nvfp4a16", WITHIN_A_BAND)], ["losses"]),
-        ([*OF_A_BUILD, *OF_FIDELITY], ["divergence", "losses", "depth"]),
-        ([fidelity_record("noise-batch", fidelity_windows([0.01])), *OF_A_BUILD], []),
+        ([*OF_A_BUILD, *OF_FIDELITY], ["overview", "divergence", "losses", "depth"]),
+        ([fidelity_record("noise-batch", fidelity_windows([0.01])), *OF_A_BUILD], ["overview"]),
         ([make_record("ppl", "source", windows(8.0))], []),
         ([make_record("ppl", "nvfp4a16", windows(8.0))], []),
-        ([make_record("ppl", name, windows(8.0)) for name in ("source", "nvfp4a16")], ["losses"]),
-        ([make_record("bench", "source", decodes(0.01))], ["decode"]),
-        ([make_record("bench", "nvfp4a16", TWO_BATCHES)], ["decode", "batch"]),
+        ([make_record("ppl", name, windows(8.0)) for name in ("source", "nvfp4a16")], ["overview", "losses"]),
+        ([make_record("bench", "source", decodes(0.01))], ["overview", "decode"]),
+        ([make_record("bench", "nvfp4a16", TWO_BATCHES)], ["overview", "decode", "batch"]),
         ([make_record("sensitivity", "source", SENSITIVITY)], ["sensitivity"]),
-        ([build("nvfp4a16", 10**7, expert_samples([[1, 2]], 3))], ["experts"]),
+        ([build("nvfp4a16", 10**7, expert_samples([[1, 2]], 3))], ["overview", "experts"]),
     ],
 )
 def test_a_figure_is_there_exactly_if_something_was_measured_for_it(
     suite: Suite, records: list[Record], names: list[str]
 ) -> None:
     evidence = evidence_of(suite, records)
-    assert figures.available(evidence) == ["overview", *names]
+    assert figures.available(evidence) == names
     files = figures.files(evidence)
-    assert files.keys() == {f"{name}.{kind}" for name in ("overview", *names) for kind in ("svg", "png")}
+    assert files.keys() == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
     for name, digest in digests(evidence).items():
         assert {plots.embedded_digest(files[f"{name}.{kind}"]) for kind in ("svg", "png")} == {digest}
 
@@ -265,7 +265,29 @@ def test_the_divergence_has_each_variants_bytes_and_kl_and_the_source_at_zero(tm
     ]
     assert intervals(axes, upright=True) == [(row["kl"].low, row["kl"].high) for row in rows]
     # 0.025 and 0.0125 x 1.1: within a factor of eight, so that zero is on a linear scale
-    assert axes.get_yscale() == "linear"
+    assert axes.get_yscale() == "linear" and "log" not in axes.get_ylabel()
+
+
+def test_variants_of_one_size_and_divergence_stand_side_by_side_with_their_intervals(tmp_path: Path) -> None:
+    names = ["a", "b", "far"]
+    means = {"a": 0.01, "b": 0.0101, "far": 0.03}
+    records = [
+        *(build(name, 10**7 + 10**3 * (name == "b")) for name in names),
+        *(fidelity_record(name, fidelity_windows([0.9 * kl, kl, 1.1 * kl])) for name, kl in means.items()),
+    ]
+    figure = drawn("divergence", figures.shown(evidence_of(suite_of(tmp_path, names), records))["divergence"])
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    _, *points = axes.transData.transform(markers(axes)) * 72 / figure.dpi
+    apart = points[1][0] - points[0][0]
+    assert 7 <= apart <= 12  # points: a marker has 7
+    assert markers(axes)[3] == (10.0, pytest.approx(0.03))
+    assert np.mean([x for x, _ in markers(axes)[1:3]]) == pytest.approx(10.0005, abs=1e-6)
+    assert len({line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2}) == 3
+    note = "Variants of nearly the same size and divergence stand side by side."
+    assert note in words_of(figure)
+    alone = evidence_of(suite_of(tmp_path, names), [records[0], *records[2:4], records[5]])
+    assert note not in words_of(drawn("divergence", figures.shown(alone)["divergence"]))
 
 
 def test_divergences_far_apart_are_on_a_logarithmic_scale_that_still_has_a_zero(tmp_path: Path) -> None:
@@ -274,6 +296,7 @@ def test_divergences_far_apart_are_on_a_logarithmic_scale_that_still_has_a_zero(
     axes = drawn("divergence", figures.shown(evidence)["divergence"]).axes[0]
     assert axes.get_yscale() == "symlog"
     ticks = axes.get_yticks()
+    assert f"linear up to {ticks[1]:g}, logarithmic above" in axes.get_ylabel()
     assert ticks[0] == 0 and all(
         re.fullmatch(r"0|0\.0*[125]", label.get_text()) for label in axes.get_yticklabels() if label.get_text()
     )
@@ -334,6 +357,20 @@ def test_the_decode_figure_has_speeds_and_the_ceilings_that_arithmetic_gives(tmp
     assert first.words.endswith(f", {190 / ceilings[0] * 100:.1f} % of {ceilings[0]:.1f}")
 
 
+def test_the_decode_figure_says_what_the_table_says_with_its_mark(tmp_path: Path) -> None:
+    effective = {**EFFECTIVE, "bandwidth_bytes_per_second": 11.126 * (10**9 + 2 * 10**7 + 128 * 10**4)}
+    slow = make_record("bench", "source", decodes(1 / 7.928, repetitions=1), engine={**GPU, "effective": effective})
+    evidence = evidence_of(suite_of(tmp_path, ["a"]), [slow])
+    plotted = figures.shown(evidence)["decode"]
+    assert plotted.groups[0].marks[0].words == "7.93 †, 71.3 % of 11.13"
+    cells = {cell.strip() for cell in columns.markdown(evidence.frames["decode"], lambda _: "").split("|")}
+    assert {"7.93 †", "71.3 %", "11.13"} <= cells
+    said = " ".join(" ".join(words_of(drawn("decode", plotted))).split())
+    assert "† no interval" in said
+    quick = evidence_of(suite_of(tmp_path, ["a"]), [make_record("bench", "source", decodes(0.01))])
+    assert "†" not in " ".join(words_of(drawn("decode", figures.shown(quick)["decode"])))
+
+
 def test_speeds_of_another_session_are_named_and_not_drawn(suite: Suite) -> None:
     source = make_record("bench", "source", TWO_BATCHES)
     apart = make_record("bench", "nvfp4a16", TWO_BATCHES, session_id="ffffffff")
@@ -378,7 +415,7 @@ def test_the_depths_are_the_bands_of_the_table(tmp_path: Path) -> None:
     rows = evidence.frames["bands"].to_dict("records")
     assert [y for _, y in markers(axes)] == [row["kl"].value for row in rows]
     assert [round(x) for x, _ in markers(axes)] == [0, 1, 0, 1]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1 – 511", "512 – 4,095"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1 – 511", "512 – 1,024"]
 
 
 def test_the_experts_are_shares_of_the_calibration_tokens_and_crosses(suite: Suite) -> None:
@@ -392,6 +429,47 @@ def test_the_experts_are_shares_of_the_calibration_tokens_and_crosses(suite: Sui
     assert (list(crosses.get_xdata()), list(crosses.get_ydata())) == ([1], [0])
     assert axes.get_title(loc="left") == "nvfp4a16: 1 of 6 experts got none of 10 tokens (×)"
     assert [text for text in words_of(figure) if text.endswith(" %")].count("80 %") == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "num_panels"),
+    [
+        ([[400, 300, 300], [500, 490, 10]], 1),
+        ([[409, 291, 300], [500, 490, 10]], 1),  # 0.9 points
+        ([[415, 285, 300], [500, 490, 10]], 2),  # 1.5 points
+        ([[400, 300, 300], [500, 486, 14]], 2),  # 0.4 points, and a tenth of the scale of colours
+        ([[400, 300, 300], [500, 500, 0]], 2),  # a cross
+        ([[400, 300, 300]], 2),
+    ],
+)
+def test_builds_whose_experts_look_the_same_share_a_panel(
+    tmp_path: Path, other: list[list[int]], num_panels: int
+) -> None:
+    routed = [[400, 300, 300], [500, 490, 10]]
+    records = [build(name, 10**7, expert_samples(counts, 1000)) for name, counts in (("a", routed), ("b", other))]
+    plotted = figures.shown(evidence_of(suite_of(tmp_path, ["a", "b"]), records))["experts"]
+    titles = [axes.get_title(loc="left") for axes in drawn("experts", plotted).axes[:-1]]
+    assert len(titles) == num_panels
+    if num_panels == 2:
+        assert [title.partition(":")[0] for title in titles] == ["a", "b"]
+    else:
+        (title,) = (" ".join(title.split()) for title in titles)
+        assert title.startswith("a, b: every expert got tokens, the fewest 10 of 1,000 (layer 1, expert 2)")
+        told = "drawn: the first, from which no share of the others differs by more than 0.9 points"
+        assert (told in title) == (other != routed)
+
+
+@pytest.mark.parametrize("num", [1, 2, 12])
+def test_the_names_of_many_builds_in_one_panel_stay_in_the_picture(tmp_path: Path, num: int) -> None:
+    names = [*LONG, *(f"{place}-{'w' * 60}" for place in range(6))][:num]
+    routed = [[400 + place % 2, 600] for place in range(num)]
+    records = [build(name, 10**7, expert_samples([counts], 1000)) for name, counts in zip(names, routed, strict=True)]
+    figure = drawn("experts", figures.shown(evidence_of(suite_of(tmp_path, names), records))["experts"])
+    assert len(figure.axes) == 2  # a panel and the colours
+    title = "".join(figure.axes[0].get_title(loc="left").split())
+    assert title.startswith(",".join(names) + ":")
+    for dpi in (100, 160):
+        assert crowded(figure, dpi) == []
 
 
 def test_a_large_mixture_is_an_image_with_a_cross_for_each_expert_that_got_nothing(suite: Suite) -> None:

@@ -184,8 +184,9 @@ def test_the_assembled_card_can_be_traced_where_it_lies(rehearsed: tuple[Path, s
 def test_nothing_of_this_machine_is_in_the_folder(rehearsed: tuple[Path, str]) -> None:
     root, _ = rehearsed
     found = contents(root / "out")
+    container = b":/root/.cache/huggingface"  # in the commands to serve a variant; whoever tests may be root as well
     for place in (str(root), str(ROOT), str(Path.home()) + "/"):
-        assert [name for name, data in found.items() if place.encode() in data] == []
+        assert [name for name, data in found.items() if place.encode() in data.replace(container, b"")] == []
 
 
 def test_only_weights_are_shared_with_the_artifact_and_everything_else_is_a_copy(place: Path) -> None:
@@ -271,6 +272,21 @@ def test_scores_of_a_registered_benchmark_lie_where_the_hub_looks_for_them(place
     assert (OUT / "results/exports/model-index.yaml").exists() and not (OUT / "results/exports/a16").exists()
 
 
+@pytest.mark.parametrize("name", ["csv", "data", "v1."])
+def test_exports_lie_at_the_same_places_whatever_the_variant_is_called(name: str, place: Path) -> None:
+    assert rehearse() == 0
+    plain = {path for path in contents(OUT) if path.startswith("results/exports/csv/")}
+    for path in ("suite.toml", *map(str, Path("results").rglob("*.jsonl"))):
+        Path(path).write_text(Path(path).read_text().replace("a16]", f"{name}]").replace('"a16"', f'"{name}"'))
+    Path("suite.toml").write_text(Path("suite.toml").read_text().replace("[variants.v1.]", '[variants."v1."]'))
+    Path("artifacts/tiny/a16").rename(f"artifacts/tiny/{name}")
+    command = ["publish", "--suite", "suite.toml", "--variant", name, "--repo", REPO, "--dry-run"]
+    assert main([*command, "--out", "elsewhere"]) == 0
+    found = contents(Path("elsewhere"))
+    assert {path for path in found if path.startswith("results/exports/csv/")} == plain != set()
+    assert "results/exports/model-index.yaml" in found
+
+
 def test_git_does_not_see_the_default_folder() -> None:
     assert "/publish/" in (ROOT / ".gitignore").read_text().splitlines()
 
@@ -313,6 +329,18 @@ def manifest_that_is_none(place: Path) -> None:
 def manifest_that_leaves_its_folder(place: Path) -> None:
     manifest = manifest_of(place)
     manifest["files"]["../../../suite.toml"] = {"bytes": 1, "digest": "0"}
+    Path("artifacts/tiny/a16/harness-build.json").write_text(json.dumps(manifest))
+
+
+def manifest_of_its_own_parent(place: Path) -> None:
+    manifest = manifest_of(place)
+    manifest["files"][".."] = {"bytes": 1, "digest": "0"}
+    Path("artifacts/tiny/a16/harness-build.json").write_text(json.dumps(manifest))
+
+
+def manifest_of_no_objects(place: Path) -> None:
+    manifest = manifest_of(place)
+    manifest["files"]["config.json"] = 17
     Path("artifacts/tiny/a16/harness-build.json").write_text(json.dumps(manifest))
 
 
@@ -392,6 +420,8 @@ def a_source_with_a_file_of_ours(place: Path) -> None:
         (artifact_of_another_source, "another recipe or source"),
         (manifest_that_is_none, "is no manifest of a build"),
         (manifest_that_leaves_its_folder, "is no manifest of a build"),
+        (manifest_of_its_own_parent, "is no manifest of a build"),
+        (manifest_of_no_objects, "is no manifest of a build"),
         (one_bit_of_a_weight, ".safetensors is not as its build wrote it"),
         (a_cut_shard, ".safetensors is not as its build wrote it"),
         (a_manifest_with_another_digest, "harness-build.json is not as its build wrote it"),
@@ -514,7 +544,14 @@ def test_a_finding_keeps_the_folder_from_being_there(
     assert rehearse() == 1
     printed = capsys.readouterr().out
     assert says in printed and printed.endswith(f"{OUT}: REFUSED\n") and ".tmp" not in printed
-    assert not OUT.exists() and (not OUT.parent.exists() or list(OUT.parent.iterdir()) == [])
+    assert not OUT.exists() and not Path("publish").exists()
+
+
+def test_a_refusal_leaves_folders_that_were_there_before(place: Path) -> None:
+    OUT.parent.mkdir(parents=True)
+    a_number_without_a_record(place)
+    assert rehearse() == 1
+    assert list(Path("publish").rglob("*")) == [OUT.parent]
 
 
 def test_what_is_refused_leaves_the_folder_that_was_there(place: Path) -> None:
@@ -579,6 +616,10 @@ def test_a_path_is_found_however_it_is_written(
         ("/home/me", "--suite=/home/me/x.toml", True),
         ("/root", '"/root": 17', False),  # a token of a vocabulary
         ("/root", "/root/models", True),
+        ("/root", '{"command": ["/root/.local/results"]}', True),
+        ("/root", "-v ~/.cache/huggingface:/root/.cache/huggingface", False),  # of the container
+        ("/root", "-v /root/.cache/huggingface:/root/.cache/huggingface", True),
+        ("/root", "PATH=/bin:/root/.local/bin", True),
         ("/", "/", False),
     ],
 )

@@ -6,9 +6,7 @@ Sizes are not retyped but follow from the published configurations, so that byte
 each other. Records go through the store, which holds them to its schema, and through `card.render`.
 """
 
-import dataclasses
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -20,11 +18,12 @@ import pytest
 import harness
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import recipe_named
-from harness.record.results import Record, read_all
+from harness.record.results import Record
 from harness.report import builds, card, columns, tables
+from harness.report.trace import trace
 from harness.suite import Suite, load
 from tests.conftest import census, published_config
-from tests.records import DATASET, ENGINE, MACHINE, VERIFY, make_record, windows
+from tests.records import DATASET, ENGINE, MACHINE, VERIFY, make_record, stored, windows
 
 SUITES = Path(harness.__file__).parent.parent / "suites"
 GIB = 2**30
@@ -196,8 +195,9 @@ class Table(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A card as it was rendered, and what was measured for it: measure -> row -> record."""
+    """A card as it was rendered, and what was measured for it: measure -> row -> record, in a folder of its own."""
 
+    folder: Path
     text: str
     measured: dict[str, dict[str, Record]]
 
@@ -236,28 +236,36 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Publi
     def published_card(name: str) -> Published:
         if name not in cards:
             folder = tmp_path_factory.mktemp(name)
-            for record in RECORDS[name]():
-                path = folder / record.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lines = [
-                    {"type": "run", **dataclasses.asdict(record.run)},
-                    *({"type": "sample", **sample} for sample in record.samples),
-                    {"type": "end", **dataclasses.asdict(record.end)},
-                ]
-                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            records, skipped = read_all(folder / "results")
-            assert not skipped and len(records) == len(list(RECORDS[name]()))
+            records = stored(folder / "results", RECORDS[name]())
             files = card.render(suite_of(name), records, results_dir="results", pages={})
             measured: dict[str, dict[str, Record]] = {}
             for record in records:
                 measured.setdefault(record.run.measure, {})[record.run.variant["name"]] = record
-            cards[name] = Published(files[f"reports/{name}/README.md"].decode(), measured)
+            cards[name] = Published(folder, files[f"reports/{name}/README.md"].decode(), measured)
         return cards[name]
 
     return published_card
 
 
 CardOf = Callable[[str], Published]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_number_of_a_card_and_of_its_variants_cards_comes_out_of_its_records_again(
+    name: str, published: CardOf
+) -> None:
+    mine, suite = published(name), suite_of(name)
+    records = [record for runs in mine.measured.values() for record in runs.values()]
+    pages = {f"reports/{name}/README.md": mine.text.encode()}
+    for variant in mine.measured["build"]:
+        files = card.variant_card(suite, records, variant, results_dir="results", repo=f"someone/{variant}")
+        pages[f"{variant}/README.md"] = files["README.md"]
+        (mine.folder / variant).mkdir(exist_ok=True)
+        (mine.folder / variant / "results").symlink_to(mine.folder / "results")
+    for page, data in pages.items():
+        (mine.folder / page).parent.mkdir(parents=True, exist_ok=True)
+        (mine.folder / page).write_bytes(data)
+        assert trace(mine.folder / page).findings == (), page
 
 
 def cell(frame: Any, key: str, **wanted: object) -> str:

@@ -27,6 +27,10 @@ recipe = "rtn-a16"
 [ppl]
 protocols = ["wikitext2-512"]
 text = { demo = "heldout" }
+[[gate]]
+metric = "log_ppl"
+variant = "nvfp4a16"
+margin = 0.05
 """
 WITHOUT_TORCH = """
 import sys
@@ -82,7 +86,7 @@ def test_damaged_files_and_other_schemas_are_named_and_not_used(
         ("schema", "its schema is 2"),
         ("cut", "is cut"),
         ("noise", "cannot be read"),
-        ("nan", "line"),
+        ("nan", "XX"),
     ):
         assert any(f"{name}.jsonl is not used" in line and reason in line for line in told.splitlines()), name
     assert text(project) == expected
@@ -159,5 +163,5 @@ def test_no_torch_is_needed(project: Path, command: tuple[str, ...]) -> None:
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         check=False,
     )
-    assert done.returncode in (0, 2 if command[0] == "gate" else 0), done.stderr
+    assert done.returncode == 0, done.stderr  # the gate's too: 8.1939 against 8.0481 is a loss of 0.018 nats
     assert "Traceback" not in done.stderr and "torch" not in done.stderr

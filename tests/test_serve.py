@@ -1,5 +1,6 @@
 """Sizing against published settings, and command lines against the shells that read them."""
 
+import inspect
 import json
 import shlex
 import shutil
@@ -9,14 +10,20 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from harness import serve
+from harness.arguments import parser
 from harness.cli import main
 from harness.errors import UserError
 from harness.model.qwen35 import ModelConfig
 from harness.quantize.plan import Plan
 from harness.quantize.recipes import recipe_named
 from harness.stages import footprint, plan_source
+from harness.suite import is_hub_id
 
 DATA = Path(__file__).parent / "data"
 RTX_5090_GIB = 31.8  # of 32, as the driver reports it
@@ -107,6 +114,21 @@ def suite_of(tmp_path: Path, model: str) -> Path:
     return suite
 
 
+@given(st.text("aZ9_.-/é\n", max_size=12) | st.from_regex(r"[aZ9_.-]{1,99}/[aZ9_.-]{1,99}(\.git)?", fullmatch=True))
+@example("datasets/x.git")
+@example("a.git/x")
+@example(f"{'a' * 96}/{'b' * 96}")
+@example(f"{'a' * 96}/{'b' * 97}")
+@example("json")
+def test_a_hub_id_is_what_the_hubs_own_library_takes_with_an_owner(name: str) -> None:
+    try:
+        validate_repo_id(name)
+        expected = "/" in name
+    except HFValidationError:
+        expected = False
+    assert is_hub_id(name) == expected
+
+
 def test_a_model_on_the_hub_is_named_and_its_downloads_are_kept(tmp_path: Path) -> None:
     line = serve.docker_bash("me/my-9b-NVFP4", AWKWARD)
     words = shlex.split(line.replace("\\\n", " "))
@@ -135,6 +157,17 @@ def test_the_command_prints_everything_to_serve_a_variant(tmp_path: Path, capsys
     words = shlex.split(document["commands"]["vllm"].replace("\\\n", " "))
     assert words[:3] == ["vllm", "serve", "./artifacts/card/w4a4"]
     assert words[words.index("--max-model-len") + 1] == str(document["sizing"]["max_model_len"])
+
+
+def test_the_options_help_names_the_defaults_that_sizing_has(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["serve-command", "--variant", "x", "--gpu-memory", "32"]
+    options = parser().parse_args(asked)
+    defaults = {name: one.default for name, one in inspect.signature(serve.size).parameters.items()}
+    assert (options.utilization, options.users) == (defaults["utilization"], defaults["users"])
+    with pytest.raises(SystemExit):
+        main([*asked, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"({options.utilization:g})" in told and f"({options.users})" in told and "(6.5, without images 3)" in told
 
 
 def test_mtp_is_refused_where_the_source_shows_no_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

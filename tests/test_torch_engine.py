@@ -740,6 +740,23 @@ def test_info_says_what_runs_in_a_quantized_mixture_of_experts(moe_source: Path,
     )
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_an_answer_of_a_variant_ends_where_the_sources_does(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    source = request.getfixturevalue(f"{kind}_source")
+    variant = tmp_path / "a16"
+    _encode(source, RECIPES["rtn-a16"], variant)
+    said = {"eos_token_id": [5, 7]}
+    found = []
+    for name, folder in (("source", source), ("variant", variant)):
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        (copy / "generation_config.json").write_text(json.dumps(said))
+        found.append(open_engine("torch", copy, dtype="float32", device="cpu").info.effective["end_tokens"])
+    assert found == [[5, 7], [5, 7]]
+
+
 @pytest.mark.parametrize("name", ["rtn-a16", "w4a4", "mixed-fp8"])
 def test_our_own_decoding_of_a_dense_checkpoint_gives_the_logits_of_transformers(
     name: str, dense_source: Path, tmp_path: Path

@@ -40,7 +40,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from harness.engines import decoding, torch_answers
@@ -72,6 +72,7 @@ class TorchEngine(Engine):
             "use_cache": {"score": False, "decode": True},
             "cache": "DynamicCache",
             "weight_bytes_resident": weight_bytes(model),
+            "end_tokens": sorted(self._end_tokens),
         }
         self._info = replace(info, effective={**info.effective, **own})
 
@@ -353,6 +354,9 @@ def _load_decoded(
 ) -> tuple[Any, dict[str, Any]]:
     """By the harness: compressed-tensors' arguments are read, its code is not run."""
     model, report = decoding.load(auto, config, _parsed(config, quantization, folder), folder, dtype)
+    # What `from_pretrained` reads too: without it an answer would not end where the source's does.
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model, vars(report)
 
 

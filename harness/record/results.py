@@ -368,6 +368,7 @@ COMPARABLE: dict[str, tuple[str, ...]] = {
         "engine.version",
         "engine.dtype",
         "engine.device",
+        "engine.effective.end_tokens",
     ),
     "peers": ("measure_version", "session_id", "suite_digest", "machine.name", "variant.source_digest"),
     "sensitivity": (
@@ -391,7 +392,7 @@ WATCHED = ("session_id", "machine", "engine.version", "engine.device", "engine.e
 # own seconds with them, and a build is over when its run begins.)
 _CLOCKED = {"bench": ("prefill_seconds", "step_seconds")}
 _CLOCK_TOLERANCE_SECONDS = 2.0  # a run begins and ends at whole seconds
-_UTC = "%Y-%m-%dT%H:%M:%SZ"
+UTC_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def new_id() -> str:
@@ -401,7 +402,7 @@ def new_id() -> str:
 
 def utc_now() -> str:
     """The time as results write it: `2026-03-01T12:00:00Z`."""
-    return datetime.now(UTC).strftime(_UTC)
+    return datetime.now(UTC).strftime(UTC_FORMAT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -648,7 +649,7 @@ def _clock_jump(record: Record) -> str | None:
     """What the times of a run say that cannot be; None for times that can."""
     started, ended = record.run.started_utc, record.end.ended_utc
     try:
-        lasted = (datetime.strptime(ended, _UTC) - datetime.strptime(started, _UTC)).total_seconds()
+        lasted = (datetime.strptime(ended, UTC_FORMAT) - datetime.strptime(started, UTC_FORMAT)).total_seconds()
     except ValueError as error:
         raise _UnusableError(f"its start '{started}' or its end '{ended}' is no time") from error
     if lasted < 0:

@@ -10,6 +10,7 @@ from harness import serve
 from harness.errors import UserError
 from harness.record.results import Record
 from harness.report import columns, tables
+from harness.suite import SOURCE, is_hub_id
 
 GPUS_GIB = (16, 24, 32, 96)
 """Memory of the GPUs that sizes are given for: what Blackwell cards have."""
@@ -17,13 +18,15 @@ GPUS_GIB = (16, 24, 32, 96)
 KEPT = "kept"
 """The format of a role that is not quantized."""
 
+_W4A4 = "NVFP4"
+
 
 def totals(records: tables.Records) -> pd.DataFrame:
     """One row a variant: how many of the source's tensors were quantized, and the bytes of all before and after."""
     rows = []
     for variant, record in records.items():
         roles = record.kind("role")
-        source, output = (sum(role[key] for role in roles) for key in ("source_bytes", "output_bytes"))
+        source, output = (_sum(record, key) for key in ("source_bytes", "output_bytes"))
         rows.append(
             {
                 "variant": variant,
@@ -36,6 +39,19 @@ def totals(records: tables.Records) -> pd.DataFrame:
             }
         )
     return columns.frame_of(rows)
+
+
+def weights(records: tables.Records, variant: str) -> tuple[int, int] | None:
+    """Bytes and parameters of all tensors of a variant; the source's by any build of it, since all read the same. None
+    without a build."""
+    record = next(iter(records.values()), None) if variant == SOURCE else records.get(variant)
+    if record is None:
+        return None
+    return _sum(record, "source_bytes" if variant == SOURCE else "output_bytes"), _sum(record, "num_params")
+
+
+def _sum(record: Record, key: str) -> int:
+    return sum(role[key] for role in record.kind("role"))
 
 
 def method(records: tables.Records) -> pd.DataFrame:
@@ -87,10 +103,11 @@ def calibration(records: tables.Records) -> pd.DataFrame:
 
 
 def calibration_datasets(records: tables.Records) -> list[str]:
-    """The hub ids among the sources of calibration samples."""
+    """The hub ids among the sources of calibration samples, for the front matter. The Hub has given every dataset an
+    owner; what is named without one may be a kind of local files as well, and is told in the table alone."""
     suites = [record.run.suite for record in records.values() if record.kind("calibration")]
     sources = [one for suite in suites for one in (suite.get("calibration") or {}).get("sources", ())]
-    return list(dict.fromkeys(one["dataset"] for one in sources if "dataset" in one))
+    return list(dict.fromkeys(one["dataset"] for one in sources if is_hub_id(one.get("dataset"))))
 
 
 def has_vision(records: tables.Records) -> bool:
@@ -101,6 +118,16 @@ def has_vision(records: tables.Records) -> bool:
 def has_mtp(record: Record) -> bool:
     """Whether a variant has an MTP head to speculate with."""
     return any(role["role"] == "mtp" for role in record.kind("role"))
+
+
+def has_experts(record: Record) -> bool:
+    """Whether a variant is a mixture of experts."""
+    return any(".experts." in role["role"] for role in record.kind("role"))
+
+
+def has_four_bit_activations(record: Record) -> bool:
+    """Whether a variant computes in 4 bits, and does not only store its weights so."""
+    return any(role["format"] == _W4A4 for role in record.kind("role"))
 
 
 def footprint(record: Record) -> serve.Footprint | None:

@@ -23,6 +23,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from harness.record.results import Record
 from harness.report import builds, columns, exchange, export, figures, page, plots
@@ -61,7 +62,7 @@ def variant_card(
     folder = f"reports/{suite.name}/"
 
     def link(path: str) -> str:
-        return f"{_FIGURES}/{path.removeprefix(folder)}" if path.startswith(folder) else path
+        return quote(f"{_FIGURES}/{path.removeprefix(folder)}" if path.startswith(folder) else path)
 
     drawn = figures.files(evidence)
     return {
@@ -75,11 +76,18 @@ _FIGURES = "figures"
 
 def _card_files(evidence: Evidence, folder: str, link: Link, drawn: Mapping[str, bytes]) -> dict[str, bytes]:
     """The card and its page under `folder`, which ends with a slash or is empty."""
-    text = _card(evidence, link)
     return {
-        f"{folder}README.md": f"{_front_matter(evidence)}\n\n{text}".encode(),
-        f"{folder}index.html": page.page(_title(evidence), text, drawn),
+        f"{folder}README.md": written(evidence, link).encode(),
+        f"{folder}index.html": page.page(_title(evidence), _card(evidence, link), drawn),
     }
+
+
+def written(evidence: Evidence, link: Link) -> str:
+    """The card as Markdown: metadata, a mark that says what it is a card of, and all its sections."""
+    of = [f"suite={evidence.suite.name}"]
+    if evidence.repo is not None:
+        of += [f"variant={next(iter(evidence.suite.variants))}", f"repo={evidence.repo}"]
+    return f"{_front_matter(evidence)}\n\n<!-- harness:card {' '.join(of)} -->\n\n{_card(evidence, link)}"
 
 
 def stale(rendered: Mapping[str, bytes], root: Path) -> list[str]:
@@ -114,7 +122,7 @@ def _says(path: Path, data: bytes) -> bool:
 
 def _linker(document: str) -> Link:
     folder = posixpath.dirname(document)
-    return lambda path: posixpath.relpath(path, folder or ".")
+    return lambda path: quote(posixpath.relpath(path, folder or "."))
 
 
 def _title(evidence: Evidence) -> str:
@@ -154,6 +162,10 @@ def _front_matter(evidence: Evidence) -> str:
         "datasets": builds.calibration_datasets(built),
         "model-index": export.model_index(evidence, next(iter(suite.variants))) if evidence.repo else None,
     }
-    # JSON strings and lists are YAML, whatever characters they hold.
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items() if value]
+    # JSON strings and lists of printable characters are YAML.
+    lines = [
+        f"{key}: {json.dumps(value, ensure_ascii=not str(value).isprintable())}"
+        for key, value in metadata.items()
+        if value
+    ]
     return "\n".join(("---", *lines, "---"))

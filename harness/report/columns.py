@@ -158,7 +158,7 @@ COLUMNS: dict[str, Column] = {
     "num_layers": Column("layers", _as("d")),
     **{form: Column(f"layer error in {form}", _show_spread) for form in ("NVFP4A16", "NVFP4", "FP8_DYNAMIC")},
     "fp8_extra_bytes": Column("FP8 takes more", format_bytes),
-    "fp8_gain_per_gb": Column("error saved per GB", _as(".3g")),
+    "fp8_gain_per_gb": Column("error less, per GB", lambda gain: f"{gain:,.0f}" if gain >= 1000 else f"{gain:.3g}"),
     "ppl": Column("PPL", _as(".4f")),
     "delta_ppl": Column("Δ PPL", _as("+.4f")),
     "relative_change_ratio": Column("change", lambda ratio: format_percent(ratio, "+.2f")),
@@ -190,6 +190,7 @@ COLUMNS: dict[str, Column] = {
     "batch": _described("batch", _as("d"), numeric=True),
     "prompt_tokens": _described("prompt tokens", _as(","), numeric=True),
     "new_tokens": _described("new tokens", _as(","), numeric=True),
+    "num_starts": _described("starts", _as("d"), numeric=True),
     "num_repetitions": _described("repetitions", _as("d"), numeric=True),
     "test": _described("test"),
     "tokens_per_second": Column("tok/s [95 %]", _show_speed),
@@ -248,6 +249,11 @@ def rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
         return value.run.run_id if isinstance(value, Record) else value
 
     return [{str(key): plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame with their values as they are."""
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
 def runs_of(value: object) -> tuple[Record, ...]:

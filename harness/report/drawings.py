@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 from harness.record.stats import Estimate
-from harness.report import labels
+from harness.report import columns, labels
 from harness.report.numbers import byte_unit, format_bytes
 from harness.report.plots import INK, SOURCE_COLOUR, Look, canvas
 
@@ -24,8 +24,10 @@ _NAME_WIDTH = 24  # characters
 _WORDS_WIDTH = 40
 _LINE = 0.17  # inches, of text
 _ROW = 0.33  # inches, of a forest at least
+_BESIDE = 9.0  # points, between markers that would cover each other
 _WIDE = 8.0  # the largest number over the smallest from which on a scale is logarithmic
 _ZERO = (0, (4, 3))
+_NATS = "KL divergence to the source,\nnats per token, 95 % interval"
 
 
 @dataclass(frozen=True)
@@ -235,12 +237,12 @@ def divergence(plotted: Divergence) -> Figure:
     unit, scale = byte_unit(max(point.num_bytes for point in points))
     floor = plotted.floor or 0.0
     measured = [point.kl for point in plotted.points if point.kl is not None]
-    _nats_axis(axes, measured, with_zero=True, least=floor)
+    scale_words = _nats_axis(axes, measured, with_zero=True, least=floor)
     sizes = [point.num_bytes / scale for point in points]
     margin = 0.14 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)
     axes.set_xlim(min(sizes) - margin, max(sizes) + 1.6 * margin)
     axes.set_xlabel(f"checkpoint size, {unit}  (farther left: smaller)")
-    axes.set_ylabel("KL divergence to the source,\nnats per token, 95 % interval\n(farther down: closer)")
+    axes.set_ylabel(f"{_NATS}\n(farther down: closer{scale_words})")
     if floor:
         axes.axhspan(0, floor, color=INK, alpha=0.18, linewidth=0)
         axes.annotate(
@@ -254,11 +256,17 @@ def divergence(plotted: Divergence) -> Figure:
             fontsize=8,
         )
     heights = [0.0 if point is plotted.source else point.kl.value if point.kl else floor for point in points]
+    beside = _beside(axes, sizes, heights)
+    notes = [plotted.note] if plotted.note else []
+    if beside != sizes:
+        notes.append("Variants of nearly the same size and divergence stand side by side.")
+    _footnote(figure, "\n".join(notes))
+    sizes = beside
     for x, y, point in zip(sizes, heights, points, strict=True):
         look = point.look
         if point.kl is not None and point.kl.low is not None and point.kl.high is not None:
             axes.plot([x, x], [point.kl.low, point.kl.high], color=look.colour, linewidth=2, solid_capstyle="butt")
-        _draw_marker(axes, x, y, look, alpha=0.75)  # one under another shows
+        _draw_marker(axes, x, y, look, alpha=0.75)  # an interval that is shorter shows
     figure.draw_without_rendering()
     taken = [_around(axes, x, y, point) for x, y, point in zip(sizes, heights, points, strict=True)]
     inside, zero = axes.get_window_extent(), float(axes.transData.transform((0, 0))[1])
@@ -270,8 +278,28 @@ def divergence(plotted: Divergence) -> Figure:
     places = list(zip(sizes, heights, strict=True))
     if not labels.beside(axes, names, places, [point.look.colour for point in points], taken):
         labels.at_the_right(axes, names, places, [point.look for point in points], led=False)
-    _footnote(figure, plotted.note)
     return figure
+
+
+def _beside(axes: Axes, xs: Sequence[float], ys: Sequence[float]) -> list[float]:
+    """Where on the horizontal axis markers stand so that none covers another: those that overlap side by side, in
+    their order and as near to their places as can be; all others where they are."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    spots = axes.transData.transform(list(zip(xs, ys, strict=True)))
+    apart = _BESIDE * figure.dpi / 72
+    piles: list[list[int]] = []  # of markers each of which overlaps another
+    for index, spot in enumerate(spots):
+        touched = [pile for pile in piles if any((abs(spots[other] - spot) < apart).all() for other in pile)]
+        piles = [pile for pile in piles if pile not in touched] + [[*(one for pile in touched for one in pile), index]]
+    places = list(xs)
+    for pile in piles:
+        if len(pile) > 1:
+            wanted = [float(spots[index][0]) for index in pile]
+            for index, x in zip(pile, labels.spread(wanted, [apart] * len(pile), -math.inf, math.inf), strict=True):
+                places[index] = float(axes.transData.inverted().transform((x, spots[index][1]))[0])
+    return places
 
 
 def _around(axes: Axes, x: float, y: float, point: Point) -> Bbox:
@@ -281,8 +309,10 @@ def _around(axes: Axes, x: float, y: float, point: Point) -> Bbox:
     return Bbox.from_extents(*(corners[0] - 7), *(corners[1] + 7))
 
 
-def _nats_axis(axes: Axes, values: Sequence[Estimate], *, with_zero: bool, least: float = 0.0) -> None:
-    """A scale for divergences, from 0 on; where they are far apart, logarithmic from the smallest on."""
+def _nats_axis(axes: Axes, values: Sequence[Estimate], *, with_zero: bool, least: float = 0.0) -> str:
+    """A scale for divergences, from 0 on; where they are far apart, logarithmic from the smallest on, as the words say
+    that it returns for the axis's label."""
+    told = ""
     ends = [end for one in values for end in _ends(one)] + [least]
     positive = [one.value for one in values if one.value > 0] + [least] * (least > 0)
     top = max(ends) or 1e-6
@@ -294,10 +324,16 @@ def _nats_axis(axes: Axes, values: Sequence[Estimate], *, with_zero: bool, least
         axes.set_yticks([0.0, *(tick for tick in ticks if tick >= first)])
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_ylim(-0.2 * first if with_zero else min(0.9 * end for end in ends if end > 0), 1.4 * top)
+        told = f";\nlinear up to {_plain(first)}, logarithmic above"
     else:
         axes.set_ylim(-0.04 * top, 1.15 * top)
         axes.locator_params(axis="y", nbins=6)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda nats, _: f"{nats:.10g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda nats, _: _plain(nats)))
+    return told
+
+
+def _plain(nats: float) -> str:
+    return f"{nats:.10g}"
 
 
 # -- Forests -----------------------------------------------------------------------------------------------------
@@ -381,6 +417,7 @@ def _forest(groups: Sequence[Group], title: str, heading: str) -> tuple[Figure, 
             va="bottom" if is_heading else "center",
             fontsize=9,
         )
+    _footnote(figure, columns.NO_INTERVAL if any(columns.lacks_interval(mark.value) for _, mark in rows) else "")
     return figure, axes, rows
 
 
@@ -425,8 +462,8 @@ def depth(plotted: Bands) -> Figure:
     axes.set_xticks(range(len(plotted.names)), plotted.names)
     axes.set_xlim(-0.3, len(plotted.names) - 0.7)
     axes.set_xlabel("tokens before the predicted one")
-    axes.set_ylabel("KL divergence to the source,\nnats per token, 95 % interval")
-    _nats_axis(axes, [one for curve in curves for one in curve.values], with_zero=False)
+    scale_words = _nats_axis(axes, [one for curve in curves for one in curve.values], with_zero=False)
+    axes.set_ylabel(f"{_NATS}{scale_words}")
     ends = [
         _draw_curve(axes, curve, [x + 0.025 * _aside(place, len(curves)) for x in curve.xs])
         for place, curve in enumerate(curves)
@@ -479,7 +516,8 @@ def _write(axes: Axes, words: str, x: float, y: float) -> None:
 
 def _footnote(figure: Figure, note: str) -> None:
     if note:
-        figure.supxlabel(textwrap.fill(note, 110), x=0.01, ha="left", fontsize=8, color=INK)
+        lines = [textwrap.fill(line, 110) for line in note.splitlines()]
+        figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8, color=INK)
 
 
 def _ends(one: Estimate) -> list[float]:

@@ -21,6 +21,9 @@ from harness.report.numbers import format_percent
 from harness.suite import SOURCE, Audit, Suite
 
 ByTask = Mapping[str, Mapping[str, Record]]  # the task's name in the suite -> row -> the run that speaks for it
+ALL_TASKS = "all tasks"
+"""The name of the row that takes all tasks of a variant together."""
+
 Item = tuple[str, int, str, int]
 """What is the same item in two runs: task, document and its digest, repetition."""
 
@@ -100,7 +103,7 @@ def scores(by_task: ByTask) -> pd.DataFrame:
 def _together(variant: str, compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row of all compared tasks of a variant."""
     return {
-        "task": "all tasks",
+        "task": ALL_TASKS,
         "metric": f"mean of {len(compared)}",
         "variant": variant,
         "num_items": sum(one["num_items"] for one in compared),

@@ -16,7 +16,7 @@ MEASURES = ("build", "verify", "ppl", "fidelity", "bench")  # in the order in wh
 OTHERS = ("sensitivity", "served")  # of the source alone, and measured elsewhere
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # frames have no equality, and each evidence is gathered once
 class Evidence:
     """A suite and the runs that speak for it, with every frame computed once."""
 

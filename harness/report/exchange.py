@@ -12,14 +12,13 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.record import stats
-from harness.record.results import Record
+from harness.record.results import UTC_FORMAT, Record
 from harness.record.stats import Estimate
 from harness.report import evaluations, tables
 from harness.report.evidence import Evidence
-from harness.suite import SOURCE, Suite, row_parts
+from harness.suite import SOURCE, Suite, is_hub_id, row_parts
 
 HARNESS = "nvfp4-harness"
-SECONDS = "%Y-%m-%dT%H:%M:%SZ"
 Json = dict[str, Any]
 
 
@@ -31,7 +30,8 @@ class Score:
     metric: str  # "metric,filter", as lm-eval names it
     value: float
     standard_error: float | None  # lm-eval's own, of a single run
-    num_items: int
+    num_items: int  # of each repetition
+    num_repetitions: int
     higher_is_better: bool | None
     outcomes: tuple[float, ...]  # of the items, where each has a number
     estimate: Estimate | None  # over documents, where the figure is their mean
@@ -58,6 +58,7 @@ def _score(record: Record, task: str, metric: str, results: Sequence[Json]) -> S
         standard_error=results[0]["standard_error"] if len(results) == 1 else None,
         # lm-eval does not say it of every group.
         num_items=results[0]["num_items"] or sum(item["repetition"] == 0 for item in items),
+        num_repetitions=len(results),
         higher_is_better=results[0].get("higher_is_better"),
         outcomes=tuple(float(outcome) for _, outcome in own),
         estimate=_mean_over_documents(own, value),
@@ -114,7 +115,7 @@ class Dataset:
 def dataset_of_task(record: Record, task: str) -> Dataset:
     about = about_task(record, task)
     repo, revision = about.get("dataset"), about.get("dataset_revision")
-    if not _is_hub_id(repo):
+    if not is_hub_id(repo):
         return Dataset(task)
     # Parts of different revisions have none in common.
     return Dataset(task, repo, about.get("dataset_config"), revision=revision if " " not in (revision or "") else None)
@@ -124,7 +125,7 @@ def dataset_of_text(record: Record) -> Dataset:
     """What a perplexity is of, by the suite that it was run with."""
     name = (record.run.dataset or {}).get("name") or "text"
     text = (record.run.suite.get("ppl") or {}).get("text") or {}
-    if not _is_hub_id(text.get("dataset")):
+    if not is_hub_id(text.get("dataset")):
         return Dataset(name)
     return Dataset(name, *(text.get(key) for key in ("dataset", "config", "split", "revision")))
 
@@ -141,13 +142,9 @@ def settings_of(record: Record) -> Json:
     return settings
 
 
-def _is_hub_id(name: object) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
-
-
 def base_model_of(suite: Suite) -> str | None:
     """The source's name on the Hub, if it has one."""
-    return next((name for name in (suite.source.base_model, suite.source.location) if _is_hub_id(name)), None)
+    return next((name for name in (suite.source.base_model, suite.source.location) if is_hub_id(name)), None)
 
 
 def model_id(evidence: Evidence, row: str) -> str:
@@ -175,11 +172,12 @@ def path_part(name: str) -> str:
 
 def epoch_of(utc: str) -> int:
     """Seconds since 1970 of a time as results write it."""
-    return round(datetime.strptime(utc, SECONDS).replace(tzinfo=UTC).timestamp())
+    return round(datetime.strptime(utc, UTC_FORMAT).replace(tzinfo=UTC).timestamp())
 
 
 def steady(value: float) -> float:
-    """A figure of a bootstrap, whose last digits depend on the order in which a machine adds, without those."""
+    """A figure to eight significant digits: those after them may depend on the order in which a machine adds, which is
+    true of every sum, and most of a bootstrap's."""
     return float(f"{value:.8g}")
 
 

@@ -32,14 +32,13 @@ from typing import Any
 import yaml
 
 from harness.errors import UserError, did_you_mean
-from harness.record.results import Record
+from harness.record.results import UTC_FORMAT, Record
 from harness.record.stats import Estimate
-from harness.report import columns, every_eval_ever, tables
+from harness.report import builds, columns, every_eval_ever, tables
 from harness.report.columns import Spread
-from harness.report.evidence import Evidence, row_of
+from harness.report.evidence import Evidence
 from harness.report.exchange import (
     HARNESS,
-    SECONDS,
     Dataset,
     Json,
     Score,
@@ -113,13 +112,24 @@ def export(evidence: Evidence, variants: Sequence[str]) -> dict[str, bytes]:
             f"There is no whole run of suite '{suite.name}' in {evidence.results_dir}, so there is nothing to export.",
             "Measure something first, for example with `harness ppl`, or give the folder of the records as --results.",
         )
-    files: dict[str, bytes] = {}
+    files = shared_files(evidence, rows)
     for variant in variants:
-        folder = path_part(variant)
-        for name, entries in eval_results(evidence, variant).items():
-            files[f"{folder}/.eval_results/{name}.yaml"] = _yaml(entries)
-        if index := model_index(evidence, variant):
-            files[f"{folder}/model-index.yaml"] = _yaml({"model-index": index})
+        files |= {f"{path_part(variant)}/{name}": data for name, data in variant_files(evidence, variant).items()}
+    return files
+
+
+def variant_files(evidence: Evidence, variant: str) -> dict[str, bytes]:
+    """What is of a variant alone, for its repository: `.eval_results/*.yaml` and `model-index.yaml`, those of them that
+    something was measured for."""
+    files = {f".eval_results/{name}.yaml": _yaml(entries) for name, entries in eval_results(evidence, variant).items()}
+    if index := model_index(evidence, variant):
+        files["model-index.yaml"] = _yaml({"model-index": index})
+    return files
+
+
+def shared_files(evidence: Evidence, rows: Sequence[str]) -> dict[str, bytes]:
+    """What rows of the suite have in common: the formats that tell rows apart themselves."""
+    files: dict[str, bytes] = {}
     for row in rows:
         files |= every_eval_ever.files_of(evidence, row)
         files |= _lm_eval(evidence, row)
@@ -183,15 +193,13 @@ def _source(evidence: Evidence, record: Record) -> Json | None:
 def _notes(record: Record, score: Score) -> str:
     """What a leaderboard's reader must know of a value in per cent."""
     settings, about = settings_of(record), about_task(record, score.task)
-    repeats = settings.get("repeats") or 1
     said = [
         f"{score.metric} of {score.task}, lm-eval {(record.run.dataset or {}).get('lm_eval')}",
         f"{about['num_fewshot']}-shot" if about.get("num_fewshot") is not None else None,
         "chat template" if settings.get("chat") else None,
         "thinking" if settings.get("thinking") else None,
         f"sampling {settings['preset']}" if settings.get("preset") else None,
-        f"mean of {repeats} repetitions" if repeats > 1 else None,
-        f"n = {score.num_items}",
+        _count(score),
     ]
     estimate = score.estimate
     if estimate and estimate.low is not None and estimate.high is not None:
@@ -201,6 +209,13 @@ def _notes(record: Record, score: Score) -> str:
     return ", ".join(part for part in said if part)
 
 
+def _count(score: Score) -> str:
+    """What a score is the mean of."""
+    if score.num_repetitions == 1:
+        return f"n = {score.num_items}"
+    return f"{score.num_items} items × {score.num_repetitions} repetitions"
+
+
 def model_index(evidence: Evidence, variant: str) -> list[Json]:
     """The value of `model-index` in the front matter of a variant's card: its scores, each on the metric's own scale,
     and its perplexities; empty where there are none. The format has no place for an interval."""
@@ -208,7 +223,7 @@ def model_index(evidence: Evidence, variant: str) -> list[Json]:
     for label, record in tasks_of(evidence, variant):
         for score in scores_of(record):
             name = "accuracy" if score.metric.startswith("acc,") else score.metric.partition(",")[0]
-            metric = {"type": name, "value": score.value, "name": f"{score.metric} (n = {score.num_items})"}
+            metric = {"type": name, "value": score.value, "name": f"{score.metric} ({_count(score)})"}
             named = label if label == score.task else f"{label}: {score.task}"
             results.append(_indexed(named, dataset_of_task(record, score.task), metric, _source(evidence, record)))
     for protocol, record, nats in perplexities_of(evidence, variant):
@@ -256,7 +271,7 @@ def _lm_eval(evidence: Evidence, row: str) -> dict[str, bytes]:
             continue
         record = records[row]
         folder = f"lm-eval/{path_part(row)}/{path_part(label)}"
-        date = datetime.strptime(record.run.started_utc, SECONDS).strftime("%Y-%m-%dT%H-%M-%S")
+        date = datetime.strptime(record.run.started_utc, UTC_FORMAT).strftime("%Y-%m-%dT%H-%M-%S")
         for repetition in sorted({result["repetition"] for result in record.kind("result")}):
             stamp = f"{date}.{repetition:06d}"
             files[f"{folder}/results_{stamp}.json"] = json_bytes(_lm_eval_results(evidence, row, record, repetition))
@@ -439,9 +454,8 @@ class LlamaBench:
 
     @property
     def test(self) -> str:
-        """`pp512`, `tg32`, `tg32 @ d4096`."""
-        shape = f"tg{self.n_gen}" if self.n_gen else f"pp{self.n_prompt}"
-        return f"{shape} @ d{self.n_depth}" if self.n_depth else shape
+        """`pp512`, `tg32`, `tg32 @ d4096`, as on the card."""
+        return tables.test_name(self.n_gen + 1, self.n_depth) if self.n_gen else f"pp{self.n_prompt}"
 
 
 def llama_bench(evidence: Evidence, rows: Sequence[str]) -> list[LlamaBench]:
@@ -449,7 +463,7 @@ def llama_bench(evidence: Evidence, rows: Sequence[str]) -> list[LlamaBench]:
     of several is no row of it; those are in the CSV.
 
     `n_gen` are the timed tokens: the first new one belongs to the prefill. `n_depth` are the prompt's tokens, which are
-    in the cache when decoding begins. Speeds are means with standard deviations over repetitions, as llama-bench has
+    in the cache when decoding begins, and 0 of a prompt of one. Speeds are means with standard deviations over repetitions, as llama-bench has
     them, where the report has medians with intervals.
     """
     found = []
@@ -465,7 +479,8 @@ def llama_bench(evidence: Evidence, rows: Sequence[str]) -> list[LlamaBench]:
             if batch == 1:
                 seconds = [math.fsum(sample["step_seconds"]) for sample in samples]
                 steps = new_tokens - 1
-                found.append(_timed(evidence, row, record, seconds, n_prompt=0, n_gen=steps, n_depth=prompt_tokens))
+                depth = tables.test_depth(prompt_tokens)
+                found.append(_timed(evidence, row, record, seconds, n_prompt=0, n_gen=steps, n_depth=depth))
     return found
 
 
@@ -475,7 +490,7 @@ def _timed(
     run, engine = record.run, record.run.engine or {}
     gpu = run.machine.get("gpu")
     variant, setup = row_parts(row)
-    size, params = _weights(evidence, variant)
+    size, params = builds.weights(evidence.records["build"], variant) or (None, None)
     nanoseconds = [round(one * 1e9) for one in seconds]
     speeds = [(n_prompt + n_gen) / one for one in seconds]
     return LlamaBench(
@@ -506,18 +521,14 @@ def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _weights(evidence: Evidence, variant: str) -> tuple[int | None, int | None]:
-    """Bytes and parameters of all tensors, from the census of a build; the source's from that of any variant."""
-    frame = evidence.frames["size"]
-    wanted = {"role": "total"} if variant == SOURCE else {"role": "total", "variant": variant}
-    total: Mapping[str, Any] | None = None if frame.empty else row_of(frame, **wanted)
-    if total is None:
-        return None, None
-    return total["source_bytes" if variant == SOURCE else "output_bytes"], total["num_params"]
+_MEANS = (
+    "t/s: mean ± standard deviation over repetitions, as llama-bench prints it; the card has medians with intervals."
+)
 
 
 def llama_bench_markdown(rows: Sequence[LlamaBench]) -> str:
-    """The table that llama-bench prints: sizes in powers of 1,024, speeds as mean ± standard deviation."""
+    """The table that llama-bench prints: sizes in powers of 1,024, speeds as mean ± standard deviation, which a line
+    below says, since the card has medians. (llama-bench's own line there is that of its build.)"""
     lines = ["| model | size | params | backend | test | t/s |", "| --- | ---: | ---: | --- | ---: | ---: |"]
     for row in rows:
         size, params = row.model_size, row.model_n_params
@@ -532,4 +543,4 @@ def llama_bench_markdown(rows: Sequence[LlamaBench]) -> str:
             f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join((*lines, "", _MEANS)) + "\n"

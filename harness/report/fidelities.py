@@ -65,13 +65,15 @@ def divergences(records: tables.Records) -> pd.DataFrame:
 
 def bands(records: tables.Records) -> pd.DataFrame:
     """The same by the number of tokens before the predicted one, one row a variant and band, without the rows of noise;
-    empty where all windows lie in the first band."""
+    empty where all windows lie in the first band. The last band ends where the longest window does."""
     rows = []
     for variant, record in records.items():
         if variant in NOISE:
             continue
         by_end: dict[int, list[dict[str, Any]]] = {}
-        for window in record.kind("window"):
+        windows = record.kind("window")
+        longest = max((window["num_tokens"] for window in windows), default=0)
+        for window in windows:
             for band in window["bands"]:
                 by_end.setdefault(band["end"], []).append(band)
         ends = sorted(by_end)
@@ -80,7 +82,7 @@ def bands(records: tables.Records) -> pd.DataFrame:
             rows.append(
                 {
                     **_told(variant, record),
-                    "before": f"{first:,} – {end - 1:,}",
+                    "before": _numbers(first, min(end, longest) - 1),
                     "num_scored": sum(one["num_scored"] for one in sums),
                     "kl": _mean(sums, "kl_nats"),
                     "agreement": _agreement(sums),
@@ -90,6 +92,10 @@ def bands(records: tables.Records) -> pd.DataFrame:
             )
     frame = columns.frame_of(rows)
     return frame if rows and frame["before"].nunique() > 1 else columns.frame_of([])
+
+
+def _numbers(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,} – {last:,}"
 
 
 def mean_kl(record: Record) -> Estimate:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,7 +11,6 @@ from harness.record.results import Record
 from harness.record.stats import Estimate
 from harness.report import columns, drawings, fidelities, heatmaps, plots, tables
 from harness.report.evidence import Evidence, row_of
-from harness.report.numbers import format_estimate, format_percent
 from harness.suite import NOISE, SOURCE, row_parts
 
 _Rows = list[dict[str, Any]]
@@ -42,8 +41,13 @@ def available(evidence: Evidence) -> list[str]:
 
 def shown(evidence: Evidence) -> dict[str, Any]:
     """What every figure shows that there is something for, as the dataclass of its drawing: name -> dataclass."""
-    found = {name: figure.shows(evidence) for name, figure in _KINDS.items()}
-    return {name: plotted for name, plotted in found.items() if plotted is not None}
+    return dict(_shown(evidence))
+
+
+@lru_cache(maxsize=1)  # a card asks for each of its figures whether it is there
+def _shown(evidence: Evidence) -> tuple[tuple[str, Any], ...]:
+    found = ((name, figure.shows(evidence)) for name, figure in _KINDS.items())
+    return tuple((name, plotted) for name, plotted in found if plotted is not None)
 
 
 def draw(name: str, plotted: Any) -> Figure:
@@ -54,7 +58,7 @@ def draw(name: str, plotted: Any) -> Figure:
 # -- What each shows ---------------------------------------------------------------------------------------------
 
 
-def _overview(evidence: Evidence) -> drawings.Overview:
+def _overview(evidence: Evidence) -> drawings.Overview | None:
     looks = _looks(evidence)
     rows = []
     for variant in (SOURCE, *evidence.suite.variants):
@@ -75,7 +79,8 @@ def _overview(evidence: Evidence) -> drawings.Overview:
                 tuple(steps),
             )
         )
-    return drawings.Overview(tuple(rows))
+    is_something = any(row.num_bytes is not None or row.loss is not None or row.step_seconds for row in rows)
+    return drawings.Overview(tuple(rows)) if is_something else None
 
 
 def _divergence(evidence: Evidence) -> drawings.Divergence | None:
@@ -142,9 +147,9 @@ def _decode(evidence: Evidence) -> drawings.Forest | None:
                 if variant in refused:
                     marks.append(drawings.Mark(variant, looks[variant], None, refused[variant]))
                     continue
-                words = format_estimate(speed, ".1f")
+                words, share, most = (columns.shown(key, row[key]) for key in (_SPEEDS[0], "ceiling_share", _SPEEDS[1]))
                 if ceiling is not None:
-                    words += f", {format_percent(row['ceiling_share'])} of {ceiling:.1f}"
+                    words += f", {share} of {most}"
                 marks.append(drawings.Mark(variant, looks[variant], speed, words, ceiling))
         heading = f"after {_counted(prompt_tokens, 'token')}, {new_tokens - 1:,} timed"
         groups.append(drawings.Group(heading, tuple(marks)))
@@ -204,8 +209,8 @@ def _experts(evidence: Evidence) -> heatmaps.Coverages | None:
         if routed and calibrated:
             layers = sorted(routed)
             rows = tuple(tuple(num for _, num in sorted(routed[layer].items())) for layer in layers)
-            builds.append(heatmaps.Coverage(variant, calibrated[0]["num_tokens"], tuple(layers), rows))
-    return heatmaps.Coverages(tuple(builds)) if builds else None
+            builds.append(heatmaps.Coverage((variant,), calibrated[0]["num_tokens"], tuple(layers), rows))
+    return heatmaps.joined(builds) if builds else None
 
 
 # -- Common ------------------------------------------------------------------------------------------------------
@@ -312,7 +317,8 @@ _KINDS: dict[str, _Figure] = {
         heatmaps.sensitivity,
     ),
     "experts": _Figure(
-        "Share of the calibration tokens that every expert of every layer got, for each calibrated build",
+        "Share of the calibration tokens that every expert of every layer got, for each calibrated build; builds that "
+        "look the same share a panel",
         _experts,
         heatmaps.experts,
     ),

@@ -1,7 +1,9 @@
 """Figures of squares: what each format costs each projection of each layer, and which experts calibration reached."""
 
+import math
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib as mpl
 import numpy as np
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from harness.report.labels import num_lines, wrapped
+from harness.report.labels import num_lines
 from harness.report.numbers import format_percent
 from harness.report.plots import COLOURS, canvas
 
@@ -22,6 +24,9 @@ _MOST_SQUARES = 2000  # that are drawn one by one
 _ROW = 0.28  # inches, where rows have names or numbers
 _DENSE_ROW = 0.09
 _TITLE_WIDTH = 84  # characters
+_NAMES_WIDTH = 56  # of names, whose letters may be wide
+_SAME_SHARE = 0.01  # what two builds may differ by in one panel: of the calibration tokens,
+_SAME_COLOUR = 0.05  # and of the scale of colours
 _MISSED = COLOURS[5]
 
 
@@ -46,17 +51,19 @@ class Sensitivity:
 @dataclass(frozen=True)
 class Coverage:
     """How many of a build's `num_tokens` calibration tokens each expert got: `routed` [layers, experts], of the decoder
-    layers that `layers` names."""
+    layers that `layers` names. The numbers are those of the first of `variants`; no share of another differs from its
+    by more than `differing`."""
 
-    variant: str
+    variants: tuple[str, ...]
     num_tokens: int
     layers: tuple[int, ...]
     routed: tuple[tuple[int, ...], ...]
+    differing: float = 0.0
 
 
 @dataclass(frozen=True)
 class Coverages:
-    """Of every calibrated build of a mixture of experts."""
+    """Of the calibrated builds of a mixture of experts, those that look the same in one."""
 
     builds: tuple[Coverage, ...]
 
@@ -84,11 +91,48 @@ def sensitivity(plotted: Sensitivity) -> Figure:
     return figure
 
 
+def joined(builds: Sequence[Coverage]) -> Coverages:
+    """The coverages of single builds, with those in one whose panels could not be told apart: the same experts got
+    nothing, and every share is the same within a percentage point and within a twentieth of the scale of colours."""
+    norm = _norm(_shares(builds))
+    found: list[Coverage] = []
+    for build in builds:
+        for place, first in enumerate(found):
+            differing = _differing(first, build, norm)
+            if differing is not None:
+                variants = (*first.variants, *build.variants)
+                found[place] = replace(first, variants=variants, differing=max(first.differing, differing))
+                break
+        else:
+            found.append(build)
+    return Coverages(tuple(found))
+
+
+def _shares(builds: Sequence[Coverage]) -> list[float]:
+    """Of every expert that got anything."""
+    return [num / build.num_tokens for build in builds for row in build.routed for num in row if num]
+
+
+def _differing(one: Coverage, other: Coverage, norm: LogNorm) -> float | None:
+    """By how much shares of two builds differ at most; None where that can be seen."""
+    if (one.layers, [len(row) for row in one.routed]) != (other.layers, [len(row) for row in other.routed]):
+        return None
+    first, second = (
+        np.array([num for row in build.routed for num in row]) / build.num_tokens for build in (one, other)
+    )
+    reached = first > 0
+    if (reached != (second > 0)).any():
+        return None
+    differing = float(np.abs(first - second).max())
+    colours = np.abs(np.asarray(norm(first[reached])) - np.asarray(norm(second[reached])))
+    return differing if differing <= _SAME_SHARE and (colours <= _SAME_COLOUR).all() else None
+
+
 def experts(plotted: Coverages) -> Figure:
-    """A panel for each build, experts across, layers down; a cross for an expert that no calibration token reached."""
+    """A panel for each build, or for several that look the same, experts across, layers down; a cross for an expert
+    that no calibration token reached."""
     builds = plotted.builds
-    shares = [num / build.num_tokens for build in builds for row in build.routed for num in row if num]
-    norm = _norm(shares)
+    norm = _norm(_shares(builds))
     num_experts = max(len(row) for build in builds for row in build.routed)
     is_written = num_experts <= _MOST_WRITTEN
     heights = [len(build.layers) * (_ROW if is_written else _DENSE_ROW) for build in builds]
@@ -114,8 +158,13 @@ def experts(plotted: Coverages) -> Figure:
 
 
 def _title(build: Coverage) -> str:
-    told = f"{build.variant}: {_told(build)}"
-    return told if len(told) <= _TITLE_WIDTH else f"{wrapped(build.variant, _TITLE_WIDTH // 2)}:\n{_told(build)}"
+    names, told = f"{', '.join(build.variants)}:", _told(build)
+    if build.differing:
+        points = math.ceil(1000 * build.differing) / 10
+        told += f"; drawn: the first, from which no share of the others differs by more than {points:.1f} points"
+    if len(names) + 1 + len(told) <= _TITLE_WIDTH:
+        return f"{names} {told}"
+    return f"{textwrap.fill(names, _NAMES_WIDTH)}\n{textwrap.fill(told, _TITLE_WIDTH)}"
 
 
 def _told(build: Coverage) -> str:

@@ -10,8 +10,8 @@ _VLLM = "https://github.com/vllm-project/vllm"
 
 @dataclass(frozen=True)
 class Limit:
-    """A configuration, what it does, what to do instead, and the page that says so. `needs_mtp`, `needs_activations`:
-    only of variants with an MTP head, or with 4-bit activations."""
+    """A configuration, what it does, what to do instead, and the page that says so. `needs_mtp`, `needs_activations`,
+    `needs_experts`: only of variants with an MTP head, with 4-bit activations, or of a mixture of experts."""
 
     configuration: str
     effect: str
@@ -19,6 +19,7 @@ class Limit:
     source: str
     needs_mtp: bool = False
     needs_activations: bool = False
+    needs_experts: bool = False
 
 
 LIMITS = (
@@ -70,6 +71,7 @@ LIMITS = (
         "Nothing to do: the selection falls on `FLASHINFER_CUTLASS`. Look for the line that names the backend.",
         "https://huggingface.co/Infatoshi/Qwen3.6-35B-A3B-NVFP4-FP8",
         needs_activations=True,
+        needs_experts=True,
     ),
     Limit(
         "Tensor parallelism that leaves a rank a width that is no multiple of 32",

@@ -2,21 +2,20 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pandas as pd
 from tabulate import tabulate
 
 from harness import serve
-from harness.errors import UserError
 from harness.record.results import Record
 from harness.record.stats import RESAMPLES, Estimate
-from harness.report import builds, columns, figures, limits, tables
+from harness.report import builds, columns, evaluations, figures, limits, tables
 from harness.report.evidence import Evidence, row_of
 from harness.report.numbers import format_bytes
-from harness.sampling import PRESETS
-from harness.suite import NOISE, SOURCE
+from harness.sampling import GREEDY, PRESETS, Sampling
+from harness.suite import NOISE, SOURCE, Suite, row_name
 
 Link = Callable[[str], str]  # a path from the project's root -> its URL from where the text stands
 
@@ -25,14 +24,19 @@ def _headline(evidence: Evidence, link: Link) -> str:
     """One line per variant: what it weighs, what it loses, how fast it decodes, each with the run that says so."""
     lines = []
     for name, variant in evidence.suite.variants.items():
-        parts = [part(evidence, name) for part in (_size_words, _perplexity_words, _kl_words, _decode_words)]
-        said = "; ".join(f"{words} {_reference(evidence, link, record)}" for words, record in filter(None, parts))
+        parts = [
+            part(evidence, name) for part in (_size_words, _perplexity_words, _kl_words, _task_words, _decode_words)
+        ]
+        said = "; ".join(
+            f"{words} {' '.join(_reference(evidence, link, record) for record in records)}"
+            for words, records in filter(None, parts)
+        )
         lines.append(f"- **{name}** ({columns.escape(variant.recipe)}): {said or 'not measured yet'}.")
     marked = any(columns.NO_INTERVAL_MARK in line for line in lines)
     return paragraphs("\n".join(lines), columns.NO_INTERVAL if marked else None)
 
 
-_Words = tuple[str, Record] | None  # what a run says of a variant
+_Words = tuple[str, tuple[Record, ...]] | None  # what runs say of a variant
 
 
 def _size_words(evidence: Evidence, variant: str) -> _Words:
@@ -40,7 +44,7 @@ def _size_words(evidence: Evidence, variant: str) -> _Words:
     if row is None:
         return None
     share, output, source = (columns.shown(key, row[key]) for key in ("bytes_share", "output_bytes", "source_bytes"))
-    return f"{output} of {source} ({share})", evidence.records["build"][variant]
+    return f"{output} of {source} ({share})", (evidence.records["build"][variant],)
 
 
 def _perplexity_words(evidence: Evidence, variant: str) -> _Words:
@@ -48,25 +52,33 @@ def _perplexity_words(evidence: Evidence, variant: str) -> _Words:
     base = row_of(evidence.frames["perplexity"], variant=SOURCE, protocol=evidence.protocol)
     if row is None or evidence.protocol is None:
         return None
-    record = evidence.perplexities[evidence.protocol][variant]
+    runs = (evidence.perplexities[evidence.protocol][variant],)
     kind = "perplexity" if row["unit"] == "token" else f"{row['unit']} perplexity"
     words = f"{kind} {columns.shown('ppl', row['ppl'])}"
     loss = row["delta_log_ppl"]
     if base is None or not isinstance(loss, Estimate):
-        return f"{words} ({f'Δ {loss}' if loss == tables.AT_NOISE else loss})", record
+        return f"{words} ({f'Δ {loss}' if loss == tables.AT_NOISE else loss})", runs
     change = columns.shown("relative_change_ratio", row["relative_change_ratio"])
     against = columns.shown("ppl", base["ppl"])
-    return f"{words} against {against} ({change}; Δ log-perplexity {columns.shown('delta_log_ppl', loss)})", record
+    return f"{words} against {against} ({change}; Δ log-perplexity {columns.shown('delta_log_ppl', loss)})", runs
 
 
 def _kl_words(evidence: Evidence, variant: str) -> _Words:
     row = row_of(evidence.frames["fidelity"], variant=variant)
     if row is None:
         return None
-    kl = columns.shown("kl", row["kl"])
-    return f"KL to the source {kl}{' nats' if isinstance(row['kl'], Estimate) else ''}", evidence.records["fidelity"][
-        variant
-    ]
+    unit = " nats" if isinstance(row["kl"], Estimate) else ""
+    return f"KL to the source {columns.shown('kl', row['kl'])}{unit}", (evidence.records["fidelity"][variant],)
+
+
+def _task_words(evidence: Evidence, variant: str) -> _Words:
+    """All tasks together, or the only one."""
+    rows = [row for row in columns.rows_of(evidence.frames["tasks"]) if row["variant"] == variant]
+    row = next((row for row in rows if row["task"] == evaluations.ALL_TASKS), rows[0] if len(rows) == 1 else None)
+    if row is None or not isinstance(row["delta_score"], Estimate):
+        return None
+    change = columns.shown("delta_score", row["delta_score"])
+    return f"tasks {change} ({row['metric'] if len(rows) > 1 else row['task']})", columns.runs_of(row["run"])
 
 
 def _decode_words(evidence: Evidence, variant: str) -> _Words:
@@ -79,8 +91,9 @@ def _decode_words(evidence: Evidence, variant: str) -> _Words:
     speed, ratio = columns.shown("tokens_per_second", row["tokens_per_second"]), row["speed_ratio"]
     other = "the source" if row["versus"] == SOURCE else row["versus"]
     relation = f"{columns.shown('speed_ratio', ratio)} × {other}" if isinstance(ratio, Estimate) else ratio
-    words = f"decode {speed} tok/s at batch 1 ({relation or f'not measured for {other}'})"
-    return words, evidence.records["bench"][variant]
+    record = evidence.records["bench"][variant]
+    caveat = "; no NVFP4 kernel" if (record.run.engine or {}).get("name") == "torch" else ""
+    return f"decode {speed} tok/s at batch 1 ({relation or f'not measured for {other}'}{caveat})", (record,)
 
 
 def _reference(evidence: Evidence, link: Link, record: Record) -> str:
@@ -100,14 +113,31 @@ def _table(evidence: Evidence, link: Link, frame: pd.DataFrame) -> str:
 
 
 def _no_record(evidence: Evidence, measure: str) -> str | None:
-    """Which variants a measure has no run of, and what to do; None if it has them all."""
-    quantized = tuple(evidence.suite.variants)
+    """Which rows that the suite asks for a measure has no run of, and what to do; None if it has them all."""
+    suite = evidence.suite
+    quantized = tuple(suite.variants)
     expected = {"sensitivity": (SOURCE,), "bench": (SOURCE, *quantized)}.get(measure, quantized)
-    missing = [variant for variant in expected if variant not in evidence.records[measure]]
-    if not missing:
-        return None
-    of = "" if len(missing) == len(expected) else f" of {', '.join(f'`{variant}`' for variant in missing)}"
-    return f"No record yet{of}: run `nox -s {measure}`."
+    left_out: tuple[str, ...] = ()
+    if measure == "bench" and suite.bench and suite.bench.variants is not None:
+        left_out = tuple(name for name in quantized if name not in suite.bench.variants)
+        expected = (SOURCE, *suite.bench.variants)
+    expected += tuple(row_name(name, setup) for setup in _setups(suite, measure) for name in expected)
+    missing = [row for row in expected if row not in evidence.records[measure]]
+    of = "" if len(missing) == len(expected) else f" of {_named(missing)}"
+    return paragraphs(
+        f"No record yet{of}: run `nox -s {measure}`." if missing else None,
+        f"The suite does not measure the speed of {_named(left_out)}." if left_out else None,
+    )
+
+
+def _setups(suite: Suite, measure: str) -> tuple[str, ...]:
+    """The setups that a measure is taken in too. They are options of vLLM, so on another engine there are none."""
+    wanted = {"ppl": suite.ppl, "fidelity": suite.fidelity, "bench": suite.bench}.get(measure)
+    return (wanted.setups if wanted and suite.engine.name == "vllm" else None) or ()
+
+
+def _named(rows: Sequence[str]) -> str:
+    return ", ".join(f"`{row}`" for row in rows)
 
 
 def paragraphs(*parts: str | None) -> str:
@@ -218,10 +248,15 @@ def _no_perplexity(evidence: Evidence) -> str | None:
     missing = [
         f"`{variant}`" + (f" by {protocol}" if len(protocols) > 1 else "")
         for protocol in protocols
-        for variant in (SOURCE, *evidence.suite.variants)
+        for variant in _rows_of_perplexity(evidence.suite)
         if variant not in evidence.perplexities.get(protocol, {})
     ]
     return f"No record yet of {', '.join(missing)}: run `nox -s ppl`." if missing else None
+
+
+def _rows_of_perplexity(suite: Suite) -> list[str]:
+    names = (SOURCE, *suite.variants)
+    return [row_name(name, setup) for setup in (None, *_setups(suite, "ppl")) for name in names]
 
 
 def _fidelity(evidence: Evidence, link: Link) -> str:
@@ -237,8 +272,8 @@ def _fidelity(evidence: Evidence, link: Link) -> str:
         "KL(source ‖ variant) of every next-token prediction: its mean with a bootstrap over blocks of windows, and "
         "its percentiles over single predictions. RMS Δp is the root mean square of what the probability of the token "
         "that came has changed by.",
-        "The `noise-` rows are the source beside itself: in a second pass, in another batch, on another engine. What "
-        f"does not exceed them prints as {tables.AT_NOISE}."
+        "The `noise-` rows are the source beside itself, in a second pass, another batch or on another engine, as the "
+        f"suite asks; what does not exceed them prints as {tables.AT_NOISE}."
         if noise
         else "**There is no noise floor yet: `nox -s fidelity` measures the source beside itself.**",
         _part(evidence, link, "By the tokens before", bands, "depth"),
@@ -261,16 +296,17 @@ def _tasks(evidence: Evidence, link: Link) -> str:
     answers = evidence.frames["answers"]
     return paragraphs(
         _table(evidence, link, evidence.frames["tasks"]),
-        "Scores and standard errors are lm-eval's own. Δ is paired: variant and source answered the same prompts. Its "
-        "interval is Tango's for answers that are right or wrong, and otherwise a bootstrap over documents "
-        f"({RESAMPLES:,} resamples). Lost and won count the items that only the source, and only the variant, gets "
-        "right; p is of no difference at all (McNemar's exact test or a permutation), by Holm over all tasks.",
+        "Scores, their names (metric, filter) and standard errors are lm-eval's own. Δ is paired: variant and source "
+        "answered the same prompts. Its interval is Tango's for answers that are right or wrong, and otherwise a "
+        f"bootstrap over documents ({RESAMPLES:,} resamples). Lost and won count the items that only the source, and "
+        "only the variant, gets right; p is of no difference at all (McNemar's exact test or a permutation), by Holm "
+        "over all tasks.",
         _part(evidence, link, "Generated answers", answers),
         None
         if answers.empty
-        else "An answer is cut off at the most new tokens that it may have; unclosed is a thought without its end, not "
-        "found an answer that the task's filters do not see in the text. A run with too many of any of these is "
-        "invalid and compared with nothing. Seconds are those of the whole run, answers of a batch together.",
+        else "Cut off: answers that came to the most new tokens that they may have. Unclosed: thoughts without their "
+        "end. Not found: answers in which the task's filters see none. A run with too many of these is invalid and "
+        "compared with nothing. Seconds are those of the whole run, answers of a batch together.",
         no_record if missing else None,
     )
 
@@ -286,11 +322,12 @@ def _decode(evidence: Evidence, link: Link) -> str:
         _part(evidence, link, "In other setups of the engine", tables.in_setups(frame)),
         "Speeds are medians over repetitions with exact order-statistic intervals. The ratio is of runs of one "
         "session, its interval over the engine's starts, since repetitions of one start are alike (of a single start: "
-        "over repetitions, by the exact Mann-Whitney test). The ceiling is memory bandwidth over the bytes that a step "
+        "over repetitions, by the exact Mann-Whitney test); it is not the quotient of the two medians "
+        "beside it. The ceiling is memory bandwidth over the bytes that a step "
         "moves (weights, states, the prompt's keys and values), and a dash where the bandwidth is unknown.",
         _part(evidence, link, "Kernels that ran", evidence.frames["kernels"]),
-        "**The torch engine decompresses quantized weights to BF16 before it computes, on every device. Its decode "
-        "speed says nothing about NVFP4 kernels.**"
+        "**The torch engine decompresses quantized weights before it computes, on every device. Its decode speed says "
+        "nothing about NVFP4 kernels.**"
         if any((record.run.engine or {}).get("name") == "torch" for record in evidence.records["bench"].values())
         else None,
         _no_record(evidence, "bench"),
@@ -324,7 +361,7 @@ def _served(evidence: Evidence, link: Link) -> str:
     )
 
 
-def _figure(evidence: Evidence, link: Link) -> str:
+def _overview(evidence: Evidence, link: Link) -> str:
     return _image(evidence, link, "overview") or ""
 
 
@@ -338,9 +375,14 @@ def _usage(evidence: Evidence, link: Link) -> str:
             f"Sizes are not known before a build: run `nox -s build`, or `harness serve-command --variant {variant}`."
         )
     model = evidence.repo or f"./artifacts/{evidence.suite.name}/{variant}"
-    gib = next((one for one in builds.GPUS_GIB if _fits(needed, one)), None)
-    if gib is None:
-        return paragraphs(f"No single GPU of {builds.GPUS_GIB[-1]} GiB holds it: see `harness serve-command --gpus`.")
+    fitting = row_of(evidence.frames["sizes"], variant=variant)  # the smallest first
+    if fitting is None:
+        most = builds.GPUS_GIB[-1]
+        return (
+            f"No single GPU of {most} GiB holds `{variant}` ({_reference(evidence, link, record)}): "
+            "see `harness serve-command --gpus`."
+        )
+    gib = int(str(fitting["gpu_gib"]))
     sizing = serve.size(needed, gpu_gib=gib)
     name = f"{evidence.suite.name}-{variant}"
     given = serve.arguments(sizing, name=name)
@@ -348,12 +390,13 @@ def _usage(evidence: Evidence, link: Link) -> str:
     python = (
         "from vllm import LLM, SamplingParams\n\n"
         f"llm = LLM({json.dumps(model)}, max_model_len={min(sizing.max_model_len, _PYTHON_LENGTH)})\n"
-        "sampling = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5, max_tokens=512)\n"
+        f"sampling = SamplingParams({_settings(PRESETS['instruct-general'])}, max_tokens=512)\n"
         'print(llm.chat([{"role": "user", "content": "What is a Gated DeltaNet?"}], sampling)[0].outputs[0].text)'
     )
     return paragraphs(
         f"Sized for `{variant}` on a GPU of {gib} GiB, by the bytes of its tensors and of its cache "
-        f"({_reference(evidence, link, record)}). Only Blackwell GPUs compute in 4 bits.",
+        f"({_reference(evidence, link, record)})."
+        + (" Only Blackwell GPUs compute in 4 bits." if builds.has_four_bit_activations(record) else ""),
         f"```sh\n{serve.vllm_line(model, given)}\n```",
         f"```sh\n{serve.docker_bash(model, given)}\n```",
         f"With one token drafted by the MTP head:\n\n```sh\n{serve.vllm_line(model, speculating)}\n```"
@@ -371,29 +414,28 @@ _PYTHON_LENGTH = 32768
 """Tokens: enough for a first look, and quicker to start than the longest that fits."""
 
 
-def _fits(needed: serve.Footprint, gib: float) -> bool:
-    try:
-        serve.size(needed, gpu_gib=gib)
-    except UserError:
-        return False
-    return True
+def _settings(preset: Sampling) -> str:
+    """The arguments of vLLM's SamplingParams that differ from its defaults, which are ours without the greed."""
+    unlike = {name: value for name, value in vars(preset).items() if value != getattr(GREEDY, name)}
+    return ", ".join(f"{name}={value:g}" for name, value in unlike.items())
 
 
 def _limits(evidence: Evidence, link: Link) -> str:
-    roles = [role for record in evidence.records["build"].values() for role in record.kind("role")]
+    built = evidence.records["build"].values()
     known = [
         one
         for one in limits.LIMITS
-        if (not one.needs_mtp or not roles or any(role["role"] == "mtp" for role in roles))
-        and (not one.needs_activations or not roles or any(role["format"] in _FOUR_BIT_ACTIVATIONS for role in roles))
+        if not built
+        or (
+            (not one.needs_mtp or any(map(builds.has_mtp, built)))
+            and (not one.needs_activations or any(map(builds.has_four_bit_activations, built)))
+            and (not one.needs_experts or any(map(builds.has_experts, built)))
+        )
     ]
     rows = [(one.configuration, one.effect, one.remedy, f"[source]({one.source})") for one in known]
     return tabulate(
         rows, headers=("configuration", "what happens", "instead", "where it is known from"), tablefmt="pipe"
     )
-
-
-_FOUR_BIT_ACTIVATIONS = ("NVFP4",)
 
 
 def _presets(evidence: Evidence, link: Link) -> str:
@@ -446,7 +488,7 @@ def _runs(evidence: Evidence, link: Link) -> str:
 # What a page may ask for by name, under the heading that it has in the card.
 BLOCKS: dict[str, tuple[str | None, Callable[[Evidence, Link], str]]] = {
     "headline": (None, _headline),
-    "figure": (None, _figure),
+    "figure": (None, _overview),
     "size": ("What is quantized and what is kept", _size),
     "method": ("Method and calibration", _method),
     "roundtrip": ("Round-trip error", _roundtrip),

@@ -237,10 +237,20 @@ def _is_curve(row: Mapping[str, Any]) -> bool:
 
 
 def _with_test(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with llama-bench's name of what was timed: `tg32`, and `tg32 @ d4096` after 4,096 tokens. There is no
-    empty prompt, so one token is depth 0. (https://github.com/ggml-org/llama.cpp/tree/master/tools/llama-bench)"""
-    depth = f" @ d{row['prompt_tokens']}" if row["prompt_tokens"] > 1 else ""
-    return {**row, "test": f"tg{row['new_tokens'] - 1}{depth}"}
+    return {**row, "test": test_name(row["new_tokens"], row["prompt_tokens"])}
+
+
+def test_depth(prompt_tokens: int) -> int:
+    """What llama-bench calls the depth of a decode: the tokens before it. There is no empty prompt, so one token is
+    depth 0."""
+    return prompt_tokens if prompt_tokens > 1 else 0
+
+
+def test_name(new_tokens: int, prompt_tokens: int) -> str:
+    """llama-bench's name of a decode: `tg32` of 33 new tokens, whose first belongs to the prefill, and `tg32 @ d4096`
+    after 4,096 tokens (https://github.com/ggml-org/llama.cpp/tree/master/tools/llama-bench)."""
+    depth = test_depth(prompt_tokens)
+    return f"tg{new_tokens - 1}" + (f" @ d{depth}" if depth else "")
 
 
 def kernels(records: Records) -> pd.DataFrame:
@@ -520,6 +530,7 @@ def _speeds(records: Records, kind: str, versus: str) -> list[dict[str, Any]]:
                 "batch": shape[0],
                 "prompt_tokens": shape[1],
                 **({"new_tokens": shape[2]} if kind == "decode" else {}),
+                "num_starts": len({sample["start"] for sample in samples}),
                 "num_repetitions": len(rates),
                 "tokens_per_second": stats.median(rates),
                 "versus": versus,

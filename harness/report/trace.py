@@ -1,35 +1,46 @@
-"""Whether the numbers of a card are what its records say: every one has a reference, every reference leads to a whole
-record, and the rows that cite it come out of it again.
+"""Whether a card is what its records say: every number has a reference, every reference leads to a whole record, and
+the card that these records give is this one, line by line.
 
-A card is traced by itself, wherever it lies: in a checkout, in an upload folder, in a download from the hub. Its links
-say where the records are, and the newest of them holds the suite that the card was written for; what `report` would
-write from these records alone is what the card must say.
+A card is traced wherever it lies: in a checkout, in an upload folder, in a download from the hub. Its links say where
+the records are, and a mark in it says what it is a card of. It is written again from the cited records alone, and the
+two are compared: a changed number, caption, heading or command is found, and so is a line that was added or taken out.
+Spaces do not count. Of another page, for example one with marked blocks, only the lines that cite records are compared,
+since it need not show everything that they say.
 """
 
+import difflib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from harness import suite as suites
 from harness.errors import UserError
 from harness.record import results
 from harness.record.results import Record
+from harness.report import card as cards
 from harness.report import sections
-from harness.report.evidence import gather
+from harness.report.evidence import Evidence, gather
+from harness.suite import Suite, narrowed
 
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
-_CODE = re.compile(r"`[^`]*`")
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_TARGET = re.compile(r"\]\(([^)\s]+)\)")
+_CARD = re.compile(r"<!-- harness:card suite=(?P<suite>\S+)(?: variant=(?P<variant>\S+) repo=(?P<repo>\S+))? -->")
 _RULE = re.compile(r"\|[\s:|-]+\|?")
+_CELLS = re.compile(r"\s*\|\s*")
 # What was measured has a unit; a level of confidence is no measurement.
-_MEASURED = re.compile(r"(?<![\w.])(?!95\s?%)[+−-]?\d[\d,.]*\s?(?:%|×|[kMGT]i?B|tok/s|tokens/s|nats|ms)(?!\w)")
+_UNIT = r"(?:%|×|x(?=\s)|per ?cent|[kMGT]i?B|tok/s|t/s|tokens/s|nats|ms)(?!\w)"
+_MEASURED = re.compile(
+    rf"(?<![\w.])(?!95\s?% (?:confidence|interval))[+−-]?\d[\d,.]*\s?{_UNIT}|(?:perplexity|PPL)(?: of)? \d",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
 class Traced:
-    """What was found in a card: its references, the lines that a record's numbers came out equal in, and what is wrong,
-    a sentence each."""
+    """What was found in a card: its references, the lines that came out of the records again, and what is wrong, a
+    sentence each."""
 
     num_references: int
     num_records: int
@@ -39,37 +50,40 @@ class Traced:
 
 @dataclass(frozen=True)
 class _Line:
-    """A line of a card outside of code, with the number that it has in the file, and the records that it cites."""
+    """A line of a page that is not empty, with the number that it has in the file, and the records that it cites."""
 
     number: int
     text: str
     references: tuple[tuple[str, str], ...]  # (run id, link)
-    caption: tuple[tuple[str, str], ...]  # those of the last line before the table that it is a row of
-    is_row: bool  # of figures: headings are none
-    has_source: bool
-    """Whether it names a page on the web as its source."""
+
+    @property
+    def words(self) -> str:
+        """Without the spaces that change nothing: those around the cells of tables, and more than one."""
+        text = " ".join(self.text.split())
+        return "|---|" if _RULE.fullmatch(text) else _CELLS.sub("|", text)
 
 
-def trace(card: Path) -> Traced:
-    """Follows every reference of the Markdown file `card`, whose links are relative to its folder. `UserError` for a
-    file that cannot be read or cites no record."""
+def trace(card: Path, suite: Suite | None = None) -> Traced:
+    """Follows every reference of the Markdown file `card`, whose links are relative to its folder. `suite` is what the
+    card was written for; without it, what the newest of its records was made with. `UserError` for a file that cannot
+    be read or cites no record."""
     try:
         text = card.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{card} cannot be read ({error.strerror}).", "Name the Markdown file of a card.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{card} is not UTF-8 text.", "Save it as UTF-8.") from error
-    lines = list(_lines(text))
+    lines = _lines(text)
     cited = dict.fromkeys(link for line in lines for _, link in line.references)
     if not cited:
         raise UserError(f"{card} cites no record.", "Name the Markdown file of a card that `harness report` wrote.")
     findings: list[str] = []
     records: dict[str, Record] = {}
     for link in cited:
-        where = next(line.number for line in lines if link in (one for _, one in line.references))
         try:
-            records[link] = _whole(results.read(card.parent / link))
+            records[link] = _whole(results.read(card.parent / unquote(link)))
         except UserError as error:
+            where = next(line.number for line in lines if link in (one for _, one in line.references))
             findings.append(f"Line {where}: {error.problem}")
     for line in lines:
         findings += [
@@ -77,21 +91,25 @@ def trace(card: Path) -> Traced:
             for run_id, link in line.references
             if link in records and records[link].run.run_id != run_id
         ]
-    findings += _without_reference(lines)
-    expected = _expected(records)
-    citing = [line for line in lines if (cites := line.references or line.caption) and _known(cites, records)]
-    differing = [line for line in citing if line.text not in expected]
-    findings += [f"Line {line.number} is not what its records say: {_shortened(line.text)}" for line in differing]
-    return Traced(
-        num_references=sum(len(line.references) for line in lines),
-        num_records=len(records),
-        num_lines=len(citing) - len(differing),
-        findings=tuple(findings),
-    )
-
-
-def _known(references: tuple[tuple[str, str], ...], records: Mapping[str, Record]) -> bool:
-    return all(link in records for _, link in references)
+    num_lines = 0
+    if mark := _CARD.search(text):
+        about = mark.groupdict()
+        folder = PurePosixPath(unquote(next(iter(cited)))).parent.parent.as_posix()
+        own = _own(about["suite"], list(records.values()), suite)
+        evidence = _evidence(*own, folder, about["variant"], about["repo"])
+        expected = _lines(cards.written(evidence, _linked(text)))
+        prose = {line.words for line in _lines(evidence.suite.description or "")}
+        findings += _differences(expected, lines)
+        findings += _without_reference([line for line in lines if line.words in prose])
+        num_lines = sum(block.size for block in _matcher(expected, lines).get_matching_blocks())
+    else:
+        known = {line.words for line in _of_blocks(records.values(), suite, _linked(text))}
+        citing = [line for line, cites in _citing(lines) if all(link in records for _, link in cites)]
+        differing = [line for line in citing if line.words not in known]
+        findings += [f"Line {line.number} is not what its records say: {_shortened(line.text)}" for line in differing]
+        num_lines = len(citing) - len(differing)
+    references = sum(len(line.references) for line in lines)
+    return Traced(references, len(records), num_lines, tuple(findings))
 
 
 def _whole(record: Record) -> Record:
@@ -104,63 +122,82 @@ def _whole(record: Record) -> Record:
     return record
 
 
-def _lines(text: str) -> Iterator[_Line]:
-    """The lines that may say something: without code, and without the front matter."""
-    fence: str | None = None
-    in_front = text.startswith("---\n")
-    caption: tuple[tuple[str, str], ...] = ()
-    in_table = False
+def _lines(text: str) -> list[_Line]:
+    found = []
     for number, line in enumerate(text.split("\n"), start=1):
-        if in_front:
-            in_front = number == 1 or line != "---"
-            continue
-        if ticks := _FENCE.match(line):
-            fence = None if fence and line.strip().startswith(fence) else fence or ticks[1]
-            continue
-        if fence is not None:
-            continue
-        links = _LINK.findall(line)
-        cited = tuple((name, link) for name, link in links if link.endswith(".jsonl"))
-        was_in_table, in_table = in_table, line.lstrip().startswith("|")
-        if line.strip() and not in_table:
-            caption = cited
-        is_row = was_in_table and in_table and not _RULE.fullmatch(line.strip())
-        yield _Line(number, line, cited, caption if is_row else (), is_row, any("://" in link for _, link in links))
-
-
-def _without_reference(lines: list[_Line]) -> Iterator[str]:
-    """What says a number and cites nothing: rows of tables, and sentences."""
-    for line in lines:
-        if line.references or line.caption or line.has_source:
-            continue
-        words = _bare(line.text)
-        if line.is_row and re.search(r"\d", words):
-            yield f"Line {line.number} has numbers and no reference: {_shortened(line.text)}"
-        elif not line.text.lstrip().startswith("|") and (found := _MEASURED.search(words)):
-            yield f"Line {line.number} says '{found[0].strip()}' and cites no record: {_shortened(line.text)}"
-
-
-def _bare(text: str) -> str:
-    """A line without code and without the targets of its links."""
-    return _LINK.sub(r"\1", _CODE.sub("", text))
-
-
-def _expected(records: Mapping[str, Record]) -> set[str]:
-    """Every line of every section that the cited records give, with links as the card has them."""
-    if not records:
-        return set()
-    newest = max(records.values(), key=lambda record: (record.run.started_utc, record.run.run_id))
-    suite = suites.restored(newest.run.suite, newest.path.name)
-    # The card of one variant knows nothing of the others.
-    shown = {record.run.variant["name"] for record in records.values()}
-    variants = {name: variant for name, variant in suite.variants.items() if name in shown}
-    links = {record.path.name: link for link, record in records.items()}
-    evidence = gather(replace(suite, variants=variants), list(records.values()), results_dir="")
-    found: set[str] = set()
-    for _, block in sections.BLOCKS.values():
-        text = block(evidence, lambda path: links.get(path.rpartition("/")[2], path))
-        found.update(text.split("\n"))
+        cited = tuple((name, link) for name, link in _LINK.findall(line) if link.endswith(".jsonl"))
+        if line.strip():
+            found.append(_Line(number, line, cited))
     return found
+
+
+def _own(name: str, records: Sequence[Record], given: Suite | None) -> tuple[Suite, list[Record]]:
+    """A suite, and its records among the cited ones."""
+    own = [record for record in records if record.run.suite["name"] == name]
+    if given is not None and given.name == name:
+        return given, own
+    if not own:
+        raise UserError(f"The card is of suite '{name}', and cites no record of it.", "Write it again by `report`.")
+    newest = max(own, key=lambda record: (record.run.started_utc, record.run.run_id))
+    return suites.restored(newest.run.suite, newest.path.name), own
+
+
+def _evidence(
+    suite: Suite, records: Sequence[Record], results_dir: str, variant: str | None = None, repo: str | None = None
+) -> Evidence:
+    """What the cited records give, for a suite's card or for that of one of its variants."""
+    if variant is not None and variant not in suite.variants:
+        raise UserError(f"The card is of variant '{variant}', which suite '{suite.name}' has not.", "Name its suite.")
+    return gather(suite if variant is None else narrowed(suite, variant), records, results_dir, repo)
+
+
+def _of_blocks(records: Iterable[Record], given: Suite | None, link: sections.Link) -> Iterator[_Line]:
+    """Every line of every section that the cited records give, for each of their suites."""
+    every = list(records)
+    for name in dict.fromkeys(record.run.suite["name"] for record in every):
+        evidence = _evidence(*_own(name, every, given), results_dir="")
+        for _, block in sections.BLOCKS.values():
+            yield from _lines(block(evidence, link))
+
+
+def _citing(lines: Sequence[_Line]) -> Iterator[tuple[_Line, tuple[tuple[str, str], ...]]]:
+    """The lines that cite runs themselves, or are rows of a table whose caption does, with the references."""
+    caption: tuple[tuple[str, str], ...] = ()
+    for line in lines:
+        is_row = line.text.lstrip().startswith("|")
+        if not is_row:
+            caption = line.references
+        if cites := line.references or (caption if is_row else ()):
+            yield line, cites
+
+
+def _linked(text: str) -> sections.Link:
+    """Paths to the links that the page has to files of these names."""
+    links = {PurePosixPath(unquote(link)).name: link for link in _TARGET.findall(text)}
+    return lambda path: links.get(PurePosixPath(path).name, path)
+
+
+def _matcher(expected: Sequence[_Line], found: Sequence[_Line]) -> difflib.SequenceMatcher[str]:
+    return difflib.SequenceMatcher(None, [one.words for one in expected], [one.words for one in found], autojunk=False)
+
+
+def _differences(expected: Sequence[_Line], found: Sequence[_Line]) -> Iterator[str]:
+    """Lines that the records do not give, and lines that they give and that are not there."""
+    for kind, first, last, start, end in _matcher(expected, found).get_opcodes():
+        if kind == "equal":
+            continue
+        for line in found[start:end]:
+            yield f"Line {line.number} is not what its records say: {_shortened(line.text)}"
+        for line in expected[first + (end - start) : last]:
+            where = f"After line {found[start - 1].number}" if start else "At the top"
+            yield f"{where} is missing: {_shortened(line.text)}"
+
+
+def _without_reference(prose: Sequence[_Line]) -> Iterator[str]:
+    """What the words of a suite say as if it was measured: they cite no record."""
+    for line in prose:
+        if found := _MEASURED.search(line.text):
+            yield f"Line {line.number} says '{found[0].strip()}' and cites no record: {_shortened(line.text)}"
 
 
 def _shortened(text: str, most: int = 100) -> str:
