@@ -29,7 +29,7 @@ from lm_eval.utils import make_table
 from harness.cli import main
 from harness.errors import UserError
 from harness.record.results import Record, read_all
-from harness.report import evidence, tables
+from harness.report import builds, evidence, tables
 from harness.report.columns import COLUMNS
 from harness.report.evidence import Evidence
 from harness.report.exchange import path_part
@@ -309,6 +309,20 @@ def test_the_model_index_is_what_huggingface_hub_reads(suite: Suite) -> None:
     sums = [(one["nll_nats"], one["num_scored"]) for one in records[3].samples]
     assert ppl.metric_value == pytest.approx(math.exp(sum(nats for nats, _ in sums) / sum(num for _, num in sums)))
     assert model_index(of(suite, records), "w4a4") == []
+
+
+def test_only_datasets_with_an_owner_are_named_to_the_hub() -> None:
+    sources = [
+        {"dataset": "json"},
+        {"dataset": "openai/gsm8k"},
+        {"dataset": "gsm8k"},
+        {"path": "a/b"},
+        {"demo": "train"},
+    ]
+    taken = {"kind": "calibration", "num_tokens": 1, "planned_memory_bytes": 1, "peak_vram_bytes": None}
+    suite = {"name": "demo", "calibration": {"sources": sources}}
+    build = make_record("build", "w4a4", [*BUILD, taken], suite=suite)
+    assert builds.calibration_datasets({"w4a4": build}) == ["openai/gsm8k"]
 
 
 def test_a_score_over_repetitions_says_how_many_beside_its_items(suite: Suite) -> None:

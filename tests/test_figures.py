@@ -159,7 +159,8 @@ WITHIN_A_BAND = [
         ([make_record("ppl", "nvfp4a16", windows(8.0))], []),
         ([make_record("ppl", name, windows(8.0)) for name in ("source", "nvfp4a16")], ["overview", "losses"]),
         ([make_record("bench", "source", decodes(0.01))], ["overview", "decode"]),
-        ([make_record("bench", "nvfp4a16", TWO_BATCHES)], ["overview", "decode", "batch"]),
+        ([make_record("bench", name, TWO_BATCHES) for name in ("source", "nvfp4a16")], ["overview", "decode", "batch"]),
+        ([make_record("bench", "nvfp4a16", TWO_BATCHES)], ["decode", "batch"]),
         ([make_record("sensitivity", "source", SENSITIVITY)], ["sensitivity"]),
         ([build("nvfp4a16", 10**7, expert_samples([[1, 2]], 3))], ["overview", "experts"]),
     ],
@@ -284,7 +285,7 @@ def test_variants_of_one_size_and_divergence_stand_side_by_side_with_their_inter
     assert markers(axes)[3] == (10.0, pytest.approx(0.03))
     assert np.mean([x for x, _ in markers(axes)[1:3]]) == pytest.approx(10.0005, abs=1e-6)
     assert len({line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2}) == 3
-    note = "Variants of nearly the same size and divergence stand side by side."
+    note = "Variants of nearly the same size and divergence stand side by side, around that size."
     assert note in words_of(figure)
     alone = evidence_of(suite_of(tmp_path, names), [records[0], *records[2:4], records[5]])
     assert note not in words_of(drawn("divergence", figures.shown(alone)["divergence"]))

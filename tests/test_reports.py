@@ -86,7 +86,7 @@ def test_damaged_files_and_other_schemas_are_named_and_not_used(
         ("schema", "its schema is 2"),
         ("cut", "is cut"),
         ("noise", "cannot be read"),
-        ("nan", "XX"),
+        ("nan", "is not a JSON object of finite numbers"),
     ):
         assert any(f"{name}.jsonl is not used" in line and reason in line for line in told.splitlines()), name
     assert text(project) == expected

@@ -259,7 +259,7 @@ def divergence(plotted: Divergence) -> Figure:
     beside = _beside(axes, sizes, heights)
     notes = [plotted.note] if plotted.note else []
     if beside != sizes:
-        notes.append("Variants of nearly the same size and divergence stand side by side.")
+        notes.append("Variants of nearly the same size and divergence stand side by side, around that size.")
     _footnote(figure, "\n".join(notes))
     sizes = beside
     for x, y, point in zip(sizes, heights, points, strict=True):

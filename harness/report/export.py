@@ -463,8 +463,8 @@ def llama_bench(evidence: Evidence, rows: Sequence[str]) -> list[LlamaBench]:
     of several is no row of it; those are in the CSV.
 
     `n_gen` are the timed tokens: the first new one belongs to the prefill. `n_depth` are the prompt's tokens, which are
-    in the cache when decoding begins, and 0 of a prompt of one. Speeds are means with standard deviations over repetitions, as llama-bench has
-    them, where the report has medians with intervals.
+    in the cache when decoding begins, and 0 of a prompt of one. Speeds are means with standard deviations over
+    repetitions, as llama-bench has them, where the report has medians with intervals.
     """
     found = []
     for row in rows:

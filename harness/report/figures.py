@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from harness.record.results import Record
 from harness.record.stats import Estimate
-from harness.report import columns, drawings, fidelities, heatmaps, plots, tables
+from harness.report import builds, columns, drawings, fidelities, heatmaps, plots, tables
 from harness.report.evidence import Evidence, row_of
 from harness.suite import NOISE, SOURCE, row_parts
 
@@ -221,11 +221,8 @@ def _looks(evidence: Evidence) -> dict[str, plots.Look]:
 
 
 def _num_bytes(evidence: Evidence, variant: str) -> int | None:
-    """What a checkpoint weighs; the source's by any build of it, since all read the same."""
-    sizes = evidence.frames["size"]
-    total = row_of(sizes, role="total") if variant == SOURCE else row_of(sizes, role="total", variant=variant)
-    num_bytes = total and total["source_bytes" if variant == SOURCE else "output_bytes"]
-    return num_bytes if isinstance(num_bytes, int) else None
+    found = builds.weights(evidence.records["build"], variant)
+    return found[0] if found else None
 
 
 def _of_rows(evidence: Evidence, measure: str) -> dict[str, Record]:

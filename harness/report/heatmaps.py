@@ -160,7 +160,7 @@ def experts(plotted: Coverages) -> Figure:
 def _title(build: Coverage) -> str:
     names, told = f"{', '.join(build.variants)}:", _told(build)
     if build.differing:
-        points = math.ceil(1000 * build.differing) / 10
+        points = math.ceil(round(1000 * build.differing, 6)) / 10
         told += f"; drawn: the first, from which no share of the others differs by more than {points:.1f} points"
     if len(names) + 1 + len(told) <= _TITLE_WIDTH:
         return f"{names} {told}"

@@ -30,7 +30,7 @@ _CARD = re.compile(r"<!-- harness:card suite=(?P<suite>\S+)(?: variant=(?P<varia
 _RULE = re.compile(r"\|[\s:|-]+\|?")
 _CELLS = re.compile(r"\s*\|\s*")
 # What was measured has a unit; a level of confidence is no measurement.
-_UNIT = r"(?:%|×|x(?=\s)|per ?cent|[kMGT]i?B|tok/s|t/s|tokens/s|nats|ms)(?!\w)"
+_UNIT = r"(?:[×x](?!\s?\d)|%|per ?cent|[kMGT]i?B|tok/s|t/s|tokens/s|nats|ms)(?!\w)"
 _MEASURED = re.compile(
     rf"(?<![\w.])(?!95\s?% (?:confidence|interval))[+−-]?\d[\d,.]*\s?{_UNIT}|(?:perplexity|PPL)(?: of)? \d",
     re.IGNORECASE,
