@@ -64,6 +64,13 @@ def test_spaces_and_ends_of_lines_that_an_editor_changes_are_no_edit() -> None:
     assert edited("a.md", once.replace(b"fast\n", b"fast   \n\n"), "demo") == []
 
 
+def test_a_page_with_the_line_ends_of_windows_keeps_them() -> None:
+    page = PAGE.replace(b"\n", b"\r\n")
+    once = filled("a.md", page, "demo", TABLES)
+    assert once.count(b"\n") == once.count(b"\r\n") and b"| 1 | 2 |\r\n" in once
+    assert filled("a.md", once, "demo", TABLES) == once and edited("a.md", once, "demo") == []
+
+
 def test_two_digests_in_a_block_are_an_edit() -> None:
     once = filled("a.md", PAGE, "demo", {**TABLES, "decode": lambda: "fast"})
     start = once.index(b"<!-- harness:sha256")

@@ -58,7 +58,9 @@ def filled(page: str, data: bytes, suite: str, blocks: Mapping[str, Callable[[],
         else:
             content = blocks[piece.name]()
             digest = _digest(content.split("\n"))
-            output += ["", content, "", f"<!-- harness:sha256 {digest} -->"]
+            end = "\r" if output[-1].endswith("\r") else ""  # as the line of the marker ends
+            lines = ("", *content.split("\n"), "", f"<!-- harness:sha256 {digest} -->")
+            output += [f"{line}{end}" for line in lines]
     return "\n".join(output).encode()
 
 
