@@ -1,15 +1,16 @@
 """What speaks for a suite: of every measure the newest whole run of each variant, and every table of them computed
-once. Cards, pages, figures, exports and claims all look at the same one.
+once. Cards, pages, figures and exports all look at the same one.
 """
 
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 
 from harness.record.results import Record
-from harness.report import builds, evaluations, fidelities, tables
+from harness.report import builds, columns, evaluations, fidelities, tables
 from harness.suite import NOISE, SOURCE, Suite
 
 MEASURES = ("build", "verify", "ppl", "fidelity", "bench")  # in the order in which they run; each is also a nox session
@@ -79,9 +80,7 @@ def gather(suite: Suite, records: Sequence[Record], results_dir: str, repo: str 
     return replace(evidence, frames={**frames, "runs": tables.runs(evidence.chosen)})
 
 
-def row_of(frame: pd.DataFrame, **wanted: object) -> dict[str, object] | None:
+def row_of(frame: pd.DataFrame, **wanted: object) -> dict[str, Any] | None:
     """The first row with the wanted values, if there is one."""
-    for row in frame.to_dict("records"):
-        if all(row[key] == value for key, value in wanted.items()):
-            return {str(key): value for key, value in row.items()}
-    return None
+    rows = columns.rows_of(frame)
+    return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)

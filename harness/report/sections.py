@@ -455,14 +455,19 @@ _PRESETS_SOURCE = "https://huggingface.co/Qwen/Qwen3.5-9B#best-practices"
 
 
 def _reproduce(evidence: Evidence, link: Link) -> str:
-    commands = dict.fromkeys(shlex.join(record.run.command) for record in evidence.chosen)
-    if not commands:
+    by_commit: dict[str, dict[str, None]] = {}
+    for record in sorted(evidence.chosen, key=lambda record: record.run.started_utc):
+        git = record.run.git
+        commit = f"{git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else "unknown"
+        by_commit.setdefault(commit, {})[shlex.join(record.run.command)] = None
+    if not by_commit:
         return "No record yet."
+    parts = ("\n".join((f"# commit {commit}", *commands)) for commit, commands in by_commit.items())
     return paragraphs(
-        "```sh\n" + "\n".join(commands) + "\n```",
-        "These are the commands that made the runs below. In a checkout each subcommand is also a nox session that "
-        "installs what it needs: `python -m pip install nox`, then for example `python -m nox -s ppl -- --suite FILE`. "
-        "`harness report` then rewrites this page.",
+        "```sh\n" + "\n".join(parts) + "\n```",
+        "These are the commands that made the runs below, by the commit of the harness that they ran at. In a checkout "
+        "each subcommand is also a nox session that installs what it needs: `python -m pip install nox`, then for "
+        "example `python -m nox -s ppl -- --suite FILE`. `harness report` then rewrites this page.",
     )
 
 

@@ -196,7 +196,7 @@ def batch_curve(decoded: pd.DataFrame) -> pd.DataFrame:
 def in_setups(decoded: pd.DataFrame) -> pd.DataFrame:
     """Decode speed of variants in setups, MTP among them, at every length and batch size: what drafts came to, and the
     speed over that of the same variant without the setup."""
-    return _about([_with_test(row) for row in _rows(decoded) if _is_in_setup(row)], without=_LENGTHS)
+    return _about([_with_test(row) for row in columns.rows_of(decoded) if _is_in_setup(row)], without=_LENGTHS)
 
 
 _LENGTHS = ("prompt_tokens", "new_tokens")
@@ -211,12 +211,8 @@ def _about(rows: Sequence[Mapping[str, Any]], without: Sequence[str] = ()) -> pd
     return columns.frame_of([{key: value for key, value in row.items() if key not in left_out} for row in rows])
 
 
-def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
-
-
 def _as_they_are(decoded: pd.DataFrame) -> list[dict[str, Any]]:
-    return [row for row in _rows(decoded) if not _is_in_setup(row)]
+    return [row for row in columns.rows_of(decoded) if not _is_in_setup(row)]
 
 
 def _is_in_setup(row: Mapping[str, Any]) -> bool:
