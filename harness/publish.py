@@ -32,7 +32,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
 
-from harness import __version__
+from harness import __version__, serve
 from harness.audit.verify import verify
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint, read_json
@@ -397,7 +397,7 @@ def _position(data: bytes, text: str, is_path: bool) -> int | None:
     it is not inside another, nor the start of a longer name; one of a single name may be a word, and counts where
     something follows it. The cache of a container, as the commands to serve a variant mount it, is of no machine."""
     ways = (way.encode(errors="surrogateescape") for way in dict.fromkeys((text, json.dumps(text)[1:-1], quote(text))))
-    start = rb"(?<![\w.~-])(?!(?<=:)/root/\.cache/huggingface\b)"
+    start = rb"(?<![\w.~-])(?!(?<=:)" + re.escape(serve.CONTAINER_CACHE.encode()) + rb"\b)"
     end = rb"/[\w.]" if text.count("/") == 1 else rb"(?![\w-])"
     for way in ways:
         if way in data:  # the expression is slow, and seldom needed

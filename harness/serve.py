@@ -29,6 +29,8 @@ OVERHEAD_GB = {True: 6.5, False: 3.0}
 _PORT = 8000
 _MOUNT = "/model"
 _CACHE = ".cache/huggingface"
+CONTAINER_CACHE = f"/root/{_CACHE}"
+"""Where the image keeps its downloads."""
 _BLOCK = 16
 """vLLM rounds what a sequence may take to blocks; a length is rounded down to the same."""
 
@@ -135,14 +137,14 @@ def docker_bash(model: str, given: Sequence[str]) -> str:
     """`docker run …` for bash. A checkpoint's folder is mounted, read-only; for a hub id it is the cache of
     downloads."""
     if is_hub_id(model):
-        return _broken(_docker(f"~/{_CACHE}:/root/{_CACHE}", model, given, shlex.quote), " \\")
+        return _broken(_docker(f"~/{_CACHE}:{CONTAINER_CACHE}", model, given, shlex.quote), " \\")
     return _broken(_docker(f'"$(realpath {shlex.quote(model)})":{_MOUNT}:ro', _MOUNT, given, shlex.quote), " \\")
 
 
 def docker_powershell(model: str, given: Sequence[str]) -> str:
     """The same for PowerShell, whose lines go on after a backtick."""
     if is_hub_id(model):
-        return _broken(_docker(f'"$HOME/{_CACHE}:/root/{_CACHE}"', model, given, _powershell), " `")
+        return _broken(_docker(f'"$HOME/{_CACHE}:{CONTAINER_CACHE}"', model, given, _powershell), " `")
     folder = f'"$(Resolve-Path {_powershell(model)}):{_MOUNT}:ro"'
     return _broken(_docker(folder, _MOUNT, given, _powershell), " `")
 
@@ -180,7 +182,7 @@ def _broken(lines: Sequence[str], end: str) -> str:
 def compose(model: str, given: Sequence[str]) -> str:
     """A compose file. Every string is quoted as JSON, which is YAML."""
     on_the_hub = is_hub_id(model)
-    volume = f"~/{_CACHE}:/root/{_CACHE}" if on_the_hub else f"{model}:{_MOUNT}:ro"
+    volume = f"~/{_CACHE}:{CONTAINER_CACHE}" if on_the_hub else f"{model}:{_MOUNT}:ro"
     command = "\n".join(f"      - {json.dumps(word)}" for word in [model if on_the_hub else _MOUNT, *given])
     return f"""services:
   vllm:
