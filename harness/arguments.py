@@ -1,6 +1,7 @@
 """The grammar of the command line: every subcommand with its options. What they do is in `cli`."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from harness import __version__
@@ -10,6 +11,7 @@ DEFAULT_SUITE = "suites/demo.toml"
 
 
 def parser() -> argparse.ArgumentParser:
+    """Of `harness`; what it reads has the name of the subcommand as `command`."""
     top = argparse.ArgumentParser(
         prog="harness", description="Build, verify, measure and report NVFP4 variants of hybrid DeltaNet models."
     )
@@ -21,6 +23,20 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=name)
         return sub
 
+    _checkpoints(command)
+    _measures(command)
+    _serving(command)
+    _records(command)
+    _publishing(command)
+    _demo(commands.add_parser("demo", help="The embedded models and synthetic checkpoints."))
+    return top
+
+
+_Command = Callable[[str, str], argparse.ArgumentParser]  # name and description -> the parser of its options
+
+
+def _checkpoints(command: _Command) -> None:
+    """What makes checkpoints, or looks into them."""
     plan = command("plan", "What a recipe makes of a model, in bytes, without reading weights.")
     plan.add_argument("source", metavar="SOURCE", help="a checkpoint folder, a config.json, a hub id or demo:dense")
     plan.add_argument("--revision", help="of a hub id")
@@ -56,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     )
     _json_option(repair)
 
+
+def _measures(command: _Command) -> None:
+    """What writes records."""
     sensitivity = command("sensitivity", "What each format would cost each projection of each layer.")
     _place_options(sensitivity)
 
@@ -90,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
         imported.add_argument(name, type=whole_number, metavar="N", help="of vllm bench latency, whose file has it not")
     _place_options(imported)
 
+
+def _serving(command: _Command) -> None:
     serve = command("serve-command", "How to serve a variant: commands for vLLM and Docker, with sizes.")
     serve.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
     serve.add_argument("--variant", metavar="V", required=True)
@@ -116,6 +137,9 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="DIR", help="(artifacts)")
     _json_option(serve)
 
+
+def _records(command: _Command) -> None:
+    """What reads records, and needs no torch."""
     report = command("report", "Write the card, figures and marked tables, if the records support its claims.")
     report.add_argument("pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (README.md)")
     report.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
@@ -155,6 +179,8 @@ def parser() -> argparse.ArgumentParser:
     gate.add_argument("--reason", metavar="TEXT", help="with --update-baseline: why; it is kept")
     _json_option(gate)
 
+
+def _publishing(command: _Command) -> None:
     publish = command("publish", "Assemble the upload folder of a variant, check it, and upload it to the model hub.")
     publish.add_argument("--variant", metavar="V", required=True)
     publish.add_argument("--repo", metavar="ID", required=True, help="owner/name; made private where there is none")
@@ -166,8 +192,9 @@ def parser() -> argparse.ArgumentParser:
     )
     _place_options(publish)
 
-    demo = commands.add_parser("demo", help="The embedded models and synthetic checkpoints.")
-    kinds = demo.add_subparsers(required=True, metavar="WHAT")
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
     text = "Write a checkpoint of random weights in a configuration's true shapes."
     synthesize = kinds.add_parser("synthesize", help=text, description=text)
     synthesize.set_defaults(command="synthesize")
@@ -176,7 +203,6 @@ def parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--layers", type=whole_number, metavar="N", help="instead of the configuration's")
     synthesize.add_argument("--vocabulary", type=whole_number, metavar="N", help="instead of the configuration's")
     synthesize.add_argument("--seed", type=int, default=0, metavar="S", help="(0)")
-    return top
 
 
 def _method_options(parser: argparse.ArgumentParser) -> None:
