@@ -8,6 +8,7 @@
     nox -s peers -- speed-scoring    a source and its variants in one pass, beside one after the other
     nox -s simulate                  how often the statistics are right, on data with a known truth
     nox -s vllm                      every variant in vLLM on the CPU, in an environment of its own
+    nox -s browser                   the page of a card in Chromium, which is installed if it is missing
     nox                              tests, lint, typing
 
 The measuring sessions share one environment, `.nox/measure`, which is made once and reused until
@@ -15,6 +16,7 @@ The measuring sessions share one environment, `.nox/measure`, which is made once
 """
 
 import hashlib
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -121,6 +123,32 @@ def tests(session: nox.Session) -> None:
     install(session, "tests")
     arguments = ("-m", "pytest", "-n", "2", "--dist", "worksteal")
     session.run("python", *arguments, *session.posargs, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
+
+
+def need_chromium(session: nox.Session) -> None:
+    """Installs Debian's Chromium and its driver if they are missing and this user may install packages."""
+    if all(shutil.which(program) for program in ("chromium", "chromedriver")):
+        return
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        session.error(
+            "Chromium and its driver are missing, and only root installs them: "
+            "run `apt-get install chromium chromium-driver` as root, then this session again."
+        )
+    session.run("apt-get", "update", "-qq", external=True)
+    session.run(
+        *("apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium", "chromium-driver"),
+        env={"DEBIAN_FRONTEND": "noninteractive"},
+        external=True,
+        silent=True,
+    )
+
+
+@nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """The page of a card in Chromium: the tests in tests/browser."""
+    need_chromium(session)
+    install(session, "tests")
+    session.run("python", "-m", "pytest", "tests/browser", *session.posargs, env=OFFLINE)
 
 
 @nox.session
