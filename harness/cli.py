@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from harness.audit.findings import Finding
     from harness.progress import Progress
     from harness.quantize.build import Artifact
-    from harness.record.results import Record, Skipped
+    from harness.record.store import Record, Skipped
     from harness.stages import Job, Model
 
 _MOST_FINDINGS = 20
@@ -107,7 +107,7 @@ def _suite_file(options: argparse.Namespace) -> Path:
 
 @contextmanager
 def _job(options: argparse.Namespace, arguments: tuple[str, ...]) -> "Iterator[Job]":
-    from harness.record.results import new_id
+    from harness.record.schema import new_id
     from harness.stages import Job
 
     suite = _load_suite(options)
@@ -520,11 +520,11 @@ def _print_models(options: argparse.Namespace, models: "Sequence[Model]") -> Non
 
 def _stored_noise(job: "Job") -> "dict[str, Record]":
     """The newest stored runs of the source beside itself."""
-    from harness.record import results
+    from harness.record import store
     from harness.report import tables
     from harness.suite import NOISE
 
-    stored, _ = results.read_all(job.results)
+    stored, _ = store.read_all(job.results)
     return tables.newest(stored, job.suite.name, "fidelity", NOISE)
 
 
@@ -653,11 +653,11 @@ def _trace(options: argparse.Namespace, _: tuple[str, ...]) -> int:
 
 def _stored_records(folder: Path) -> "tuple[list[Record], list[Skipped]]":
     """Every complete run of a results folder, and what is not used, which is named."""
-    from harness.record import results
+    from harness.record import store
 
     if not folder.is_dir() and (folder.exists() or folder != Path("results")):
         raise UserError(f"{folder} is not a folder.", "Give the folder of the records as --results.")
-    records, skipped = results.read_all(folder)
+    records, skipped = store.read_all(folder)
     for one in skipped:
         print(f"harness: {one.path} is not used: {one.reason}", file=sys.stderr)
     return records, skipped

@@ -16,8 +16,8 @@ from harness.measure import tasks
 from harness.measure.answers import Journal
 from harness.measure.lm import Texts
 from harness.progress import named
-from harness.record import provenance, results
-from harness.record.results import Record, RunWriter
+from harness.record import provenance, store
+from harness.record.store import Record, RunWriter
 from harness.stages import (
     Job,
     Model,
@@ -120,7 +120,7 @@ def evaluate(job: Job, work: Evaluation, *, limit: int | None = None, fresh: boo
                         writer.sample(sample)
                         num_items += sample["kind"] == "item"
                     missing = loaded.num_docs * loaded.wanted.repeats - num_items
-                    record = results.read(writer.finish(num_missing=missing))
+                    record = store.read(writer.finish(num_missing=missing))
                 found.records.setdefault(loaded.label, {})[model.row] = record
     return found
 
@@ -151,6 +151,6 @@ def with_stored_source(job: Job, found: Evaluated) -> dict[str, dict[str, Record
     """The runs of each task beside the newest stored one of the source, where this command ran none."""
     from harness.report import evaluations
 
-    stored, _ = results.read_all(job.results)
+    stored, _ = store.read_all(job.results)
     source = evaluations.newest(stored, job.suite, (SOURCE,))
     return {label: {**source.get(label, {}), **rows} for label, rows in found.records.items()}

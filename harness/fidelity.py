@@ -21,8 +21,8 @@ from harness.errors import UserError
 from harness.measure import fidelity
 from harness.measure.packs import Pack, pack_of
 from harness.progress import named
-from harness.record import results
-from harness.record.results import RunWriter
+from harness.record import store
+from harness.record.store import RunWriter
 from harness.stages import (
     Job,
     Measured,
@@ -165,7 +165,7 @@ def _together(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: 
             writers[model.row] = stack.enter_context(writer)
         for row, sample in fidelity.measure(chunks, windows, list(writers), progress=job.progress):
             writers[row].sample(_placed(sample, wanted))
-        measured.records.update({row: results.read(writer.finish()) for row, writer in writers.items()})
+        measured.records.update({row: store.read(writer.finish()) for row, writer in writers.items()})
 
 
 def _one_after_another(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: Measured) -> None:
@@ -213,7 +213,7 @@ def _compare_one(
                 progress=named(job.progress, model.row),
             ):
                 writer.sample(_placed(sample, _wanted(job.suite)))
-            measured.records[model.row] = results.read(writer.finish())
+            measured.records[model.row] = store.read(writer.finish())
 
 
 def _pack(job: Job, work: Work, source: Model, windows: Sequence[Sequence[int]]) -> Pack:

@@ -19,8 +19,9 @@ from harness.measure import perplexity
 from harness.measure.log_probs import LogProbs
 from harness.measure.perplexity import Protocol, Window
 from harness.progress import named
-from harness.record import results
-from harness.record.results import Record, Run, RunWriter
+from harness.record import schema, store
+from harness.record.schema import Run
+from harness.record.store import Record, RunWriter
 from harness.stages import (
     Job,
     Model,
@@ -213,14 +214,14 @@ def _read(
         for reading in readings:
             windows = reading.windows[:limit]
             dataset = {**reading.dataset, "log_probs_sha256": stored.sha256(len(windows))}
-            of_protocol = replace(run, run_id=results.new_id(), dataset=dataset)
+            of_protocol = replace(run, run_id=schema.new_id(), dataset=dataset)
             # A sample for each window, and one that says how many are of earlier runs.
             with RunWriter(job.results, of_protocol, expected=len(reading.windows) + 1) as writer:
                 for sample in perplexity.samples(windows, stored.rows(len(windows))):
                     writer.sample(sample)
                 reused = min(num_reused, len(windows))
                 writer.sample({"kind": "reused", "num_windows": len(windows), "num_reused": reused})
-                yield reading.protocol.name, results.read(writer.finish())
+                yield reading.protocol.name, store.read(writer.finish())
 
 
 def _identity(job: Job, model: Model, reading: Reading) -> dict[str, Any]:
@@ -252,6 +253,6 @@ def with_stored_source(job: Job, measured: Mapping[str, Mapping[str, Record]]) -
     none."""
     from harness.report import tables
 
-    stored, _ = results.read_all(job.results)
+    stored, _ = store.read_all(job.results)
     source = tables.newest_by_protocol(stored, job.suite.name, list(measured), (SOURCE,))
     return {name: {**source.get(name, {}), **rows} for name, rows in measured.items()}

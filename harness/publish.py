@@ -39,7 +39,7 @@ from harness.model.checkpoint import open_checkpoint, read_json
 from harness.quantize.build import MANIFEST, altered
 from harness.quantize.recipes import Recipe, recipe_named
 from harness.record import baselines
-from harness.record.results import Record, Skipped
+from harness.record.store import Record, Skipped
 from harness.report import card, claims, export, gate
 from harness.report.evidence import Evidence, gather
 from harness.report.trace import trace

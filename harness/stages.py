@@ -33,8 +33,9 @@ from harness.quantize import samples, sensitivity
 from harness.quantize.layerwise import Calibration
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import Recipe, recipe_named
-from harness.record import provenance, results
-from harness.record.results import Record, Run, RunWriter
+from harness.record import provenance, store
+from harness.record.schema import Run
+from harness.record.store import Record, RunWriter
 from harness.serve import Footprint
 from harness.suite import SOURCE, DatasetText, DemoText, FileText, Suite, Text
 
@@ -395,7 +396,7 @@ def measure_decode(job: Job, work: Work, limit: int | None) -> Measured:
                             writer.sample(sample)
         for row, writer in writers.items():
             if row not in measured.failures:
-                measured.records[row] = results.read(writer.finish())
+                measured.records[row] = store.read(writer.finish())
     return measured
 
 
@@ -492,7 +493,7 @@ def import_benchmark(
     with RunWriter(job.results, replace(run, engine=engine.as_dict(), machine=elsewhere, packages={})) as writer:
         for sample in found.samples:
             writer.sample(sample)
-        return results.read(writer.finish())
+        return store.read(writer.finish())
 
 
 def measure_sensitivity(job: Job) -> Record:
@@ -515,7 +516,7 @@ def measure_sensitivity(job: Job) -> Record:
     ):
         for sample in sensitivity.measure(open_checkpoint(source), calibration, Path(scratch), job.progress):
             writer.sample(sample)
-        return results.read(writer.finish())
+        return store.read(writer.finish())
 
 
 def with_stored_source(job: Job, measure: str, measured: Mapping[str, Record]) -> dict[str, Record]:
@@ -524,7 +525,7 @@ def with_stored_source(job: Job, measure: str, measured: Mapping[str, Record]) -
 
     if SOURCE in measured:
         return dict(measured)
-    stored, _ = results.read_all(job.results)
+    stored, _ = store.read_all(job.results)
     return {**tables.newest(stored, job.suite.name, measure, (SOURCE,)), **measured}
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.record.packed import pack
-from harness.record.results import End, Record, Run, read
+from harness.record.schema import End, Run
+from harness.record.store import Record, read
 
 ENGINE: dict[str, Any] = {
     "name": "torch",

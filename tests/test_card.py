@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from harness.errors import UserError
-from harness.record.results import Record, RunWriter, read_all
+from harness.record.store import Record, RunWriter, read_all
 from harness.report import card, evidence, plots, sections
 from harness.suite import Suite, Task, load
 from tests.records import (

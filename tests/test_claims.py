@@ -17,7 +17,7 @@ from scipy import stats as scipy_stats
 
 from harness.cli import main
 from harness.demo import SUITE as DEMO_SUITE
-from harness.record.results import Record, read_all
+from harness.record.store import Record, read_all
 from harness.report import claims, prose
 from harness.report.claims import Claim
 from harness.report.prose import Mention

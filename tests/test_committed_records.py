@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import harness
-from harness.record.results import read_all
 from harness.record.stats import Estimate
+from harness.record.store import read_all
 from harness.report import evidence
 from harness.suite import Suite, load
 

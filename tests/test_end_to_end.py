@@ -12,7 +12,7 @@ import pytest
 from harness.cli import main
 from harness.demo import checkpoint_path, corpus
 from harness.measure.perplexity import tokenize
-from harness.record import results
+from harness.record import store
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_second_command_reuses_the_artifact_and_says_so(
     printed = capsys.readouterr().out
     assert "artifacts/demo/nvfp4a16: reused" in printed
     assert "tok/s" in printed
-    records, skipped = results.read_all(place / "results")
+    records, skipped = store.read_all(place / "results")
     bench = [record for record in records if record.run.measure == "bench"]
     assert not skipped
     assert {record.run.variant["name"] for record in bench} == {"source", "nvfp4a16"}

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from harness.record import stats
-from harness.record.results import COMPARABLE, Record, RunWriter, read
+from harness.record.comparable import COMPARABLE
+from harness.record.store import Record, RunWriter, read
 from harness.report import columns, evaluations
 from harness.suite import Source, Suite, Task, Variant
 from tests.records import AUDIT, ENGINE, TASK, answer, choice, make_run, mean_results, result, tasks_record

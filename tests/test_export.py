@@ -28,7 +28,7 @@ from lm_eval.utils import make_table
 
 from harness.cli import main
 from harness.errors import UserError
-from harness.record.results import Record, read_all
+from harness.record.store import Record, read_all
 from harness.report import builds, evidence, tables
 from harness.report.columns import COLUMNS
 from harness.report.evidence import Evidence

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from harness.record import stats
-from harness.record.results import Record
+from harness.record.store import Record
 from harness.report import columns, fidelities
 from tests.records import ENGINE, FIDELITY, fidelity_record, fidelity_windows, make_record, windows
 

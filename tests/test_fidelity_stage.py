@@ -12,7 +12,7 @@ from harness.demo import SUITE
 from harness.engines.protocol import open_engine
 from harness.errors import UserError
 from harness.measure import fidelity as divergence
-from harness.record import results
+from harness.record import store
 from harness.suite import NOISE, Suite, load
 
 WINDOW, LIMIT = 96, 5
@@ -197,4 +197,4 @@ def test_json_is_one_document_whose_records_can_be_read(small: list[str], capsys
     document = json.loads(capsys.readouterr().out)
     assert set(document["records"]) == {"a16", "noise-restart", "noise-batch"}
     for path in document["records"].values():
-        assert results.read(Path(path)).run.measure == "fidelity"
+        assert store.read(Path(path)).run.measure == "fidelity"

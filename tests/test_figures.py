@@ -20,7 +20,7 @@ from matplotlib.image import AxesImage, imread
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from harness.record.results import Record
+from harness.record.store import Record
 from harness.report import columns, figures, plots
 from harness.report.evidence import Evidence, gather
 from harness.suite import Suite, load

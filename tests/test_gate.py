@@ -19,7 +19,7 @@ from scipy import stats as scipy_stats
 from harness.cli import main
 from harness.errors import UserError
 from harness.record import baselines, stats
-from harness.record.results import Record, RunWriter, Skipped
+from harness.record.store import Record, RunWriter, Skipped
 from harness.report import gate
 from harness.report.gate import Judgement
 from harness.suite import METRICS, Suite, load

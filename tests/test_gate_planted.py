@@ -21,7 +21,7 @@ from harness.engines.protocol import Engine, open_engine
 from harness.measure import decode, fidelity, perplexity
 from harness.quantize.recipes import recipe_named
 from harness.record import stats
-from harness.record.results import Record, read
+from harness.record.store import Record, read
 from harness.report import gate
 from harness.report.gate import Judgement
 from harness.suite import Bench, DemoText, Fidelity, Perplexity, Rule, Source, Suite, Task, Variant

@@ -29,7 +29,7 @@ from harness.peers.agreement import compare
 from harness.peers.contest import COPY, QUALITY, Contestant, Group, Ours, Race, Theirs
 from harness.peers.stopwatch import timed
 from harness.quantize.recipes import recipe_named
-from harness.record.results import Record
+from harness.record.store import Record
 from tests.conftest import census, hear_interruptions, tiny_config
 
 from .records import make_record

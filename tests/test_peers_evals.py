@@ -16,7 +16,7 @@ from harness.peers import bench, contest, evals, page, races, tables
 from harness.peers.__main__ import main
 from harness.peers.contest import Evaluator, Race
 from harness.peers.stopwatch import Timed
-from harness.record.results import Record
+from harness.record.store import Record
 
 from .records import make_record
 

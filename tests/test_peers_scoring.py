@@ -17,7 +17,7 @@ from harness.peers import bench, contest, page, races, scoring, tables
 from harness.peers.__main__ import PARTS, main
 from harness.peers.contest import SEPARATE, STREAMED, Ours, Scorer
 from harness.peers.stopwatch import Timed
-from harness.record.results import Record
+from harness.record.store import Record
 from tests.conftest import DATA, tiny_config
 
 from .records import make_record

@@ -15,8 +15,8 @@ from harness.demo import checkpoint_path, corpus
 from harness.engines.protocol import EngineDied
 from harness.engines.torch_engine import TorchEngine
 from harness.measure.perplexity import tokenize
-from harness.record import results
-from harness.record.results import Record
+from harness.record import store
+from harness.record.store import Record
 
 SUITE = """
 name = "small"
@@ -69,7 +69,7 @@ def run(place: Path, capsys: pytest.CaptureFixture[str]) -> Run:
         (place / "suite.toml").write_text(text)
         assert main(["ppl", "--suite", "suite.toml", "--variant", "source", "--json", *arguments]) == 0
         written = json.loads(capsys.readouterr().out)["records"]
-        return {name: results.read(place / rows["source"]) for name, rows in written.items()}
+        return {name: store.read(place / rows["source"]) for name, rows in written.items()}
 
     return command
 
@@ -161,7 +161,7 @@ def test_an_engine_that_dies_is_recorded_and_the_next_run_goes_on_where_it_was(
         assert main(["ppl", "--suite", "suite.toml", "--variant", "source"]) == 1
     assert "source failed: The engine died." in capsys.readouterr().err
     (path,) = place.glob("results/*/*.jsonl")
-    failed = results.read(path)
+    failed = store.read(path)
     assert (failed.end.status, failed.kind("failure")[0]["log"]) == ("failed", ["killed"])
     assert failed.run.engine is not None and failed.run.dataset is not None
     assert {name: reused(record) for name, record in run().items()} == {BOTH[0]: (3, 4), BOTH[1]: (3, 3)}

@@ -26,7 +26,7 @@ from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint
 from harness.quantize.build import build
 from harness.quantize.recipes import recipe_named
-from harness.record.results import Record
+from harness.record.store import Record
 from harness.suite import load, narrowed
 from tests.artifacts import quiet
 from tests.hub import Hub, Repository, hub

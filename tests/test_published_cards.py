@@ -18,7 +18,7 @@ import pytest
 import harness
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import recipe_named
-from harness.record.results import Record
+from harness.record.store import Record
 from harness.report import builds, card, columns, tables
 from harness.report.trace import trace
 from harness.suite import Suite, load

@@ -24,7 +24,7 @@ from harness.model.checkpoint import Checkpoint, open_checkpoint
 from harness.quantize.layerwise import Calibration
 from harness.quantize.samples import CalibrationSet
 from harness.quantize.sensitivity import Group, groups_by_layer, measure, measure_half
-from harness.record import results
+from harness.record import store
 from tests.artifacts import quiet
 from tests.conftest import census, tiny_config
 
@@ -357,7 +357,7 @@ def test_the_command_prints_a_table_and_sentences_and_leaves_a_record_and_no_scr
     monkeypatch.chdir(tmp_path)
     assert main(["sensitivity", "--suite", "tiny.toml", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    record = results.read(tmp_path / document["records"]["source"])
+    record = store.read(tmp_path / document["records"]["source"])
     assert record.whole and len(record.kind("sensitivity")) == 8 * 4 * len(FORMATS)
     assert record.run.dataset is not None and record.run.dataset["num_tokens"] == 32
     assert record.run.engine is not None and record.run.engine["dtype"] == "float32"

@@ -14,7 +14,7 @@ import pytest
 from harness.cli import main
 from harness.engines.protocol import EngineDied, open_engine
 from harness.engines.server_engine import UNKNOWN_TOKEN, ServerEngine
-from harness.record import results
+from harness.record import store
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -177,7 +177,7 @@ def test_bench_measures_a_server_and_builds_nothing(
     assert main(["ppl", "--suite", "suite.toml", "--engine", "server"]) == 2
     assert "bench --server URL" in capsys.readouterr().err
     assert not (tmp_path / "artifacts").exists()
-    (record,) = [results.read(path) for path in (tmp_path / "results").rglob("*.jsonl")]
+    (record,) = [store.read(path) for path in (tmp_path / "results").rglob("*.jsonl")]
     assert record.run.engine is not None
     assert (record.run.engine["name"], record.run.variant["artifact_digest"]) == ("server", None)
     assert len(record.kind("decode")) == 6 and record.whole

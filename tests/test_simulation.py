@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from harness.errors import UserError
-from harness.record import results, stats
+from harness.record import stats, store
 from harness.record.stats import Estimate
 from harness.simulation import page, populations, scenarios
 from harness.simulation.__main__ import COUNTS, FOLDER, PAGE, main
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def drawn_from() -> Populations:
-    records, _ = results.read_all(ROOT / "results")
+    records, _ = store.read_all(ROOT / "results")
     return populations.read(records)
 
 
@@ -71,7 +71,7 @@ def test_starts_and_repetitions_are_told_apart() -> None:
         for start in range(2)
         for time in math.exp(rng.normal(0, 0.2)) * np.exp(rng.normal(0, 0.1, 5))
     ]
-    record = next(record for record in results.read_all(ROOT / "results")[0] if record.run.measure == "bench")
+    record = next(record for record in store.read_all(ROOT / "results")[0] if record.run.measure == "bench")
     speeds = populations._speeds([dataclasses.replace(record, samples=tuple(samples))])
     assert speeds.within == pytest.approx(0.1, rel=0.05) and speeds.between == pytest.approx(0.2, rel=0.1)
     assert speeds.noise.std() == pytest.approx(0.1, rel=0.05)

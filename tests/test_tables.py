@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.record import stats
-from harness.record.results import Record
+from harness.record.store import Record
 from harness.report import columns, numbers, tables
 from tests.records import (
     BUILD,

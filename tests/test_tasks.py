@@ -27,7 +27,7 @@ from harness.errors import UserError
 from harness.measure import tasks
 from harness.measure.answers import Journal
 from harness.measure.lm import Texts
-from harness.record import results
+from harness.record import store
 from harness.suite import Task
 from tests.conftest import hear_interruptions
 
@@ -485,8 +485,8 @@ def test_an_interrupted_command_goes_on_where_it_was_and_ends_with_the_same_item
     before = journal.read_bytes().count(b"\n") - 1
     assert 0 < before < 200
     found = document(folder, "--variant", "source")
-    again = results.read(folder / found["records"]["lists"]["source"])
-    whole = results.read(folder / document(folder, "--variant", "source", "--fresh")["records"]["lists"]["source"])
+    again = store.read(folder / found["records"]["lists"]["source"])
+    whole = store.read(folder / document(folder, "--variant", "source", "--fresh")["records"]["lists"]["source"])
     assert [reused["num_reused"] for reused in (*again.kind("reused"), *whole.kind("reused"))] == [before, 0]
     for one, other in zip(again.kind("item"), whole.kind("item"), strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
@@ -525,9 +525,7 @@ def test_the_first_model_is_gone_before_the_second_is_loaded(
 
 def test_a_limited_run_is_never_reported(tmp_path: Path) -> None:
     folder = place(tmp_path, CHOICE, count=6)
-    record = results.read(
-        folder / document(folder, "--variant", "source", "--limit", "2")["records"]["lists"]["source"]
-    )
+    record = store.read(folder / document(folder, "--variant", "source", "--limit", "2")["records"]["lists"]["source"])
     assert len(record.kind("item")) == 2
     assert not record.whole
     assert record.end.coverage["expected"] - record.end.coverage["done"] == 4
@@ -599,7 +597,7 @@ def test_a_task_of_lm_evals_own_runs_from_a_filled_cache_and_its_versions_are_re
     assert done.returncode == 1, done.stderr  # the embedded model cannot solve it, and the audit says so
     assert "is invalid" in done.stderr
     (path,) = folder.glob("results/*/*.jsonl")
-    record = results.read(path)
+    record = store.read(path)
     assert record.run.dataset is not None
     about = record.run.dataset["tasks"]["gsm8k"]
     assert (about["version"], about["dataset"], about["dataset_revision"]) == (3.0, "openai/gsm8k", COMMIT)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from harness.cli import main
 from harness.errors import UserError
 from harness.measure.vllm_bench import BatchShape, read
-from harness.record import results
+from harness.record import store
 
 SERVE: dict[str, Any] = {
     "date": "20260301-120000",
@@ -111,7 +111,7 @@ def test_the_command_keeps_the_samples_and_the_other_machines_name(
     assert main([*asked, "--vllm-version", "0.32.0"]) == 0
     shown = capsys.readouterr().out
     assert "first token" in shown and "0.600" in shown, "the median of 0.5 and 0.7"
-    (record,) = [results.read(path) for path in (tmp_path / "results/dgx-spark").glob("*.jsonl")]
+    (record,) = [store.read(path) for path in (tmp_path / "results/dgx-spark").glob("*.jsonl")]
     assert len(record.kind("request")) == 2
     assert record.run.engine is not None and record.run.engine["version"] == "0.32.0"
     assert main(["import", str(tmp_path / "none"), "--variant", "nvfp4a16", "--machine", "x"]) == 2

@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.measure.lm import EngineLM, Settings, Texts, rolling_window
 from harness.measure.perplexity import samples, score
 from harness.measure.wikitext import Documents, pages, read
-from harness.record import results
+from harness.record import store
 
 DENSE = checkpoint_path("dense")
 TEXTS = Texts(DENSE)
@@ -116,7 +116,7 @@ def test_the_command_gives_lm_evals_word_perplexity_from_a_file_and_from_a_datas
         assert source["num_tokens"] == source["num_scored"]
         assert variant["delta_log_ppl"]["num"] == 3
         assert variant["delta_log_ppl"]["value"] == pytest.approx(math.log(variant["ppl"] / source["ppl"]))
-    (record,) = [results.read(Path(path)) for path in (document["records"]["lmeval-word"]["source"],)]
+    (record,) = [store.read(Path(path)) for path in (document["records"]["lmeval-word"]["source"],)]
     (reused,) = record.kind("reused")
     assert reused["num_reused"] == reused["num_windows"] == len(record.kind("window")), "the tokens are the same"
 

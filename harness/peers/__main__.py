@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     from harness.demo import checkpoint_path
     from harness.peers import bench, contest, evals, scoring, tables
-    from harness.record.results import Record, new_id
+    from harness.record.schema import new_id
+    from harness.record.store import Record
 
     for part in options.parts:
         if part not in PARTS:
@@ -179,10 +180,10 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from harness.peers import page
-    from harness.record import results
+    from harness.record import store
     from harness.report import card
 
-    records, skipped = results.read_all(options.results)
+    records, skipped = store.read_all(options.results)
     for one in skipped:
         print(f"harness.peers: {one.path} is not used: {one.reason}", file=sys.stderr)
     try:

@@ -41,8 +41,9 @@ from harness.peers.stopwatch import timed
 from harness.progress import Progress, named
 from harness.quantize import build as builder
 from harness.quantize import samples
-from harness.record import provenance, results
-from harness.record.results import Record, Run, RunWriter
+from harness.record import provenance, store
+from harness.record.schema import Run
+from harness.record.store import Record, RunWriter
 from harness.suite import Calibration, FileSamples
 
 VERSION = 1
@@ -305,7 +306,7 @@ def _interleaved(
                 if name != original.name:
                     shutil.rmtree(out)
         for writer in writers.values():
-            records.append(results.read(writer.finish()))
+            records.append(store.read(writer.finish()))
     return records
 
 
@@ -405,7 +406,7 @@ def quality(bench: Bench, source: Path, groups: Sequence[contest.Group] = contes
                     chunks = fidelity.chunks_of([reference[text], variant], cut, _BATCH)
                     for _, sample in fidelity.measure(chunks, cut, [name], progress=progress):
                         writer.sample({**{key: sample[key] for key in _STORED}, "text": text})
-            records.append(results.read(writer.finish()))
+            records.append(store.read(writer.finish()))
     return records
 
 
@@ -425,7 +426,7 @@ def agreement(bench: Bench, source: Path) -> list[Record]:
                 writer.sample({"kind": "failure", "reason": failure})
             else:
                 writer.sample(compare(source, folder / ours.name, folder / theirs.name))
-            records.append(results.read(writer.finish()))
+            records.append(store.read(writer.finish()))
     return records
 
 

@@ -15,7 +15,7 @@ from harness.peers import contest
 from harness.peers.bench import Bench
 from harness.peers.contest import Evaluator
 from harness.peers.races import Answered, race, run_job
-from harness.record.results import Record
+from harness.record.store import Record
 
 
 def check_environment(python: Path, option: str, modules: Sequence[str]) -> None:

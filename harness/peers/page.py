@@ -7,7 +7,7 @@ from functools import partial
 from tabulate import tabulate
 
 from harness.peers import tables
-from harness.record.results import Record
+from harness.record.store import Record
 from harness.report.blocks import filled
 from harness.report.columns import escape
 

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from harness.peers.bench import Bench, header, reason
 from harness.peers.contest import Evaluator, Scorer
 from harness.peers.stopwatch import Timed, timed
-from harness.record import results
-from harness.record.results import Record, RunWriter
+from harness.record import store
+from harness.record.store import Record, RunWriter
 
 Entrant = TypeVar("Entrant", Evaluator, Scorer)
 
@@ -80,7 +80,7 @@ def race(
                     writers[one.name].sample({"kind": "failure", "reason": answered.failure})
                 else:
                     writers[one.name].sample(answered.sample(repetition))
-        return [results.read(writer.finish()) for writer in writers.values()]
+        return [store.read(writer.finish()) for writer in writers.values()]
 
 
 def run_job(module: str, job: Mapping[str, Any], python: Path, logs: Path) -> Answered:

@@ -22,7 +22,7 @@ from harness.peers import contest
 from harness.peers.bench import LAYERS, VOCABULARY, Bench, Data, quantize, scratch, warm
 from harness.peers.contest import Ours, Scorer
 from harness.peers.races import Answered, race, run_job
-from harness.record.results import Record
+from harness.record.store import Record
 
 
 def synthetic(bench: Bench, config: Path) -> list[Record]:

@@ -22,8 +22,8 @@ from harness.peers.contest import (
     Theirs,
 )
 from harness.record import stats
-from harness.record.results import Record
 from harness.record.stats import Estimate
+from harness.record.store import Record
 from harness.report.numbers import format_bytes, format_estimate
 
 TEXTS = ("near", "far")

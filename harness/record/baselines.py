@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.record import results
-from harness.record.results import Record, utc_now
+from harness.record import store
+from harness.record.schema import utc_now
+from harness.record.store import Record
 
 SCHEMA = 1
 Slots = Mapping[str, Mapping[str, Record]]
@@ -88,7 +89,7 @@ def _record(path: Path, folder: Path, where: str, row: str, entry: Mapping[str, 
         raise UserError(f"{path} names {entry['file']}, which is not there.", remedy)
     if _sha256(file) != entry["sha256"]:
         raise UserError(f"{path} names {entry['file']}, which has changed since.", remedy)
-    record = results.read(file)
+    record = store.read(file)
     if not record.whole or (slot(record), record.run.variant["name"]) != (where, row):
         raise UserError(f"{path} names {entry['file']} as '{where}' of '{row}', and it is no whole run of it.", remedy)
     return record

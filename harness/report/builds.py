@@ -8,7 +8,7 @@ import pandas as pd
 
 from harness import serve
 from harness.errors import UserError
-from harness.record.results import Record
+from harness.record.store import Record
 from harness.report import columns, tables
 from harness.suite import SOURCE, is_hub_id
 

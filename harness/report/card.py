@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harness.record.results import Record
+from harness.record.store import Record
 from harness.report import builds, columns, exchange, export, figures, page, plots
 from harness.report.blocks import filled
 from harness.report.evidence import Evidence, gather

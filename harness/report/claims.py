@@ -37,7 +37,7 @@ from functools import cached_property
 from typing import Any
 
 from harness.record import stats
-from harness.record.results import Record, Skipped
+from harness.record.store import Record, Skipped
 from harness.report import columns, evaluations, fidelities, gate, prose, tables
 from harness.report.numbers import format_estimate
 from harness.report.prose import Mention

@@ -17,8 +17,8 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
-from harness.record.results import Record
 from harness.record.stats import Estimate
+from harness.record.store import Record
 from harness.report.numbers import format_bytes, format_estimate, format_percent
 
 NO_INTERVAL_MARK = "†"

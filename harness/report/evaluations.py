@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 
 from harness.record import stats
-from harness.record.results import Record, incomparable
+from harness.record.comparable import incomparable
+from harness.record.store import Record
 from harness.report import columns, tables
 from harness.report.numbers import format_percent
 from harness.suite import SOURCE, Audit, Suite

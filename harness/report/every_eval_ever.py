@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from harness.record import stats
-from harness.record.results import Record
 from harness.record.stats import Estimate
+from harness.record.store import Record
 from harness.report import tables
 from harness.report.evidence import Evidence
 from harness.report.exchange import (

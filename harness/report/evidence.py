@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.record.results import Record
+from harness.record.store import Record
 from harness.report import builds, columns, evaluations, fidelities, tables
 from harness.suite import NOISE, SOURCE, Suite
 

@@ -12,8 +12,9 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.record import stats
-from harness.record.results import UTC_FORMAT, Record
+from harness.record.schema import UTC_FORMAT
 from harness.record.stats import Estimate
+from harness.record.store import Record
 from harness.report import evaluations, tables
 from harness.report.evidence import Evidence
 from harness.suite import SOURCE, Suite, is_hub_id, row_parts

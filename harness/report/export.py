@@ -32,8 +32,9 @@ from typing import Any
 import yaml
 
 from harness.errors import UserError, did_you_mean
-from harness.record.results import UTC_FORMAT, Record
+from harness.record.schema import UTC_FORMAT
 from harness.record.stats import Estimate
+from harness.record.store import Record
 from harness.report import builds, columns, every_eval_ever, tables
 from harness.report.columns import Spread
 from harness.report.evidence import Evidence

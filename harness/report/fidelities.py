@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from harness.record import stats
+from harness.record.comparable import incomparable
 from harness.record.packed import unpack
-from harness.record.results import Record, incomparable
 from harness.record.stats import Estimate
+from harness.record.store import Record
 from harness.report import columns, tables
 from harness.suite import NOISE, SOURCE
 

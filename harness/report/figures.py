@@ -7,8 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from harness.record.results import Record
 from harness.record.stats import Estimate
+from harness.record.store import Record
 from harness.report import builds, columns, drawings, fidelities, heatmaps, plots, tables
 from harness.report.evidence import Evidence, row_of
 from harness.suite import NOISE, SOURCE, row_parts

@@ -23,8 +23,8 @@ import pandas as pd
 from harness.errors import UserError
 from harness.record import stats
 from harness.record.baselines import Slots, slot
-from harness.record.results import Record, Skipped
 from harness.record.stats import Estimate
+from harness.record.store import Record, Skipped
 from harness.report import columns, evaluations, tables
 from harness.suite import BASELINE, METRICS, SOURCE, Rule, Suite, row_name
 
@@ -77,7 +77,7 @@ def judge(
     suite: Suite, records: Sequence[Record], baseline: Slots, skipped: Sequence[Skipped] = ()
 ) -> tuple[Judgement, ...]:
     """A verdict on every rule of the suite, in its order. `baseline` is what `baselines.read` found, and `skipped` what
-    `results.read_all` could not use: an older run does not speak for one that failed or was cut since."""
+    `store.read_all` could not use: an older run does not speak for one that failed or was cut since."""
     evidence = _Evidence(suite, newest(suite, records), baseline, _lost_runs(suite, skipped))
     return tuple(_judged(evidence, rule) for rule in _rules(suite))
 

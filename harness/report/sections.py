@@ -9,8 +9,8 @@ import pandas as pd
 from tabulate import tabulate
 
 from harness import serve
-from harness.record.results import Record
 from harness.record.stats import RESAMPLES, Estimate
+from harness.record.store import Record
 from harness.report import builds, columns, evaluations, figures, limits, tables
 from harness.report.evidence import Evidence, row_of
 from harness.report.numbers import format_bytes

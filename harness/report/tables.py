@@ -15,8 +15,9 @@ from typing import Any
 import pandas as pd
 
 from harness.record import stats
-from harness.record.results import Record, incomparable
+from harness.record.comparable import incomparable
 from harness.record.stats import Estimate
+from harness.record.store import Record
 from harness.report import columns
 from harness.report.numbers import format_bytes, format_percent
 from harness.suite import SOURCE, row_parts

@@ -17,8 +17,8 @@ from urllib.parse import unquote
 
 from harness import suite as suites
 from harness.errors import UserError
-from harness.record import results
-from harness.record.results import Record
+from harness.record import store
+from harness.record.store import Record
 from harness.report import card as cards
 from harness.report import sections
 from harness.report.evidence import Evidence, gather
@@ -81,7 +81,7 @@ def trace(card: Path, suite: Suite | None = None) -> Traced:
     records: dict[str, Record] = {}
     for link in cited:
         try:
-            records[link] = _whole(results.read(card.parent / unquote(link)))
+            records[link] = _whole(store.read(card.parent / unquote(link)))
         except UserError as error:
             where = next(line.number for line in lines if link in (one for _, one in line.references))
             findings.append(f"Line {where}: {error.problem}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.arguments import whole_number
 from harness.errors import UserError, did_you_mean
-from harness.record import results, stats
+from harness.record import stats, store
 from harness.report import card
 from harness.simulation import page, populations, scenarios
 
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     for group in options.group or ():
         if group not in page.BLOCKS:
             raise UserError(f"There is no group '{group}'.", did_you_mean(group, page.BLOCKS))
-    records, skipped = results.read_all(options.results)
+    records, skipped = store.read_all(options.results)
     for one in skipped:
         print(f"harness.simulation: {one.path} is not used: {one.reason}", file=sys.stderr)
     drawn_from = populations.read(records)

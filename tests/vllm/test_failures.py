@@ -16,7 +16,7 @@ from harness.demo import checkpoint_path
 from harness.engines.protocol import EngineDied, open_engine
 from harness.engines.vllm_options import ARGUMENTS
 from harness.errors import UserError
-from harness.record import results
+from harness.record import store
 
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 4, "kv_cache_gb": 0.25, "enforce_eager": True, "text_only": True}
 SUITE = """
@@ -110,7 +110,7 @@ def test_a_setup_that_fails_leaves_the_others_their_results(
     shown = capsys.readouterr()
     assert "source+tiny failed: vLLM does not start on" in shown.err
     assert "wikitext2-512" in shown.out
-    records = [results.read(path) for path in (tmp_path / "results").rglob("*.jsonl")]
+    records = [store.read(path) for path in (tmp_path / "results").rglob("*.jsonl")]
     status = {record.run.variant["name"]: record.end.status for record in records}
     assert status == {"source": "complete", "source+tiny": "failed"}
     (failure,) = [one for record in records for one in record.kind("failure")]
@@ -141,7 +141,7 @@ def test_ppl_and_bench_run_through_the_command_line(
     assert main(["bench", "--suite", str(suite)]) == 0
     out = capsys.readouterr().out
     assert "tok/s" in out and "KV cache, tokens" in out
-    records, _ = results.read_all(tmp_path / "results")
+    records, _ = store.read_all(tmp_path / "results")
     (bench,) = [one for one in records if one.run.measure == "bench" and one.run.variant["name"] == "nvfp4a16"]
     assert bench.kind("coherence")[0]["coherent"]
     assert bench.run.engine is not None

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 import harness
 from harness.errors import UserError
-from harness.record import provenance, results
-from harness.record.results import COMPARABLE, SAMPLES, RunWriter, incomparable, new_id, read, read_all, utc_now
+from harness.record import comparable, provenance
+from harness.record.comparable import COMPARABLE, incomparable
+from harness.record.schema import SAMPLES, new_id, utc_now
+from harness.record.store import RunWriter, read, read_all
 from tests.records import ENGINE, answer, choice, decodes, make_record, make_run, result, windows
 
 WINDOWS = windows(8.0, num_tokens=1500)
@@ -105,7 +107,7 @@ def test_a_run_that_is_never_finished_is_a_bug_and_leaves_nothing(tmp_path: Path
 
 def test_a_killed_process_leaves_no_results_file(tmp_path: Path) -> None:
     program = (
-        "import os, sys, pathlib; from harness.record.results import RunWriter;"
+        "import os, sys, pathlib; from harness.record.store import RunWriter;"
         "from tests.records import make_run, windows\n"
         "with RunWriter(pathlib.Path(sys.argv[1]), make_run()) as writer:\n"
         "    writer.sample(windows(8.0)[0])\n"
@@ -517,7 +519,7 @@ def test_over_time_only_what_a_regression_comes_from_may_differ() -> None:
 
 @pytest.mark.parametrize("measure", COMPARABLE)
 def test_every_watched_key_is_of_the_session_the_machine_or_the_engine(measure: str) -> None:
-    kept = [key for key in COMPARABLE[measure] if not results._is_watched(key)]
+    kept = [key for key in COMPARABLE[measure] if not comparable._is_watched(key)]
     assert "measure_version" in kept
     assert not [key for key in kept if key.startswith(("machine", "session", "engine.effective", "engine.version"))]
     assert {key for key in COMPARABLE[measure] if key in ("engine.name", "engine.dtype")} <= set(kept)

@@ -1,0 +1,92 @@
+"""Which records may be compared: what must be equal in the headers of two runs of a measure."""
+
+from harness.record.schema import lookup
+from harness.record.store import Record
+
+# What must be equal in the headers of two runs of a measure before their numbers may be compared. Speed belongs to
+# one session on one machine; a loss in quality belongs to the same tokens through the same arithmetic.
+COMPARABLE: dict[str, tuple[str, ...]] = {
+    "ppl": (
+        "measure_version",
+        "variant.source_digest",
+        "dataset.protocol",
+        "dataset.token_ids_sha256",
+        "dataset.documents",
+        "suite.ppl.batch_size",
+        "engine.name",
+        "engine.version",
+        "engine.dtype",
+        "engine.device",
+        "engine.effective.cpu_capability",
+        "engine.effective.attention_implementation",
+        "engine.effective.deltanet_implementation",
+    ),
+    "fidelity": (
+        "measure_version",
+        "variant.source_digest",
+        "dataset.token_ids_sha256",
+        "dataset.window",
+        "dataset.distribution",
+        "suite.fidelity.batch_size",
+        "engine.name",
+        "engine.version",
+        "engine.dtype",
+        "engine.device",
+        "engine.effective.cpu_capability",
+    ),
+    "bench": (
+        "measure_version",
+        "variant.source_digest",
+        "session_id",
+        "machine.name",
+        "dataset.token_ids_sha256",
+        "engine.name",
+        "engine.version",
+        "engine.dtype",
+        "engine.device",
+        "engine.effective.threads",
+    ),
+    "tasks": (
+        "measure_version",
+        "variant.source_digest",
+        "dataset.name",
+        "dataset.task_digest",
+        "dataset.settings",
+        "dataset.tokenizer_digest",
+        "packages.lm_eval",
+        "engine.name",
+        "engine.version",
+        "engine.dtype",
+        "engine.device",
+        "engine.effective.end_tokens",
+    ),
+    "peers": ("measure_version", "session_id", "suite_digest", "machine.name", "variant.source_digest"),
+    "sensitivity": (
+        "measure_version",
+        "variant.source_digest",
+        "dataset.token_ids_sha256",
+        "engine.name",
+        "engine.version",
+        "engine.dtype",
+    ),
+    "served": ("measure_version", "variant.source_digest", "machine.name", "engine.name", "engine.version"),
+    "build": ("measure_version",),
+    "verify": ("measure_version",),
+}
+
+# Of those, what may differ between a run and an older one that it is watched against: a new release of the engine, a
+# new driver or another machine is what a regression comes from, so it must not hide one.
+WATCHED = ("session_id", "machine", "engine.version", "engine.device", "engine.effective")
+
+
+def incomparable(a: Record, b: Record, *, over_time: bool = False) -> list[str]:
+    """The header keys that forbid comparing two runs; empty if their numbers may stand side by side. `over_time`: one
+    is the baseline of the other, and what is `WATCHED` may differ."""
+    if a.run.measure != b.run.measure:
+        return ["measure"]
+    keys = [key for key in COMPARABLE[a.run.measure] if not (over_time and _is_watched(key))]
+    return [key for key in keys if lookup(a.run, key) != lookup(b.run, key)]
+
+
+def _is_watched(key: str) -> bool:
+    return any(key == watched or key.startswith(f"{watched}.") for watched in WATCHED)
