@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from harness.audit.findings import Finding
     from harness.progress import Progress
-    from harness.quantize.build import Artifact
+    from harness.quantize.artifact import Artifact
     from harness.record.store import Record, Skipped
     from harness.stages import Job, Model
 

@@ -36,7 +36,7 @@ from harness import __version__, serve
 from harness.audit.verify import verify
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint, read_json
-from harness.quantize.build import MANIFEST, altered
+from harness.quantize.artifact import MANIFEST, altered
 from harness.quantize.recipes import Recipe, recipe_named
 from harness.record import baselines
 from harness.record.store import Record, Skipped

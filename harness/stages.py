@@ -28,8 +28,10 @@ from harness.model.checkpoint import SINGLE, open_checkpoint, read_index, read_j
 from harness.model.qwen35 import ModelConfig, expected_tensors, parse_config
 from harness.model.sources import fetched_revision, locate
 from harness.progress import Progress, named
-from harness.quantize import build as builder
 from harness.quantize import samples, sensitivity
+from harness.quantize.artifact import VERSION as BUILDER_VERSION
+from harness.quantize.artifact import Artifact
+from harness.quantize.build import build
 from harness.quantize.layerwise import Calibration
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import Recipe, recipe_named
@@ -150,15 +152,15 @@ def read_calibration(wanted: suites.Calibration, folder: Path, source: Path, pro
     return Calibration(read, wanted.batch_tokens, round(wanted.hidden_memory_gb * 1e9))
 
 
-def build_variant(job: Job, variant: str) -> builder.Artifact:
+def build_variant(job: Job, variant: str) -> Artifact:
     """Builds a variant of the suite, or finds it built. A build is recorded."""
     wanted = job.suite.variants[variant]
     recipe = recipe_named(wanted.recipe).with_method(wanted.scales, wanted.codes)
     source = suite_source(job.suite)
     calibration = job.calibration if recipe.needs_calibration else None
-    artifact = builder.build(source, recipe, job.artifact(variant), job.progress, calibration)
+    artifact = build(source, recipe, job.artifact(variant), job.progress, calibration)
     if not artifact.reused:
-        run = new_run(job, "build", builder.VERSION, Model(variant, artifact.folder, artifact.digest))
+        run = new_run(job, "build", BUILDER_VERSION, Model(variant, artifact.folder, artifact.digest))
         with RunWriter(job.results, run) as writer:
             for count in artifact.counts:
                 writer.sample({"kind": "role", **vars(count)})

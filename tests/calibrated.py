@@ -6,7 +6,8 @@ from pathlib import Path
 
 from harness.demo import checkpoint_path, corpus
 from harness.measure.perplexity import tokenize
-from harness.quantize.build import Artifact, build
+from harness.quantize.artifact import Artifact
+from harness.quantize.build import build
 from harness.quantize.layerwise import Calibration
 from harness.quantize.recipes import RECIPES, Recipe
 from harness.quantize.samples import CalibrationSet

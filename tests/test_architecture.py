@@ -42,7 +42,7 @@ MAY_PRINT = {
     "harness/peers/__main__.py": None,
     "harness/simulation/__main__.py": None,
     "harness/demo/train.py": "main",
-    "harness/engines/vllm_engine.py": "capturing",  # it turns both streams aside, and flushes them for that
+    "harness/engines/vllm_log.py": "capturing",  # it turns both streams aside, and flushes them for that
 }
 """By file, the function that may print and exit; None for the whole file."""
 

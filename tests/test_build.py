@@ -28,7 +28,8 @@ from harness.errors import UserError
 from harness.formats import nvfp4
 from harness.formats.config import NVFP4A16
 from harness.model.checkpoint import INDEX, open_checkpoint
-from harness.quantize.build import CALIBRATION, MANIFEST, Artifact, build
+from harness.quantize.artifact import CALIBRATION, MANIFEST, Artifact
+from harness.quantize.build import build
 from harness.quantize.layerwise import Calibration
 from harness.quantize.recipes import RECIPES, Recipe
 from harness.quantize.samples import CalibrationSet

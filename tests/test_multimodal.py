@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from harness.demo import checkpoint_path, network, tokenizer
-from harness.engines.torch_engine import load_model
+from harness.engines.loading import load_model
 from harness.quantize.build import build
 from harness.quantize.recipes import RECIPES
 

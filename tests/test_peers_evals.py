@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness.demo import checkpoint_path
-from harness.engines import vllm_engine, vllm_options
+from harness.engines import vllm_options
 from harness.engines.protocol import Start
 from harness.errors import UserError
 from harness.peers import bench, contest, evals, page, races, tables
@@ -103,7 +103,7 @@ def test_both_sides_give_vllm_the_same_arguments() -> None:
     """But for what vLLM keeps of its own times, and how many alternatives it may be asked for."""
     ours, theirs = (dict(CONTESTANTS[name].arguments) for name in ("harness-vllm", "lm-eval-vllm"))
     start = Start(ours["dtype"], options=ours["options"])
-    given = vllm_engine._arguments(Path("model"), start, vllm_options.NEWEST)
+    given = vllm_options.engine_arguments(Path("model"), start, vllm_options.NEWEST)
     for key in ("model", "disable_log_stats", "worker_extension_cls", "max_logprobs"):
         del given[key]
     assert theirs.pop("batch_size") == "auto"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from harness.cli import main
 from harness.demo import checkpoint_path
 from harness.engines.layers import Batch, Half, HiddenStates, TextModel, batches_of
-from harness.engines.torch_engine import load_model
+from harness.engines.loading import load_model
 from harness.errors import UserError
 from harness.formats.config import FORMATS, FP8_DYNAMIC, NVFP4, NVFP4A16, Format
 from harness.model.census import source_tensors

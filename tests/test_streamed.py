@@ -21,7 +21,7 @@ from torch import nn
 
 from harness.demo import checkpoint_path
 from harness.demo.synthesize import synthesize
-from harness.engines import torch_engine
+from harness.engines import heads
 from harness.engines.protocol import Chunk, Engine, Prompt, open_engine
 from harness.engines.streamed import Streamed, log_probs
 from harness.errors import UserError
@@ -187,7 +187,7 @@ def test_a_tied_head_is_the_embedding_table(tmp_path: Path) -> None:
 def test_rows_of_a_product_with_the_head_are_the_torch_engines_and_bound_a_chunk(
     tiny: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_engine, "LOGITS_BYTES", 7 * 4 * TINY_VOCABULARY)  # seven tokens at once
+    monkeypatch.setattr(heads, "LOGITS_BYTES", 7 * 4 * TINY_VOCABULARY)  # seven tokens at once
     windows = tiny_windows(30, 30, 30, 8, 2)
     chunks = list(log_probs(tiny, windows, 3, dtype="float32", device="cpu", scratch=tmp_path / "scratch"))
     assert max(len(chunk.log_probs[0]) for chunk in chunks) == 7

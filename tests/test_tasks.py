@@ -20,7 +20,7 @@ from datasets.arrow_writer import ArrowWriter  # type: ignore[import-untyped]
 
 from harness.cli import main
 from harness.demo import checkpoint_path, corpus
-from harness.engines import torch_engine
+from harness.engines import loading, torch_engine
 from harness.engines.protocol import Answer, Engine, EngineDied, Prompt, Start, open_engine
 from harness.engines.torch_engine import TorchEngine
 from harness.errors import UserError
@@ -508,7 +508,7 @@ def test_the_first_model_is_gone_before_the_second_is_loaded(
     monkeypatch.chdir(folder)
     alive: list[Any] = []
     counts = []
-    load_model = torch_engine.load_model
+    load_model = loading.load_model
 
     def counting(*arguments: Any) -> Any:
         gc.collect()

@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from harness.demo.synthesize import synthesize
-from harness.engines import decoding, torch_engine
+from harness.engines import decoding, heads, loading
 from harness.engines.protocol import Engine, open_engine
 from harness.errors import UserError
 from harness.formats import fp8, nvfp4
@@ -217,7 +217,7 @@ def test_bf16_scores_have_float32_logits(plain: Path) -> None:
 def test_cutting_the_logits_into_pieces_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = _windows(40, 40, 40)
     whole = np.concatenate(list(engine.score(windows, 3)))
-    monkeypatch.setattr(torch_engine, "LOGITS_BYTES", 7 * 4 * VOCABULARY)  # seven tokens at once
+    monkeypatch.setattr(heads, "LOGITS_BYTES", 7 * 4 * VOCABULARY)  # seven tokens at once
     np.testing.assert_allclose(np.concatenate(list(engine.score(windows, 3))), whole, atol=1e-5)
 
 
@@ -518,7 +518,7 @@ def test_cutting_the_logits_anywhere_gives_the_same_distributions(
 ) -> None:
     windows = _windows(70, 70, 70, 2, 2)
     whole = list(engine.log_probs(windows, 3))
-    monkeypatch.setattr(torch_engine, "LOGITS_BYTES", rows * 4 * VOCABULARY)
+    monkeypatch.setattr(heads, "LOGITS_BYTES", rows * 4 * VOCABULARY)
     for one, other in zip(engine.log_probs(windows, 3), whole, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -681,7 +681,7 @@ def _logits(model: Any, ids: list[list[int]]) -> Tensor:
 def test_a_quantized_mixture_of_experts_computes_what_compressed_tensors_decodes(moe: Any, moe_source: Path) -> None:
     recipe, artifact = moe
     ids = _windows(40, 40)
-    logits = _logits(torch_engine.load_model(artifact, "float32"), ids)
+    logits = _logits(loading.load_model(artifact, "float32"), ids)
     expected = _logits(_oracle(moe_source, artifact, recipe, torch.float32), ids)
     if any(form.input_activations for form in recipe.formats.values()):
         # Sums in another order differ in the last bit, and that bit may round an activation to the other side.
@@ -695,7 +695,7 @@ def test_a_quantized_mixture_of_experts_computes_what_compressed_tensors_decodes
 def test_a_quantized_mixture_of_experts_has_the_weights_of_the_oracle_in_bf16_too(moe: Any, moe_source: Path) -> None:
     recipe, artifact = moe
     oracle = _oracle(moe_source, artifact, recipe, torch.bfloat16)
-    model = torch_engine.load_model(artifact)
+    model = loading.load_model(artifact)
     assert _state(model) == _state(oracle)
 
 
@@ -709,7 +709,7 @@ def test_the_engine_scores_and_decodes_a_quantized_mixture_of_experts(moe: Any) 
     _, artifact = moe
     engine = open_engine("torch", artifact, dtype="float32", device="cpu")
     (ids,) = _windows(40)
-    table = torch.log_softmax(_logits(torch_engine.load_model(artifact, "float32"), [ids])[0], dim=-1)
+    table = torch.log_softmax(_logits(loading.load_model(artifact, "float32"), [ids])[0], dim=-1)
     expected = table[:-1].gather(1, torch.tensor(ids)[1:, None]).squeeze(1)
     np.testing.assert_allclose(next(engine.score([ids], 1)), expected, atol=1e-4)
     assert engine.decode([ids], 1).token_ids[0][0] == table[-1].argmax()
@@ -769,7 +769,7 @@ def test_our_own_decoding_of_a_dense_checkpoint_gives_the_logits_of_transformers
     for dtype in (torch.float32, torch.bfloat16):
         ours, report = decoding.load(AutoModelForImageTextToText, config, quantization, artifact, dtype)
         assert not report
-        theirs = torch_engine.load_model(artifact, str(dtype).removeprefix("torch."))
+        theirs = loading.load_model(artifact, str(dtype).removeprefix("torch."))
         assert theirs.model.language_model.layers[3].self_attn.q_proj.quantization_scheme is not None
         ours, theirs, source = (
             _logits(model, ids).log_softmax(-1) for model in (ours.eval(), theirs, _reference(dense_source, dtype))
@@ -859,9 +859,9 @@ def test_a_tied_head_needs_no_tensor_of_its_own_and_may_have_one(moe_source: Pat
     config |= {"tie_word_embeddings": True}
     config["text_config"] |= {"tie_word_embeddings": True}
     (artifact / "config.json").write_text(json.dumps(config))
-    with_head = _logits(torch_engine.load_model(artifact, "float32"), _windows(9))
+    with_head = _logits(loading.load_model(artifact, "float32"), _windows(9))
     _change(artifact, lambda tensors: tensors.pop("lm_head.weight"))
-    model = torch_engine.load_model(artifact, "float32")
+    model = loading.load_model(artifact, "float32")
     assert torch.equal(_logits(model, _windows(9)), with_head)
     embeddings = _tensors(moe_source)["model.language_model.embed_tokens.weight"]
     assert torch.equal(model.lm_head.weight, embeddings.float())
@@ -870,7 +870,7 @@ def test_a_tied_head_needs_no_tensor_of_its_own_and_may_have_one(moe_source: Pat
 PEAK_MEMORY = """
 import sys
 from pathlib import Path
-from harness.engines.torch_engine import load_model
+from harness.engines.loading import load_model
 
 def peak():
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]

@@ -27,7 +27,7 @@ from harness.sampling import GREEDY, Sampling
 # Name -> module and class. Imported only when opened, so that one that is not installed harms no other.
 ENGINES = {
     "torch": ("harness.engines.torch_engine", "TorchEngine"),
-    "streamed": ("harness.engines.streamed", "StreamedEngine"),
+    "streamed": ("harness.engines.streamed_engine", "StreamedEngine"),
     "vllm": ("harness.engines.vllm_engine", "VllmEngine"),
     "server": ("harness.engines.server_engine", "ServerEngine"),
 }

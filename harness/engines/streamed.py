@@ -24,14 +24,12 @@ and model, in the type that is computed in.
 
 import contextlib
 import copy
-import fcntl
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,43 +37,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from harness.engines.decoding import formats_of
+from harness.engines.describing import describe, weight_bytes
+from harness.engines.heads import batches_of_equals, rows_at_once, wide_head, wide_logits
 from harness.engines.layers import Batch, HiddenStates, embedding_rows
-from harness.engines.protocol import (
-    Answer,
-    Choice,
-    Chunk,
-    Decoded,
-    Engine,
-    EngineInfo,
-    Memory,
-    Prompt,
-    Scored,
-    Start,
-    Top,
-)
-from harness.engines.torch_engine import (
-    DTYPES,
-    batches_of_equals,
-    describe,
-    load_empty,
-    out_of_memory,
-    peak_memory,
-    prepare,
-    rows_at_once,
-    top_of,
-    weight_bytes,
-    wide_head,
-    wide_logits,
-)
+from harness.engines.loading import load_empty
+from harness.engines.process import DTYPES, out_of_memory, peak_memory, prepare_process
+from harness.engines.protocol import Chunk, EngineInfo, Memory
+from harness.engines.scratch import Scratch
 from harness.errors import UserError
-from harness.model.checkpoint import check_disk, write_file
 from harness.progress import Progress
 from harness.record.provenance import code_digest
 
 HIDDEN_BYTES = 4 * 10**9
 """Hidden states in memory, unless a caller says otherwise; the others are read from the disk."""
-
-_LOCK, _STATE, _HIDDEN = "streamed.lock", "streamed.json", "streamed-hidden-"
 
 
 def log_probs(
@@ -102,7 +76,7 @@ class Streamed:
     """
 
     def __init__(self, folders: Sequence[Path], *, dtype: str, device: str) -> None:
-        self._device = prepare(dtype, device)
+        self._device = prepare_process(dtype, device)
         self._models = [_Model(folder, dtype, device, self._device) for folder in folders]
         source, *variants = self._models
         for variant in variants:
@@ -159,7 +133,7 @@ class Streamed:
             "batch_size": batch_size,
             "code": code_digest(),
         }
-        return self._pass(batches, _Scratch(scratch, identity), hidden_bytes, progress or (lambda *_: None))
+        return self._pass(batches, Scratch(scratch, identity), hidden_bytes, progress or (lambda *_: None))
 
     def memory(self) -> Memory:
         """The peaks of this process since the models were opened."""
@@ -167,14 +141,14 @@ class Streamed:
 
     @torch.inference_mode()
     def _pass(
-        self, batches: Sequence[Batch], scratch: "_Scratch", hidden_bytes: int, progress: Progress
+        self, batches: Sequence[Batch], scratch: Scratch, hidden_bytes: int, progress: Progress
     ) -> Iterator[Chunk]:
         num, num_layers = len(self._models), self._models[0].num_layers
         # Of each model the states in front of its next layer are open, and of one those behind it too.
         memory = hidden_bytes // (num + 1)
 
         def states_of(number: int, boundary: int) -> HiddenStates:
-            model, path = self._models[number], scratch.folder / f"{_HIDDEN}{number}-{boundary % 2}"
+            model, path = self._models[number], scratch.states(f"{number}-{boundary % 2}")
             return HiddenStates(path, batches, model.width, model.dtype, self._device, memory)
 
         # One step: the states of one model at one boundary, first those of all models in front of layer 0.
@@ -385,131 +359,3 @@ def _distributions(hidden: Tensor, head: _Head) -> NDArray[np.float32]:
     logits = wide_logits(hidden, head.module, head.weight)
     found: NDArray[np.float32] = logits.sub_(logits.logsumexp(dim=1, keepdim=True)).cpu().numpy()
     return found
-
-
-class _Scratch:
-    """A folder for the hidden states of one pass, with how many of its steps are finished."""
-
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder, self._identity = folder, identity
-        self._lock: IO[bytes] | None = None
-
-    def open(self, num_bytes: int) -> int:
-        """The finished steps of the pass that this one continues, or 0 in a folder that `num_bytes` will fit into. The
-        folder is this process's alone until `close`; `UserError` where it is another one's."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / _LOCK).open("ab")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise UserError(f"{self.folder} is used by another run.", "Wait for its end, or stop it.") from None
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be written ({error.strerror}).", "Give a folder on another disk."
-            ) from error
-        try:
-            state = json.loads((self.folder / _STATE).read_bytes())
-            if state["identity"] == self._identity:
-                return int(state["finished"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # no pass was here, or it left nothing that can be continued
-        self._forget()
-        try:
-            check_disk(self.folder, num_bytes)
-        except BaseException:
-            self.close()
-            raise
-        return 0
-
-    def save(self, finished: int) -> None:
-        """Says that so many steps are finished; their hidden states are on the disk."""
-        state = {"identity": self._identity, "finished": finished}
-        write_file(self.folder / _STATE, json.dumps(state).encode())
-
-    def _forget(self) -> None:
-        """Removes what passes left here. The state goes first: without it nothing is continued."""
-        for path in (self.folder / _STATE, *self.folder.glob(f"{_HIDDEN}*")):
-            path.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Removes what passes left here, and the folder if nothing else is in it."""
-        self._forget()
-        (self.folder / _LOCK).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
-
-    def close(self) -> None:
-        """Lets go of the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-
-class StreamedEngine(Engine):
-    """One checkpoint that only scores, larger than memory if need be. Its hidden states lie in the system's folder for
-    temporary files (`TMPDIR` names another) and are gone after each call."""
-
-    def __init__(self, folder: Path, start: Start) -> None:
-        if start.options:
-            raise UserError(f"The streamed engine has no option '{next(iter(start.options))}'.", "Leave it out.")
-        self._streamed = Streamed([folder], dtype=start.dtype, device=start.device)
-
-    @property
-    def info(self) -> EngineInfo:
-        """What runs, and how."""
-        return self._streamed.infos[0]
-
-    def score(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float64]]:
-        """Log-probabilities, in nats, of tokens 1 … n - 1 of each window of n tokens, in order; the first after all
-        windows went through all layers."""
-        found: list[NDArray[np.float32]] = []
-        for chunk in self._chunks(windows, batch_size):
-            (table,), first = chunk.log_probs, chunk.first + 1
-            found.append(table[np.arange(len(table)), windows[chunk.window][first : first + len(table)]])
-            if chunk.first + len(table) == len(windows[chunk.window]) - 1:
-                yield np.concatenate(found).astype(np.float64)
-                found.clear()
-
-    def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
-        """Log-distributions [n - 1, vocabulary], in nats, after the first n - 1 tokens of each window, in order."""
-        table = np.empty((0, 0), np.float32)
-        for chunk in self._chunks(windows, batch_size):
-            if chunk.first == 0:
-                table = np.empty((len(windows[chunk.window]) - 1, self._streamed.vocabulary), np.float32)
-            (rows,) = chunk.log_probs
-            table[chunk.first : chunk.first + len(rows)] = rows
-            if chunk.first + len(rows) == len(table):
-                yield table
-
-    def top_log_probs(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[Top]:
-        """The most probable tokens at each place of each window, in order; of equal ones the lowest id first."""
-        for window, table in zip(windows, self.log_probs(windows, batch_size), strict=True):
-            yield top_of(window, table, num)
-
-    def _chunks(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Chunk]:
-        with tempfile.TemporaryDirectory(prefix="harness-streamed-", ignore_cleanup_errors=True) as scratch:
-            yield from self._streamed.log_probs(windows, batch_size, scratch=Path(scratch) / "states")
-
-    def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
-        """Not to be had: each new token would read the whole checkpoint."""
-        raise _only_scores()
-
-    def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
-        """Not to be had."""
-        raise _only_scores()
-
-    def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[int, Answer]]:
-        """Not to be had."""
-        raise _only_scores()
-
-    def memory(self) -> Memory:
-        """The peaks since this engine began to load."""
-        return self._streamed.memory()
-
-    def close(self) -> None:
-        """Nothing is in memory, or on the disk, but during a call."""
-
-
-def _only_scores() -> UserError:
-    return UserError("The streamed engine only scores texts.", "Use the torch or the vLLM engine.")

@@ -14,15 +14,10 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import queue
-import re
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,23 +39,15 @@ from harness.engines.protocol import (
     Start,
     Top,
 )
+from harness.engines.vllm_log import KERNEL_LINES, MEMORY_LINES, Log, first_line, kv_tokens, reason
 from harness.errors import UserError
 from harness.formats.config import parse
 
 T = TypeVar("T")
 
 _DTYPES = ("bfloat16", "float16", "float32", "auto")
-_SCORED_TOKENS = 2048
-"""Tokens in one forward pass while scoring: vLLM keeps the logits of all of them."""
-_LOG_LINES = 40
 _OVER: Any = object()
 """Ends a queue."""
-_LOGGING = "VLLM_LOGGING_CONFIG_PATH"
-_KERNEL_LINES = re.compile(
-    r"Using .* for NVFP4 GEMM|Using '.*' \w* ?MoE backend|Selected \S+ for \S+|Using \S+ GDN .* kernel"
-)
-_MEMORY_LINES = re.compile(r"Model loading took .*|Available KV cache memory: .*|\S+ KV cache size: .*")
-_ERROR_LINES = re.compile(r"error|exception|traceback|killed|out of memory|refus", re.IGNORECASE)
 
 
 class VllmEngine(Engine):
@@ -71,8 +58,8 @@ class VllmEngine(Engine):
             raise UserError(
                 f"The vLLM engine does not compute in '{start.dtype}'.", f"It does in {', '.join(_DTYPES)}."
             )
-        _check_heads(folder, start.options)
-        self._log = _Log()
+        vllm_options.check_heads(folder, start.options)
+        self._log = Log()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm")
         self._thread.start()
@@ -82,7 +69,7 @@ class VllmEngine(Engine):
             with self._log.capturing():
                 vllm = _import_vllm()
                 release = vllm_options.release_of(vllm.__version__)
-                self._arguments = _arguments(folder, start, release)
+                self._arguments = vllm_options.engine_arguments(folder, start, release)
                 self._engine = self._run(_started(self._arguments))
                 _check_dtype(self._engine.vllm_config)
                 self._info = self._described(vllm.__version__, folder, start, release)
@@ -93,7 +80,7 @@ class VllmEngine(Engine):
             lines = self._log.relevant()
             self.close()
             raise EngineDied(
-                f"vLLM does not start on {folder}: {_reason(error, lines)}.",
+                f"vLLM does not start on {folder}: {reason(error, lines)}.",
                 "Run `harness verify` on it, or change the engine's options.",
                 lines,
             ) from error
@@ -260,11 +247,11 @@ class VllmEngine(Engine):
             longest = max(len(ids) for ids, _ in requests)
             if "longer than the maximum model length" in str(error) or type(error).__name__ == "VLLMValidationError":
                 raise UserError(
-                    f"vLLM refuses a prompt of {longest:,} tokens: {_first_line(error)}.",
+                    f"vLLM refuses a prompt of {longest:,} tokens: {first_line(error)}.",
                     "Raise max_model_len, or use shorter windows.",
                 ) from error
             raise EngineDied(
-                f"vLLM's engine died over {len(requests)} × {longest:,} tokens: {_reason(error, lines)}.",
+                f"vLLM's engine died over {len(requests)} × {longest:,} tokens: {reason(error, lines)}.",
                 "Lower the batch size or max_num_batched_tokens; its last lines are in the record.",
                 lines,
             ) from error
@@ -308,7 +295,7 @@ class VllmEngine(Engine):
         on_cpu = config.device_config.device_type == "cpu"
         parallel = config.parallel_config
         lines = self._log.text()
-        kernels = {**layers, "log": " | ".join(dict.fromkeys(_KERNEL_LINES.findall(lines)))}
+        kernels = {**layers, "log": " | ".join(dict.fromkeys(KERNEL_LINES.findall(lines)))}
         return EngineInfo(
             name="vllm",
             version=f"vllm {version}, torch {torch.__version__}",
@@ -329,10 +316,10 @@ class VllmEngine(Engine):
                 "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
                 "prefix_caching": bool(config.cache_config.enable_prefix_caching),
                 "kv_cache_dtype": str(config.cache_config.cache_dtype),
-                "kv_cache_tokens": _kv_tokens(lines),
+                "kv_cache_tokens": kv_tokens(lines),
                 "cuda_graphs": not on_cpu and not config.model_config.enforce_eager,
                 "compiled": not config.model_config.enforce_eager,
-                "memory_lines": list(dict.fromkeys(_MEMORY_LINES.findall(lines))),
+                "memory_lines": list(dict.fromkeys(MEMORY_LINES.findall(lines))),
                 "weight_bytes_resident": sum(one["resident"] for one in weights),
                 "weight_bytes_per_token": sum(one["per_token"] for one in weights) // parallel.data_parallel_size,
             },
@@ -388,44 +375,10 @@ def _import_vllm() -> Any:
         import vllm
     except ImportError as error:
         raise UserError(
-            f"vLLM cannot be imported: {_first_line(error)}.",
+            f"vLLM cannot be imported: {first_line(error)}.",
             "Install it (`nox -s vllm` makes an environment for CPUs), or use the torch engine.",
         ) from error
     return vllm
-
-
-def _arguments(folder: Path, start: Start, release: vllm_options.Release) -> dict[str, Any]:
-    """The arguments of vLLM's `AsyncEngineArgs`: what was asked for, and what every measurement needs."""
-    found = {
-        "model": str(folder),
-        "dtype": start.dtype,
-        "seed": 0,
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,
-        "worker_extension_cls": "harness.engines.vllm_worker.HarnessWorker",
-        **vllm_options.arguments(start.options, release),
-    }
-    if start.purpose == "score":
-        found.setdefault("max_num_batched_tokens", _SCORED_TOKENS)
-        found["max_logprobs"] = -1
-        if release >= vllm_options.HEAD_DTYPE_SINCE:
-            found["hf_overrides"] = {"head_dtype": "float32"}
-    return found
-
-
-def _check_heads(folder: Path, options: Mapping[str, Any]) -> None:
-    """MTP needs its head: vLLM would speculate with uninitialised memory, or fail with a traceback."""
-    if not options.get("speculative_tokens"):
-        return
-    index = folder / "model.safetensors.index.json"
-    names: list[str] = []
-    if index.is_file():
-        names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if not any(name.startswith("mtp.") for name in names):
-        raise UserError(
-            f"{folder} has no MTP head, and speculative_tokens asks for one.",
-            "Keep the source's mtp.* tensors, or leave speculative_tokens at 0.",
-        )
 
 
 def _check_dtype(config: Any) -> None:
@@ -446,11 +399,6 @@ def _served_as(folder: Path, layers: Mapping[str, str]) -> str | None:
     return f"16-bit activations ({', '.join(weight_only)})" if asks and weight_only else None
 
 
-def _kv_tokens(log: str) -> int | None:
-    found = re.findall(r"KV cache size: ([\d,]+) tokens", log)
-    return int(found[-1].replace(",", "")) if found else None
-
-
 def _drafts() -> Drafts:
     """vLLM's counters of speculative decoding, from the start of this process."""
     from vllm.v1.metrics.reader import get_metrics_snapshot
@@ -467,80 +415,3 @@ def _batches(windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Sequ
     """`batch_size` of them at a time; of whatever lengths, since vLLM pads nothing."""
     for start in range(0, len(windows), batch_size):
         yield windows[start : start + batch_size]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].strip().rstrip(".")[:300]
-
-
-def _reason(error: BaseException, lines: Sequence[str]) -> str:
-    """The most telling line: the last error that vLLM's processes logged and that does not only point to another, else
-    what reached this one."""
-    found = [match.group(0) for line in lines if (match := re.search(r"(?:\w+\.)*\w*(?:Error|Exception): .+", line))]
-    telling = [line for line in found if not re.search("root cause|initialization failed|EngineDeadError", line)]
-    return (telling or [_first_line(error)])[-1].strip().rstrip(".")[:300]
-
-
-@dataclass
-class _Log:
-    """vLLM's log in a file of its own: its processes write there, and nothing of it reaches the terminal."""
-
-    def __post_init__(self) -> None:
-        handle, name = tempfile.mkstemp(prefix="harness-vllm-", suffix=".log")
-        self._handle = handle
-        self.path = Path(name)
-        handler = {"class": "logging.FileHandler", "filename": name, "mode": "a", "formatter": "plain"}
-        config = {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {"plain": {"format": "%(levelname)s %(message)s"}},
-            "handlers": {"file": handler},
-            "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
-        }
-        self._config = self.path.with_suffix(".json")
-        self._config.write_text(json.dumps(config), encoding="utf-8")
-        self._environment = os.environ.get(_LOGGING)
-        os.environ[_LOGGING] = str(self._config)  # read by every process as it imports vLLM
-        if "vllm" in sys.modules:  # this process has done so already
-            import logging.config
-
-            logging.config.dictConfig(config)
-
-    @contextlib.contextmanager
-    def capturing(self) -> Iterator[None]:
-        """Everything that is written to stdout and stderr meanwhile goes to the file, and from the processes that are
-        started meanwhile for all of their lives."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        saved = [(number, os.dup(number)) for number in (1, 2)]
-        try:
-            for number, _ in saved:
-                os.dup2(self._handle, number)
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, copy in saved:
-                os.dup2(copy, number)
-                os.close(copy)
-
-    def text(self) -> str:
-        return self.path.read_text(encoding="utf-8", errors="replace")
-
-    def relevant(self) -> tuple[str, ...]:
-        """The last lines that speak of an error; the last lines at all where none does."""
-        lines = [line.strip() for line in self.text().splitlines() if line.strip()]
-        return tuple([line for line in lines if _ERROR_LINES.search(line)][-_LOG_LINES:] or lines[-_LOG_LINES:])
-
-    def close(self) -> None:
-        """Removes the files, and what told other programs of them."""
-        if os.environ.get(_LOGGING) == str(self._config):
-            if self._environment is None:
-                del os.environ[_LOGGING]
-            else:
-                os.environ[_LOGGING] = self._environment
-        with contextlib.suppress(OSError):
-            os.close(self._handle)
-        self.path.unlink(missing_ok=True)
-        self._config.unlink(missing_ok=True)

@@ -3,11 +3,14 @@
 One table. An option that a release has no argument for is refused by name: dropping it would measure something else.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from harness.engines.protocol import Start
 from harness.errors import UserError
 
 Release = tuple[int, int]
@@ -45,6 +48,9 @@ ARGUMENTS: dict[str, tuple[Argument, ...]] = {
     "emulate": (Argument("linear_backend", since=(0, 22)), Argument("moe_backend", since=(0, 22))),
 }
 """Option of a suite's [engine.vllm] -> the arguments that it becomes, all of them."""
+
+_SCORED_TOKENS = 2048
+"""Tokens in one forward pass while scoring: vLLM keeps the logits of all of them."""
 
 HEAD_DTYPE_SINCE: Release = (0, 26)
 """From here `hf_overrides={"head_dtype": "float32"}` computes logits in float32; before, they step by 1/8 near 20."""
@@ -121,3 +127,37 @@ def warnings(options: Mapping[str, Any], release: Release, environment: Mapping[
 def is_weight_only(kernel: str) -> bool:
     """Whether a kernel of this name multiplies 16-bit activations."""
     return any(part in kernel.lower() for part in WEIGHT_ONLY_KERNELS)
+
+
+def engine_arguments(folder: Path, start: Start, release: Release) -> dict[str, Any]:
+    """The arguments of vLLM's `AsyncEngineArgs`: what was asked for, and what every measurement needs."""
+    found = {
+        "model": str(folder),
+        "dtype": start.dtype,
+        "seed": 0,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "worker_extension_cls": "harness.engines.vllm_worker.HarnessWorker",
+        **arguments(start.options, release),
+    }
+    if start.purpose == "score":
+        found.setdefault("max_num_batched_tokens", _SCORED_TOKENS)
+        found["max_logprobs"] = -1
+        if release >= HEAD_DTYPE_SINCE:
+            found["hf_overrides"] = {"head_dtype": "float32"}
+    return found
+
+
+def check_heads(folder: Path, options: Mapping[str, Any]) -> None:
+    """MTP needs its head: vLLM would speculate with uninitialised memory, or fail with a traceback."""
+    if not options.get("speculative_tokens"):
+        return
+    index = folder / "model.safetensors.index.json"
+    names: list[str] = []
+    if index.is_file():
+        names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not any(name.startswith("mtp.") for name in names):
+        raise UserError(
+            f"{folder} has no MTP head, and speculative_tokens asks for one.",
+            "Keep the source's mtp.* tensors, or leave speculative_tokens at 0.",
+        )

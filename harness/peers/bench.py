@@ -39,8 +39,8 @@ from harness.peers.agreement import compare
 from harness.peers.contest import Contestant, Ours, Theirs
 from harness.peers.stopwatch import timed
 from harness.progress import Progress, named
-from harness.quantize import build as builder
 from harness.quantize import samples
+from harness.quantize.artifact import VERSION as BUILDER_VERSION
 from harness.record import provenance, store
 from harness.record.schema import Run
 from harness.record.store import Record, RunWriter
@@ -446,7 +446,7 @@ def _made(bench: Bench, contestant: Contestant, source: Path, out: Path, data: D
         "contestant": {"side": type(contestant).__name__, **asdict(contestant)},
         "source_digest": source_digest,
         "calibration_digest": data.digest if contestant.needs_data else None,
-        "versions": [harness.__version__, builder.VERSION] if isinstance(contestant, Ours) else bench.their_packages,
+        "versions": [harness.__version__, BUILDER_VERSION] if isinstance(contestant, Ours) else bench.their_packages,
     }
     stamp = out.with_name(f"{out.name}.{_MADE}")
     if out.is_dir() and stamp.exists():

@@ -17,7 +17,6 @@ finished folder takes its name first, and `config.json` appears in it last, in o
 
 import fcntl
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,21 +27,17 @@ from typing import Any
 
 import psutil
 import torch
-from blake3 import blake3
 
 from harness import __version__
 from harness.errors import UserError
 from harness.formats.config import Format, quantization_config
-from harness.model.census import RoleCount, SourceTensor, output_bytes, source_tensors
+from harness.model.census import SourceTensor, output_bytes, source_tensors
 from harness.model.checkpoint import (
     INDEX,
-    PIECE_BYTES,
     TORCH_DTYPE,
     Checkpoint,
-    NewTensor,
     ShardWriter,
     check_disk,
-    header_bytes,
     index_json,
     new_shard,
     open_checkpoint,
@@ -53,44 +48,25 @@ from harness.model.checkpoint import (
 from harness.model.qwen35 import parse_config
 from harness.progress import Progress
 from harness.quantize import layerwise
+from harness.quantize.artifact import (
+    CALIBRATION,
+    LOCK,
+    MANIFEST,
+    NEW_CONFIG,
+    PROGRESS,
+    Artifact,
+    commit_folder,
+    copied_files,
+    difference_of_builds,
+    digest_of_existing,
+    identity_of,
+    json_bytes,
+    new_tensors,
+)
 from harness.quantize.encode import WEIGHT_DTYPES, BadWeightError, Encoder, finite_amax, fused_groups, workers
 from harness.quantize.layerwise import Calibration
 from harness.quantize.plan import Plan, check_memory, plan, quantized
 from harness.quantize.recipes import Recipe
-
-VERSION = 4
-"""Bumped when the same source and recipe give other bytes."""
-
-MANIFEST = "harness-build.json"
-"""The file in an artifact that says what it was built from; a folder with it is ours."""
-
-CALIBRATION = "harness-calibration.json"
-"""The file in an artifact that says what it was calibrated on, and what every layer made of that."""
-
-_PROGRESS = "progress.json"
-_LOCK = "lock"
-_NEW_CONFIG = "config.json.new"
-
-_NOT_COPIED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".py", ".partial")
-_NOT_COPIED_NAMES = ("config.json", INDEX, "README.md", MANIFEST, CALIBRATION)
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A finished variant. `reused` tells whether this call found it or built it; the other fields after it are
-    what a build measured and empty for a reused one."""
-
-    folder: Path
-    digest: str
-    reused: bool
-    counts: tuple[RoleCount, ...]
-    stage_seconds: tuple[tuple[str, float], ...] = ()
-    layers: tuple[Mapping[str, Any], ...] = ()
-    """What calibration reported of every layer: see calibrate.LayerReport."""
-    num_calibration_tokens: int = 0
-    planned_memory_bytes: int | None = None
-    """What the calibration was expected to hold at most."""
-    peak_vram_bytes: int | None = None
 
 
 @dataclass
@@ -104,8 +80,8 @@ class _Unfinished:
 
     def save(self) -> None:
         write_file(
-            self.folder / _PROGRESS,
-            _json({"identity": self.identity, "layers": self.layers, "shards": self.shards}),
+            self.folder / PROGRESS,
+            json_bytes({"identity": self.identity, "layers": self.layers, "shards": self.shards}),
         )
 
 
@@ -150,8 +126,8 @@ def build(
     what = plan(config, tensors, recipe)
     formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
     _check_sources(checkpoint, formats)
-    identity = _identity(checkpoint, recipe, calibration)
-    if (found := _existing(out, identity, recipe)) is not None:
+    identity = identity_of(checkpoint, recipe, calibration)
+    if (found := digest_of_existing(out, identity, recipe)) is not None:
         return Artifact(named, found, reused=True, counts=what.counts)
     memory = None if calibration is None else layerwise.memory(calibration, config, recipe)
     if memory is not None:
@@ -182,7 +158,7 @@ def build(
         digest = _finish(checkpoint, recipe, state, tensors, formats, calibration)
         seconds["write"] = time.perf_counter() - started
     unfinished.replace(out)
-    _commit(out)
+    commit_folder(out)
     return Artifact(
         named,
         digest,
@@ -215,129 +191,26 @@ def _check_sources(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> Non
             )
 
 
-def _identity(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
-    """What decides an artifact's bytes."""
-    return {
-        "builder": VERSION,
-        "recipe": recipe.name,
-        "formats": {role: form.name for role, form in recipe.formats.items()},
-        "method": vars(recipe.method),
-        "calibration": None if calibration is None else calibration.identity(),
-        "source_fingerprint": checkpoint.fingerprint(),
-        "copied": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _copied(checkpoint.folder)},
-    }
-
-
-def _existing(out: Path, identity: dict[str, Any], recipe: Recipe) -> str | None:
-    """The digest of the artifact in `out` if it is the one to be built; None if there is nothing in the way."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / MANIFEST).is_file():
-        raise UserError(f"{out} exists and was not made by this harness.", "Give another --out, or move it away.")
-    manifest = read_json(out / MANIFEST)
-    found, files = manifest.get("identity"), manifest.get("files")
-    if not isinstance(found, dict) or not isinstance(files, dict):
-        raise UserError(f"{out / MANIFEST} is no manifest of a build.", "Give another --out, or move the folder away.")
-    if found != identity:
-        raise UserError(
-            f"{out} holds an artifact of {_difference(found, identity)}.", "Remove it, or give another --out."
-        )
-    if (out / _NEW_CONFIG).exists():
-        _commit(out)
-    for name, written in files.items():
-        path = out / name
-        if not path.is_file() or path.stat().st_size != written["bytes"]:
-            raise UserError(f"{path} is not as its build wrote it.", "Remove the folder to build it again.")
-    return str(manifest["digest"])
-
-
-def altered(folder: Path, source: Path, recipe: Recipe, progress: Progress) -> list[str]:
-    """The files of the artifact in `folder` that are not, byte for byte, what its build of `recipe` from `source` wrote
-    down in its manifest; one that is missing is among them. Every file is read whole."""
-    checkpoint = open_checkpoint(source)
-    tensors = source_tensors((e.name, e.shape, e.num_bytes) for e in checkpoint.tensors.values())
-    formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
-    manifest = read_json(folder / MANIFEST)
-    files = manifest["files"]
-    digests = {name: written["digest"] for name, written in files.items()}
-    found = [] if manifest["digest"] == hashlib.sha256(_json(digests)).hexdigest() else [MANIFEST]
-    for done, (name, written) in enumerate(files.items(), 1):
-        path = folder / name
-        new = [
-            new
-            for tensor in tensors
-            if checkpoint.tensors[tensor.name].shard == name
-            for new in _new_tensors(checkpoint, tensor, formats.get(tensor.name))
-        ]
-        is_whole = path.is_file() and path.stat().st_size == written["bytes"]
-        if not is_whole or written["digest"] != _file_digest(path, new):
-            found.append(name)
-        progress(done, len(files), "check files")
-    return found
-
-
-def _file_digest(path: Path, tensors: Sequence[NewTensor]) -> str:
-    """The digest of a file as a build notes it: of a shard, which has tensors, that of what `ShardWriter.close` says of
-    its bytes."""
-    if not tensors:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    head, offsets = header_bytes(tensors)
-    with path.open("rb") as file:
-        digests = {"": blake3(file.read(len(head))).hexdigest()}
-        for tensor in tensors:
-            file.seek(offsets[tensor.name])
-            digest, left = blake3(), tensor.num_bytes
-            while left and (piece := file.read(min(left, PIECE_BYTES))):
-                digest.update(piece)
-                left -= len(piece)
-            digests[tensor.name] = digest.hexdigest()
-    return hashlib.sha256(_json(digests)).hexdigest()
-
-
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What tells two identities apart, in words."""
-    if found.get("recipe") != wanted["recipe"]:
-        return f"recipe '{found.get('recipe')}', not of '{wanted['recipe']}' from this source"
-    if found.get("method") != wanted["method"]:
-        method = found.get("method") or {}
-        words = f"recipe '{wanted['recipe']}' with scales '{method.get('scales')}' and codes '{method.get('codes')}'"
-        named = all(method.get(name) == wanted["method"][name] for name in ("scales", "codes"))
-        return f"{words}, which this version of the harness does with other settings" if named else words
-    if found.get("calibration") != wanted["calibration"]:
-        return f"recipe '{wanted['recipe']}' on another calibration set"
-    return f"another source or builder version, not of '{wanted['recipe']}' from this source"
-
-
-def _commit(out: Path) -> None:
-    """Makes the finished folder `out` a checkpoint; done again after a kill in the middle of it."""
-    sync_folder(out.parent)
-    for leftover in (_PROGRESS, _LOCK):
-        (out / leftover).unlink(missing_ok=True)
-    layerwise.remove_scratch(out)
-    (out / _NEW_CONFIG).replace(out / "config.json")
-    sync_folder(out)
-
-
 @contextmanager
 def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[_Unfinished]:
     """Makes or continues `folder`, and yields what is finished in it."""
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if not found <= {_LOCK, f"{_PROGRESS}.partial"} and _PROGRESS not in found:
+    if not found <= {LOCK, f"{PROGRESS}.partial"} and PROGRESS not in found:
         raise UserError(f"{folder} exists and is no unfinished build.", "Move it away, or give another --out.")
-    if _PROGRESS in found and (saved := read_json(folder / _PROGRESS)).get("identity") != identity:
+    if PROGRESS in found and (saved := read_json(folder / PROGRESS)).get("identity") != identity:
         raise UserError(
-            f"{folder} holds an unfinished build of {_difference(saved.get('identity') or {}, identity)}.",
+            f"{folder} holds an unfinished build of {difference_of_builds(saved.get('identity') or {}, identity)}.",
             "Remove it, or give another --out.",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
+    with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"Another build is writing {folder}.", "Wait for it, or give another --out.") from None
         state = _Unfinished(folder, identity)
-        if (folder / _PROGRESS).exists():
-            saved = read_json(folder / _PROGRESS)
+        if (folder / PROGRESS).exists():
+            saved = read_json(folder / PROGRESS)
             state.layers = list(saved["layers"])
             state.shards = {name: digest for name, digest in saved["shards"].items() if (folder / name).is_file()}
         else:
@@ -367,7 +240,7 @@ def _write_shards(
             if shard in state.shards:
                 meter.advance(sum(tensor.num_bytes for tensor in members))
                 continue
-            new = [new for tensor in members for new in _new_tensors(checkpoint, tensor, formats.get(tensor.name))]
+            new = [new for tensor in members for new in new_tensors(checkpoint, tensor, formats.get(tensor.name))]
             with new_shard(state.folder / shard, new) as writer:
                 for tensor in members:
                     if tensor.name not in formats:
@@ -378,7 +251,7 @@ def _write_shards(
                     else:
                         _encode(encoder, tensor, writer, meter)
                 digests = writer.close()
-            state.shards[shard] = hashlib.sha256(_json(digests)).hexdigest()
+            state.shards[shard] = hashlib.sha256(json_bytes(digests)).hexdigest()
             state.save()
 
 
@@ -408,15 +281,6 @@ def _encode(encoder: Encoder, tensor: SourceTensor, writer: ShardWriter, meter: 
         writer.write(f"{linear.module}.weight_global_scale", encoder.global_scale(linear))
 
 
-def _new_tensors(checkpoint: Checkpoint, tensor: SourceTensor, form: Format | None) -> Iterator[NewTensor]:
-    if form is None:
-        yield NewTensor(tensor.name, checkpoint.tensors[tensor.name].dtype, tensor.shape)
-        return
-    for linear in tensor.linears:
-        for stored in form.stored(linear.out_features, linear.in_features):
-            yield NewTensor(f"{linear.module}.{stored.suffix}", stored.dtype, stored.shape)
-
-
 def _finish(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -433,22 +297,22 @@ def _finish(
         write_file(folder / (written_as or name), data)
         digests[name] = hashlib.sha256(data).hexdigest()
 
-    for path in _copied(checkpoint.folder):
+    for path in copied_files(checkpoint.folder):
         put(path.name, path.read_bytes())
     if (checkpoint.folder / INDEX).exists():
         weight_map = {
             new.name: checkpoint.tensors[tensor.name].shard
             for tensor in tensors
-            for new in _new_tensors(checkpoint, tensor, formats.get(tensor.name))
+            for new in new_tensors(checkpoint, tensor, formats.get(tensor.name))
         }
         put(INDEX, index_json(weight_map, sum(output_bytes(tensor, formats.get(tensor.name)) for tensor in tensors)))
     if calibration is not None:
         layers = [{key: value for key, value in layer.items() if key != "seconds"} for layer in state.layers]
-        put(CALIBRATION, _json({"calibration": calibration.samples.manifest, "layers": layers}))
+        put(CALIBRATION, json_bytes({"calibration": calibration.samples.manifest, "layers": layers}))
     quantization = quantization_config(recipe.targets(), recipe.ignored())
-    put("config.json", _json({**checkpoint.config, "quantization_config": quantization}), _NEW_CONFIG)
-    digest = hashlib.sha256(_json(digests)).hexdigest()
-    sizes = {name: (folder / (_NEW_CONFIG if name == "config.json" else name)).stat().st_size for name in digests}
+    put("config.json", json_bytes({**checkpoint.config, "quantization_config": quantization}), NEW_CONFIG)
+    digest = hashlib.sha256(json_bytes(digests)).hexdigest()
+    sizes = {name: (folder / (NEW_CONFIG if name == "config.json" else name)).stat().st_size for name in digests}
     manifest = {
         "schema": 1,
         "harness": __version__,
@@ -456,19 +320,6 @@ def _finish(
         "digest": digest,
         "files": {name: {"bytes": sizes[name], "digest": one} for name, one in digests.items()},
     }
-    write_file(folder / MANIFEST, _json(manifest))
+    write_file(folder / MANIFEST, json_bytes(manifest))
     sync_folder(folder)
     return digest
-
-
-def _copied(folder: Path) -> list[Path]:
-    """The files of a source that go into the artifact unread: tokenizer, template, processor, licence, ..."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and _is_copied(path.name))
-
-
-def _is_copied(name: str) -> bool:
-    return not (name.startswith(".") or name in _NOT_COPIED_NAMES or name.endswith(_NOT_COPIED_SUFFIXES))
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -258,7 +258,7 @@ def test_what_ran_is_what_the_variant_needs(seen: tuple[Seen, Seen]) -> None:
 
 def language_model(found: Seen) -> torch.nn.Module:
     """The source's text model, to count its parameters."""
-    from harness.engines.torch_engine import load_model
+    from harness.engines.loading import load_model
 
     suite = "demo-moe" if "Moe" in found.info.effective["model_class"] else "demo"
     model: torch.nn.Module = load_model(folder_of(suite, SOURCE)).get_decoder()

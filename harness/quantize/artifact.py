@@ -1,0 +1,190 @@
+"""The folder of a finished variant: which build it came from, and whether its files are as that build wrote them."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from harness.errors import UserError
+from harness.formats.config import Format
+from harness.model.census import RoleCount, SourceTensor, source_tensors
+from harness.model.checkpoint import (
+    INDEX,
+    PIECE_BYTES,
+    Checkpoint,
+    NewTensor,
+    header_bytes,
+    open_checkpoint,
+    read_json,
+    sync_folder,
+)
+from harness.progress import Progress
+from harness.quantize import layerwise
+from harness.quantize.layerwise import Calibration
+from harness.quantize.plan import quantized
+from harness.quantize.recipes import Recipe
+
+VERSION = 4
+"""Bumped when the same source and recipe give other bytes."""
+
+MANIFEST = "harness-build.json"
+"""The file in an artifact that says what it was built from; a folder with it is ours."""
+
+CALIBRATION = "harness-calibration.json"
+"""The file in an artifact that says what it was calibrated on, and what every layer made of that."""
+
+PROGRESS = "progress.json"
+LOCK = "lock"
+NEW_CONFIG = "config.json.new"
+
+_NOT_COPIED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".py", ".partial")
+_NOT_COPIED_NAMES = ("config.json", INDEX, "README.md", MANIFEST, CALIBRATION)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished variant. `reused` tells whether this call found it or built it; the other fields after it are
+    what a build measured and empty for a reused one."""
+
+    folder: Path
+    digest: str
+    reused: bool
+    counts: tuple[RoleCount, ...]
+    stage_seconds: tuple[tuple[str, float], ...] = ()
+    layers: tuple[Mapping[str, Any], ...] = ()
+    """What calibration reported of every layer: see calibrate.LayerReport."""
+    num_calibration_tokens: int = 0
+    planned_memory_bytes: int | None = None
+    """What the calibration was expected to hold at most."""
+    peak_vram_bytes: int | None = None
+
+
+def identity_of(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
+    """What decides an artifact's bytes."""
+    return {
+        "builder": VERSION,
+        "recipe": recipe.name,
+        "formats": {role: form.name for role, form in recipe.formats.items()},
+        "method": vars(recipe.method),
+        "calibration": None if calibration is None else calibration.identity(),
+        "source_fingerprint": checkpoint.fingerprint(),
+        "copied": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in copied_files(checkpoint.folder)
+        },
+    }
+
+
+def digest_of_existing(out: Path, identity: dict[str, Any], recipe: Recipe) -> str | None:
+    """The digest of the artifact in `out` if it is the one to be built; None if there is nothing in the way."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / MANIFEST).is_file():
+        raise UserError(f"{out} exists and was not made by this harness.", "Give another --out, or move it away.")
+    manifest = read_json(out / MANIFEST)
+    found, files = manifest.get("identity"), manifest.get("files")
+    if not isinstance(found, dict) or not isinstance(files, dict):
+        raise UserError(f"{out / MANIFEST} is no manifest of a build.", "Give another --out, or move the folder away.")
+    if found != identity:
+        raise UserError(
+            f"{out} holds an artifact of {difference_of_builds(found, identity)}.", "Remove it, or give another --out."
+        )
+    if (out / NEW_CONFIG).exists():
+        commit_folder(out)
+    for name, written in files.items():
+        path = out / name
+        if not path.is_file() or path.stat().st_size != written["bytes"]:
+            raise UserError(f"{path} is not as its build wrote it.", "Remove the folder to build it again.")
+    return str(manifest["digest"])
+
+
+def commit_folder(out: Path) -> None:
+    """Makes the finished folder `out` a checkpoint; done again after a kill in the middle of it."""
+    sync_folder(out.parent)
+    for leftover in (PROGRESS, LOCK):
+        (out / leftover).unlink(missing_ok=True)
+    layerwise.remove_scratch(out)
+    (out / NEW_CONFIG).replace(out / "config.json")
+    sync_folder(out)
+
+
+def altered(folder: Path, source: Path, recipe: Recipe, progress: Progress) -> list[str]:
+    """The files of the artifact in `folder` that are not, byte for byte, what its build of `recipe` from `source` wrote
+    down in its manifest; one that is missing is among them. Every file is read whole."""
+    checkpoint = open_checkpoint(source)
+    tensors = source_tensors((e.name, e.shape, e.num_bytes) for e in checkpoint.tensors.values())
+    formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
+    manifest = read_json(folder / MANIFEST)
+    files = manifest["files"]
+    digests = {name: written["digest"] for name, written in files.items()}
+    found = [] if manifest["digest"] == hashlib.sha256(json_bytes(digests)).hexdigest() else [MANIFEST]
+    for done, (name, written) in enumerate(files.items(), 1):
+        path = folder / name
+        new = [
+            new
+            for tensor in tensors
+            if checkpoint.tensors[tensor.name].shard == name
+            for new in new_tensors(checkpoint, tensor, formats.get(tensor.name))
+        ]
+        is_whole = path.is_file() and path.stat().st_size == written["bytes"]
+        if not is_whole or written["digest"] != _file_digest(path, new):
+            found.append(name)
+        progress(done, len(files), "check files")
+    return found
+
+
+def _file_digest(path: Path, tensors: Sequence[NewTensor]) -> str:
+    """The digest of a file as a build notes it: of a shard, which has tensors, that of what `ShardWriter.close` says of
+    its bytes."""
+    if not tensors:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    head, offsets = header_bytes(tensors)
+    with path.open("rb") as file:
+        digests = {"": blake3(file.read(len(head))).hexdigest()}
+        for tensor in tensors:
+            file.seek(offsets[tensor.name])
+            digest, left = blake3(), tensor.num_bytes
+            while left and (piece := file.read(min(left, PIECE_BYTES))):
+                digest.update(piece)
+                left -= len(piece)
+            digests[tensor.name] = digest.hexdigest()
+    return hashlib.sha256(json_bytes(digests)).hexdigest()
+
+
+def difference_of_builds(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What tells two identities apart, in words."""
+    if found.get("recipe") != wanted["recipe"]:
+        return f"recipe '{found.get('recipe')}', not of '{wanted['recipe']}' from this source"
+    if found.get("method") != wanted["method"]:
+        method = found.get("method") or {}
+        words = f"recipe '{wanted['recipe']}' with scales '{method.get('scales')}' and codes '{method.get('codes')}'"
+        named = all(method.get(name) == wanted["method"][name] for name in ("scales", "codes"))
+        return f"{words}, which this version of the harness does with other settings" if named else words
+    if found.get("calibration") != wanted["calibration"]:
+        return f"recipe '{wanted['recipe']}' on another calibration set"
+    return f"another source or builder version, not of '{wanted['recipe']}' from this source"
+
+
+def new_tensors(checkpoint: Checkpoint, tensor: SourceTensor, form: Format | None) -> Iterator[NewTensor]:
+    if form is None:
+        yield NewTensor(tensor.name, checkpoint.tensors[tensor.name].dtype, tensor.shape)
+        return
+    for linear in tensor.linears:
+        for stored in form.stored(linear.out_features, linear.in_features):
+            yield NewTensor(f"{linear.module}.{stored.suffix}", stored.dtype, stored.shape)
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """The files of a source that go into the artifact unread: tokenizer, template, processor, licence, ..."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and _iscopied(path.name))
+
+
+def _iscopied(name: str) -> bool:
+    return not (name.startswith(".") or name in _NOT_COPIED_NAMES or name.endswith(_NOT_COPIED_SUFFIXES))
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
