@@ -19,6 +19,7 @@ import hashlib
 import os
 import shutil
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -197,7 +198,7 @@ def vllm(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def peers(session: nox.Session) -> None:
     """llm-compressor, lm-eval and the harness on the same inputs: time, memory, divergence, accuracy
-    (`python -m harness.peers -h`). An environment is made if a part that needs it is named; without a name those of all
+    (`python -m studies.peers -h`). An environment is made if a part that needs it is named; without a name those of all
     parts but speed-tasks-vllm are."""
     ours = shared_python(session)
     parts = {word for word in session.posargs if word in PEERS_PARTS} or {*PEERS_QUANTIZING, "speed-tasks"}
@@ -211,16 +212,16 @@ def peers(session: nox.Session) -> None:
         pythons["--vllm-python"] = vllm_python(session)
     # From the root: a record keeps its command, and a place of this machine has no business there.
     arguments = [word for option, one in pythons.items() for word in (option, str(Path(one).relative_to(ROOT)))]
-    session.run(ours, "-m", "harness.peers", *arguments, *session.posargs, env=OFFLINE, external=True)
+    session.run(ours, "-m", "studies.peers", *arguments, *session.posargs, env=OFFLINE, external=True)
 
 
 @nox.session(venv_backend="none", default=False)
 def simulate(session: nox.Session) -> None:
-    """How often the statistics are right, on data with a known truth (`python -m harness.simulation -h`)."""
+    """How often the statistics are right, on data with a known truth (`python -m studies.simulation -h`)."""
     python = shared_python(session)
     # Its products are of matrices and one column: more threads would only wait for each other.
     session.run(
-        *(python, "-m", "harness.simulation", *session.posargs), env={**OFFLINE, "OMP_NUM_THREADS": "1"}, external=True
+        *(python, "-m", "studies.simulation", *session.posargs), env={**OFFLINE, "OMP_NUM_THREADS": "1"}, external=True
     )
 
 
@@ -235,6 +236,10 @@ def wheel(session: nox.Session) -> None:
         made.mkdir()
     session.run("python", "-m", "build", "--wheel", "--outdir", str(dist), str(ROOT), silent=True)
     (built,) = dist.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        folders = {name.partition("/")[0] for name in archive.namelist()}
+    if strangers := {name for name in folders if name != "harness" and not name.endswith(".dist-info")}:
+        session.error(f"The wheel holds more than the package: {', '.join(sorted(strangers))}.")
     session.install("--constraint", str(CONSTRAINTS), str(built))
     # A rebuilt wheel of the same version would not replace the one that is installed.
     session.install("--force-reinstall", "--no-deps", str(built))

@@ -16,7 +16,7 @@ FLOORS = {
     2: ("model", "record", "suite"),
     3: ("engines", "serve"),
     4: ("arguments", "measure", "quantize", "audit", "report", "demo"),
-    5: ("cli", "stages", "evaluation", "fidelity", "perplexity", "publish", "peers", "simulation", "__main__"),
+    5: ("cli", "stages", "evaluation", "fidelity", "perplexity", "publish", "__main__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ON_ONE_FLOOR = {
@@ -31,17 +31,14 @@ ON_ONE_FLOOR = {
 under `__main__`."""
 
 ONLY_IN = {
-    "lm_eval": (*(f"harness/measure/{name}.py" for name in ("tasks", "lm", "wikitext")), "harness/peers/evaluator.py"),
+    "lm_eval": tuple(f"harness/measure/{name}.py" for name in ("tasks", "lm", "wikitext")),
     "vllm": ("harness/engines/vllm_*.py",),
-    "llmcompressor": ("harness/peers/compressor.py",),
+    "llmcompressor": (),
 }
 REPORT_SEES = {"suite", "record", "errors", "sampling", "serve", "harness"}
 MAY_PRINT = {
     "harness/cli.py": None,
     "harness/__main__.py": None,
-    "harness/peers/__main__.py": None,
-    "harness/simulation/__main__.py": None,
-    "harness/demo/train.py": "main",
     "harness/engines/vllm_log.py": "capturing",  # it turns both streams aside, and flushes them for that
 }
 """By file, the function that may print and exit; None for the whole file."""
@@ -169,11 +166,6 @@ def test_heavy_packages_are_imported_in_their_one_place(package: str, places: tu
         path_of(found.by).relative_to(ROOT.parent) for found in IMPORTS if found.module.split(".")[0] == package
     }
     assert [path for path in importers if not any(path.match(place) for place in places)] == []
-
-
-def test_the_side_that_runs_elsewhere_imports_nothing_of_the_harness() -> None:
-    assert [found for found in OURS if found.by == "harness.peers.compressor"] == []
-    assert [found for found in OURS if found.by == "harness.peers.stopwatch"] == []
 
 
 def output_and_exits(tree: ast.AST, allowed: str | None) -> Iterator[str]:

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
-from harness.demo import checkpoint_path, corpus, network
+from harness.demo import checkpoint_path, corpus
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint
 from harness.model.qwen35 import expected_tensors, parse_config
+from studies.demo_model import network
 
 DENSE = checkpoint_path("dense")
 MODELS = ("dense", "moe")

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from harness.demo import checkpoint_path, network, tokenizer
+from harness.demo import checkpoint_path
 from harness.engines.loading import load_model
 from harness.quantize.build import build
 from harness.quantize.recipes import RECIPES
+from studies.demo_model import network, tokenizer
 
 DENSE = checkpoint_path("dense")
 GRID = (1, 4, 6)

@@ -23,13 +23,13 @@ from harness.cli import main as main_harness
 from harness.demo import checkpoint_path
 from harness.errors import UserError
 from harness.measure import perplexity
-from harness.peers import bench, contest, page, tables
-from harness.peers.__main__ import main
-from harness.peers.agreement import compare
-from harness.peers.contest import COPY, QUALITY, Contestant, Group, Ours, Race, Theirs
-from harness.peers.stopwatch import timed
 from harness.quantize.recipes import recipe_named
 from harness.record.store import Record
+from studies.peers import bench, contest, page, tables
+from studies.peers.__main__ import main
+from studies.peers.agreement import compare
+from studies.peers.contest import COPY, QUALITY, Contestant, Group, Ours, Race, Theirs
+from studies.peers.stopwatch import timed
 from tests.conftest import census, hear_interruptions, tiny_config
 
 from .records import make_record
@@ -48,7 +48,7 @@ def session(tmp_path: Path) -> bench.Bench:
         repetitions=2,
         limit=1,
         progress=lambda *_: None,
-        command=("python", "-m", "harness.peers"),
+        command=("python", "-m", "studies.peers"),
         session_id="5e551011",
     )
 
@@ -93,7 +93,7 @@ def is_running(pid: int) -> bool:
 
 def test_an_interruption_ends_what_is_being_timed(tmp_path: Path) -> None:
     sleeper = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
-    code = f"from harness.peers.stopwatch import timed; from pathlib import Path; import sys; \
+    code = f"from studies.peers.stopwatch import timed; from pathlib import Path; import sys; \
 timed([sys.executable, '-S', '-c', {sleeper!r}], Path('log'))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL, preexec_fn=hear_interruptions

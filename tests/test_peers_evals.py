@@ -12,11 +12,11 @@ from harness.demo import checkpoint_path
 from harness.engines import vllm_options
 from harness.engines.protocol import Start
 from harness.errors import UserError
-from harness.peers import bench, contest, evals, page, races, tables
-from harness.peers.__main__ import main
-from harness.peers.contest import Evaluator, Race
-from harness.peers.stopwatch import Timed
 from harness.record.store import Record
+from studies.peers import bench, contest, evals, page, races, tables
+from studies.peers.__main__ import main
+from studies.peers.contest import Evaluator, Race
+from studies.peers.stopwatch import Timed
 
 from .records import make_record
 
@@ -35,7 +35,7 @@ def session(tmp_path: Path) -> bench.Bench:
         repetitions=1,
         limit=3,
         progress=lambda *_: None,
-        command=("python", "-m", "harness.peers"),
+        command=("python", "-m", "studies.peers"),
         session_id="5e551011",
     )
 

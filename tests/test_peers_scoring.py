@@ -13,11 +13,11 @@ from transformers import AutoModelForImageTextToText
 from harness.demo import checkpoint_path
 from harness.demo.synthesize import synthesize
 from harness.errors import UserError
-from harness.peers import bench, contest, page, races, scoring, tables
-from harness.peers.__main__ import PARTS, main
-from harness.peers.contest import SEPARATE, STREAMED, Ours, Scorer
-from harness.peers.stopwatch import Timed
 from harness.record.store import Record
+from studies.peers import bench, contest, page, races, scoring, tables
+from studies.peers.__main__ import PARTS, main
+from studies.peers.contest import SEPARATE, STREAMED, Ours, Scorer
+from studies.peers.stopwatch import Timed
 from tests.conftest import DATA, tiny_config
 
 from .records import make_record
@@ -36,7 +36,7 @@ def session(tmp_path: Path) -> bench.Bench:
         repetitions=1,
         limit=1,
         progress=lambda *_: None,
-        command=("python", "-m", "harness.peers"),
+        command=("python", "-m", "studies.peers"),
         session_id="5e551011",
     )
 

@@ -14,10 +14,10 @@ import pytest
 from harness.errors import UserError
 from harness.record import stats, store
 from harness.record.stats import Estimate
-from harness.simulation import page, populations, scenarios
-from harness.simulation.__main__ import COUNTS, FOLDER, PAGE, main
-from harness.simulation.populations import Populations, Windows
-from harness.simulation.scenarios import Result, Scenario
+from studies.simulation import page, populations, scenarios
+from studies.simulation.__main__ import COUNTS, FOLDER, PAGE, main
+from studies.simulation.populations import Populations, Windows
+from studies.simulation.scenarios import Result, Scenario
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,7 +1,7 @@
 """The embedded models: small, trained, in the exact layout of the published checkpoints.
 
-`checkpoint_path("dense")` is a folder like any downloaded one, so everything runs offline. `corpus` makes the
-text that it was trained and is measured on, `train` made its weights, `evaluate` says what it has learnt.
+`checkpoint_path("dense")` is a folder like any downloaded one, so everything runs offline. `corpus` makes the text
+that the models were trained on and are measured on. The program that trained them is `studies.demo_model`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 All intervals are at 95 %. A bound is None where the data cannot support one at that level; a point is never
 dressed up as an interval. Resampling uses one fixed seed, so the same records give the same figures everywhere.
 What the intervals really cover, on data with the correlations of real windows, items and speeds, is simulated by
-`python -m harness.simulation`; its page is reports/statistics/README.md.
+`python -m studies.simulation`; its page is reports/statistics/README.md.
 
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6, 8 and 13; Hesterberg, What Teachers
 Should Know About the Bootstrap, The American Statistician 69 (2015), section 5.3 (the expanded percentile interval);

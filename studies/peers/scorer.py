@@ -1,6 +1,6 @@
 """One run of a race of scorers: a job in, a result out.
 
-    python -m harness.peers.scorer JOB.json
+    python -m studies.peers.scorer JOB.json
 
 What is timed begins with the loading of the first model and ends with the last score. The libraries are imported
 before, but for what transformers imports only once it knows the class of a model. Both sides compute in float32 on the

@@ -6,10 +6,10 @@ from functools import partial
 
 from tabulate import tabulate
 
-from harness.peers import tables
 from harness.record.store import Record
 from harness.report.blocks import filled
 from harness.report.columns import escape
+from studies.peers import tables
 
 PARTS = {
     **{part: part for part in ("speed-a16", "speed-w4a4", "speed-tasks", "speed-tasks-vllm")},

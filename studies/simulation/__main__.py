@@ -1,4 +1,4 @@
-"""`python -m harness.simulation`: tables on stdout, progress on stderr, the rest in reports/statistics."""
+"""`python -m studies.simulation`: tables on stdout, progress on stderr, the rest in reports/statistics."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from harness.arguments import whole_number
 from harness.errors import UserError, did_you_mean
 from harness.record import stats, store
 from harness.report import card
-from harness.simulation import page, populations, scenarios
+from studies.simulation import page, populations, scenarios
 
 FOLDER = Path("reports/statistics")
 COUNTS = FOLDER / "simulation.json"
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(_parser().parse_args(given), tuple(given))
     except UserError as error:
-        print(f"harness.simulation: {error.problem}\n  {error.remedy}", file=sys.stderr)
+        print(f"studies.simulation: {error.problem}\n  {error.remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("harness.simulation: interrupted. Nothing was written.", file=sys.stderr)
+        print("studies.simulation: interrupted. Nothing was written.", file=sys.stderr)
         return 130
 
 
@@ -43,7 +43,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m harness.simulation",
+        prog="python -m studies.simulation",
         description="How often the statistics of the harness are right, on data sets with a known truth.",
     )
     parser.add_argument(
@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
             raise UserError(f"There is no group '{group}'.", did_you_mean(group, page.BLOCKS))
     records, skipped = store.read_all(options.results)
     for one in skipped:
-        print(f"harness.simulation: {one.path} is not used: {one.reason}", file=sys.stderr)
+        print(f"studies.simulation: {one.path} is not used: {one.reason}", file=sys.stderr)
     drawn_from = populations.read(records)
     wanted = {page.BLOCKS[group] for group in options.group or page.BLOCKS}
     chosen = [one for one in scenarios.everything(drawn_from) if one.group in wanted]
@@ -99,7 +99,7 @@ def _document(
 ) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
-        "command": ["python", "-m", "harness.simulation", *given],
+        "command": ["python", "-m", "studies.simulation", *given],
         "num_draws": options.draws,
         "seed": options.seed,
         "num_resamples": stats.RESAMPLES,

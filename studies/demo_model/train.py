@@ -1,8 +1,4 @@
-"""Train an embedded model: tokenizer, trunk, then the MTP head on the frozen trunk; write the checkpoint.
-
-    python -m harness.demo.train --out DIR
-    python -m harness.demo.train --model moe --out DIR
-    python -m harness.demo.train --evaluate DIR
+"""Training of an embedded model: tokenizer, trunk, then the MTP head on the frozen trunk; then the checkpoint.
 
 The stages, the seed and the number of workers fix the weights, up to the rounding of a machine's matrix
 kernels. Three stages make the trunk: drills, in which looking things up is all there is to learn; a mix of
@@ -22,13 +18,11 @@ On two cores the dense model takes about 35 minutes, the MoE model on top of it 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -43,10 +37,10 @@ from torch.nn import functional
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
-from harness.demo import checkpoint_path, corpus, network, tokenizer
-from harness.demo.evaluate import evaluate
+from harness.demo import checkpoint_path, corpus
+from studies.demo_model import network, tokenizer
 
-log = logging.getLogger("harness.demo.train")
+log = logging.getLogger("studies.demo_model")
 
 TOKENIZER_DOCUMENTS = 20_000
 
@@ -318,25 +312,8 @@ def _start_from_dense(
     mtp.load_state_dict({name.removeprefix("mtp."): tensor for name, tensor in cut.items() if name.startswith("mtp.")})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m harness.demo.train", description=__doc__)
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--out", type=Path, help="train, and write the checkpoint into this folder")
-    action.add_argument(
-        "--evaluate", type=Path, metavar="DIR", help="print what a written checkpoint has learnt, as JSON"
-    )
-    parser.add_argument("--model", choices=network.CONFIGS, default="dense")
-    parser.add_argument("--steps", type=int, nargs="+", help="of every stage of the trunk, instead of its own")
-    parser.add_argument("--mtp-steps", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
-        "--state", type=Path, default=Path("state"), help="folder of finished stages, to continue after them"
-    )
-    options = parser.parse_args()
-    if options.evaluate:
-        json.dump(asdict(evaluate(options.evaluate)), sys.stdout, indent=2)
-        return
+def train(options: argparse.Namespace) -> None:
+    """Trains as the options of the command line say, in `options.workers` processes, and writes `options.out`."""
     options.state.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (options, f"{folder}/rendezvous")
@@ -344,7 +321,3 @@ def main() -> None:
             spawn(_worker, arguments, nprocs=options.workers)  # type: ignore[no-untyped-call]
         else:
             _worker(0, *arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -39,7 +39,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 )
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer
 
-from harness.demo import tokenizer
+from studies.demo_model import tokenizer
 
 FULL_ATTENTION_INTERVAL = 4
 _NUM_LAYERS = 8

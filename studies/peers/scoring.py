@@ -18,11 +18,11 @@ from harness.errors import UserError
 from harness.measure import perplexity
 from harness.model.checkpoint import open_checkpoint, read_json
 from harness.model.qwen35 import parse_config
-from harness.peers import contest
-from harness.peers.bench import LAYERS, VOCABULARY, Bench, Data, quantize, scratch, warm
-from harness.peers.contest import Ours, Scorer
-from harness.peers.races import Answered, race, run_job
 from harness.record.store import Record
+from studies.peers import contest
+from studies.peers.bench import LAYERS, VOCABULARY, Bench, Data, quantize, scratch, warm
+from studies.peers.contest import Ours, Scorer
+from studies.peers.races import Answered, race, run_job
 
 
 def synthetic(bench: Bench, config: Path) -> list[Record]:

@@ -5,7 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.peers.contest import (
+from harness.record import stats
+from harness.record.stats import Estimate
+from harness.record.store import Record
+from harness.report.numbers import format_bytes, format_estimate
+from studies.peers.contest import (
     CALIBRATION_TOKENS,
     COPY,
     QUALITY,
@@ -21,10 +25,6 @@ from harness.peers.contest import (
     Race,
     Theirs,
 )
-from harness.record import stats
-from harness.record.stats import Estimate
-from harness.record.store import Record
-from harness.report.numbers import format_bytes, format_estimate
 
 TEXTS = ("near", "far")
 NONE = "–"

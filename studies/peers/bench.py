@@ -34,10 +34,6 @@ from harness.engines.protocol import open_engine
 from harness.errors import UserError
 from harness.measure import fidelity, perplexity
 from harness.model.checkpoint import open_checkpoint, read_json
-from harness.peers import contest
-from harness.peers.agreement import compare
-from harness.peers.contest import Contestant, Ours, Theirs
-from harness.peers.stopwatch import timed
 from harness.progress import Progress, named
 from harness.quantize import samples
 from harness.quantize.artifact import VERSION as BUILDER_VERSION
@@ -45,6 +41,10 @@ from harness.record import provenance, store
 from harness.record.schema import Run
 from harness.record.store import Record, RunWriter
 from harness.suite import Calibration, FileSamples
+from studies.peers import contest
+from studies.peers.agreement import compare
+from studies.peers.contest import Contestant, Ours, Theirs
+from studies.peers.stopwatch import timed
 
 VERSION = 1
 

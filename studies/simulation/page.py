@@ -17,8 +17,8 @@ from harness.report import plots
 from harness.report.blocks import filled
 from harness.report.columns import escape
 from harness.report.numbers import format_percent
-from harness.simulation import scenarios
-from harness.simulation.scenarios import Result
+from studies.simulation import scenarios
+from studies.simulation.scenarios import Result
 
 SUITE = "statistics"
 """What the page's markers call the simulation."""

@@ -1,4 +1,4 @@
-"""`python -m harness.peers [PART ...]`: tables on stdout, progress on stderr, records under results/."""
+"""`python -m studies.peers [PART ...]`: tables on stdout, progress on stderr, records under results/."""
 
 import argparse
 import json
@@ -31,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(_parser().parse_args(given), tuple(given))
     except UserError as error:
-        print(f"harness.peers: {error.problem}\n  {error.remedy}", file=sys.stderr)
+        print(f"studies.peers: {error.problem}\n  {error.remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("harness.peers: interrupted. The same command reuses every finished artifact.", file=sys.stderr)
+        print("studies.peers: interrupted. The same command reuses every finished artifact.", file=sys.stderr)
         return 130
 
 
@@ -45,7 +45,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m harness.peers",
+        prog="python -m studies.peers",
         description="llm-compressor, lm-eval and the harness, side by side on the same inputs.",
     )
     parser.add_argument(
@@ -96,9 +96,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     from harness.demo import checkpoint_path
-    from harness.peers import bench, contest, evals, scoring, tables
     from harness.record.schema import new_id
     from harness.record.store import Record
+    from studies.peers import bench, contest, evals, scoring, tables
 
     for part in options.parts:
         if part not in PARTS:
@@ -133,7 +133,7 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
         repetitions=options.repetitions,
         limit=options.limit,
         progress=_Lines(),
-        command=("python", "-m", "harness.peers", *given),
+        command=("python", "-m", "studies.peers", *given),
         session_id=new_id(),
     )
     models = [checkpoint_path(name) for name in options.model or ("dense", "moe")]
@@ -179,13 +179,13 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from harness.peers import page
     from harness.record import store
     from harness.report import card
+    from studies.peers import page
 
     records, skipped = store.read_all(options.results)
     for one in skipped:
-        print(f"harness.peers: {one.path} is not used: {one.reason}", file=sys.stderr)
+        print(f"studies.peers: {one.path} is not used: {one.reason}", file=sys.stderr)
     try:
         text = Path(PAGE).read_bytes()
     except OSError as error:

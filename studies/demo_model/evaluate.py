@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
 from harness.demo import corpus
-from harness.demo.network import MtpHead, Network, draft, read_mtp
+from studies.demo_model.network import MtpHead, Network, draft, read_mtp
 
 WINDOW = 512
 _BATCH = 8

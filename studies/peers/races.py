@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from harness.peers.bench import Bench, header, reason
-from harness.peers.contest import Evaluator, Scorer
-from harness.peers.stopwatch import Timed, timed
 from harness.record import store
 from harness.record.store import Record, RunWriter
+from studies.peers.bench import Bench, header, reason
+from studies.peers.contest import Evaluator, Scorer
+from studies.peers.stopwatch import Timed, timed
 
 Entrant = TypeVar("Entrant", Evaluator, Scorer)
 
@@ -89,7 +89,7 @@ def run_job(module: str, job: Mapping[str, Any], python: Path, logs: Path) -> An
     result, file = (logs.with_name(logs.name + suffix) for suffix in (".result.json", ".job.json"))
     result.unlink(missing_ok=True)
     file.write_text(json.dumps({**job, "result": str(result)}, indent=2), encoding="utf-8")
-    run = timed([str(python), "-m", f"harness.peers.{module}", str(file)], logs, env={"HF_HUB_OFFLINE": "1"})
+    run = timed([str(python), "-m", f"studies.peers.{module}", str(file)], logs, env={"HF_HUB_OFFLINE": "1"})
     if run.exit_code or not result.exists():
         return Answered(run, failure=reason(run.exit_code, run.complaint))
     return Answered(run, json.loads(result.read_text(encoding="utf-8")))

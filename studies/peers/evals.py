@@ -11,11 +11,11 @@ from pathlib import Path
 from harness.demo import task_file
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint
-from harness.peers import contest
-from harness.peers.bench import Bench
-from harness.peers.contest import Evaluator
-from harness.peers.races import Answered, race, run_job
 from harness.record.store import Record
+from studies.peers import contest
+from studies.peers.bench import Bench
+from studies.peers.contest import Evaluator
+from studies.peers.races import Answered, race, run_job
 
 
 def check_environment(python: Path, option: str, modules: Sequence[str]) -> None:

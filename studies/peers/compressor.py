@@ -1,6 +1,6 @@
 """llm-compressor's side: one job in, one quantized checkpoint and one result out.
 
-    python -m harness.peers.compressor JOB.json
+    python -m studies.peers.compressor JOB.json
 
 It runs in the environment that has llm-compressor, without the harness's own dependencies, and calls what its
 users call: `model_free_ptq` for round-to-nearest without a model, `oneshot` with a modifier for everything else.

@@ -1,6 +1,6 @@
 """One run of a race of task evals: a job in, a result out.
 
-    python -m harness.peers.evaluator JOB.json
+    python -m studies.peers.evaluator JOB.json
 
 The model is loaded and the tasks are read first; what is timed is the evaluation alone. Both sides end up in lm-eval's
 `evaluate`: ours by `harness.measure.tasks`, theirs as `simple_evaluate` calls it, without the second in which that

@@ -29,7 +29,7 @@ from scipy.stats import norm
 from harness.progress import Progress
 from harness.record import stats
 from harness.record.stats import Estimate
-from harness.simulation.populations import Array, Flips, Populations, Windows
+from studies.simulation.populations import Array, Flips, Populations, Windows
 
 Goal = Literal["coverage", "false alarms", "power"]
 Trial = Callable[[Generator], Estimate | bool]
