@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from harness.allocator import keep_freed_memory
 from harness.arguments import DEFAULT_SUITE, parser
 from harness.errors import UserError
-from harness.suite import SOURCE, Suite, load
+from harness.suite.load import load
+from harness.suite.names import SOURCE
+from harness.suite.schema import Suite
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -219,7 +221,7 @@ def _build(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from harness.quantize.recipes import recipe_named
     from harness.report.numbers import format_bytes
     from harness.stages import build_variant, chosen_variants, find_source, read_calibration
-    from harness.suite import load_calibration
+    from harness.suite.load import load_calibration
 
     if options.source is None:
         if options.recipe or options.out or options.calibration or options.scales or options.codes:
@@ -522,7 +524,7 @@ def _stored_noise(job: "Job") -> "dict[str, Record]":
     """The newest stored runs of the source beside itself."""
     from harness.record import store
     from harness.report import tables
-    from harness.suite import NOISE
+    from harness.suite.names import NOISE
 
     stored, _ = store.read_all(job.results)
     return tables.newest(stored, job.suite.name, "fidelity", NOISE)

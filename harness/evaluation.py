@@ -32,7 +32,8 @@ from harness.stages import (
     said_in,
     suite_source,
 )
-from harness.suite import SOURCE, Suite, Task
+from harness.suite.names import SOURCE
+from harness.suite.schema import Suite, Task
 
 _DEMO = "demo:"
 _JOURNALS = ".answers"  # no variant can be called so

@@ -41,7 +41,8 @@ from harness.stages import (
     said_in,
     tokenized,
 )
-from harness.suite import NOISE, SOURCE, Fidelity, Suite
+from harness.suite.names import NOISE, SOURCE
+from harness.suite.schema import Fidelity, Suite
 
 RESTART, BATCH, ENGINE = NOISE
 _PACKS, _SCRATCH = ".packs", ".streamed"  # beside the artifacts; no variant can be called so

@@ -41,7 +41,8 @@ from harness.stages import (
     tokenized,
     write_failure,
 )
-from harness.suite import SOURCE, Perplexity, Suite
+from harness.suite.names import SOURCE
+from harness.suite.schema import Perplexity, Suite
 
 _STORED = ".log-probs"  # no variant can be called so
 

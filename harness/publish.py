@@ -44,7 +44,8 @@ from harness.report import card, claims, export, gate
 from harness.report.evidence import Evidence, gather
 from harness.report.trace import trace
 from harness.stages import Job, chosen_variants, suite_source
-from harness.suite import SOURCE, narrowed, row_parts
+from harness.suite.load import narrowed
+from harness.suite.names import SOURCE, row_parts
 
 PUBLISHED = "harness-publish.json"
 """The file in a folder that says what was put there to be published; a folder with it is ours."""

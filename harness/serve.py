@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.errors import UserError
-from harness.suite import is_hub_id
+from harness.suite.names import is_hub_id
 
 IMAGE = "vllm/vllm-openai:v0.32.0"
 GIB = 2**30

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import harness
-from harness import suite as suites
 from harness.audit import verify as audit
 from harness.demo import checkpoint_path, corpus
 from harness.engines.protocol import ENGINES, Engine, EngineDied, EngineInfo, Purpose, open_engine
@@ -39,7 +38,9 @@ from harness.record import provenance, store
 from harness.record.schema import Run
 from harness.record.store import Record, RunWriter
 from harness.serve import Footprint
-from harness.suite import SOURCE, DatasetText, DemoText, FileText, Suite, Text
+from harness.suite import schema as suites
+from harness.suite.names import SOURCE, row_name
+from harness.suite.schema import Bench, DatasetText, DemoText, EngineOptions, FileText, Suite, Text
 
 T = TypeVar("T")
 
@@ -220,7 +221,7 @@ class Model:
 
     @property
     def row(self) -> str:
-        return suites.row_name(self.variant, self.setup)
+        return row_name(self.variant, self.setup)
 
 
 @dataclass(frozen=True)
@@ -313,18 +314,18 @@ def prepare_server(job: Job, variant: str) -> tuple[Job, Work]:
     bench = required(job.suite, "bench", job.suite.bench)
     ids, dataset = tokenized(job.suite, bench.text)
     _check_text(bench, ids)
-    suite = replace(job.suite, engine=suites.Engine("server"), bench=replace(bench, starts=1))
+    suite = replace(job.suite, engine=EngineOptions("server"), bench=replace(bench, starts=1))
     return replace(job, suite=suite), Work([Model(variant, suite_source(job.suite), None)], ids, dataset)
 
 
-def _check_text(bench: suites.Bench, ids: Sequence[int]) -> None:
+def _check_text(bench: Bench, ids: Sequence[int]) -> None:
     """`UserError` for a text that is too short for what is timed, or for what is checked before."""
     for shape in _shapes(bench):
         decode.prompts(ids, shape.batch, shape.prompt_tokens)
     decode.prompts(ids, 1, max(_depths(bench)) + decode.COHERENCE_TOKENS)
 
 
-def _shapes(bench: suites.Bench) -> list[decode.Shape]:
+def _shapes(bench: Bench) -> list[decode.Shape]:
     """What `harness bench` times, in the order in which it does."""
     shapes = [
         decode.Shape("prefill", 1, bench.prefill_tokens, 1),
@@ -402,7 +403,7 @@ def measure_decode(job: Job, work: Work, limit: int | None) -> Measured:
     return measured
 
 
-def _depths(bench: suites.Bench) -> list[int]:
+def _depths(bench: Bench) -> list[int]:
     """The prompt lengths after which a model must be coherent: what corrupts a cache may show only after a while."""
     shortest = decode.COHERENCE_TOKENS
     return [shortest, *(depth for depth in bench.depths or () if depth > shortest)]

@@ -13,7 +13,8 @@ import yaml
 from harness.errors import UserError
 from harness.record.store import Record, RunWriter, read_all
 from harness.report import card, evidence, plots, sections
-from harness.suite import Suite, Task, load
+from harness.suite.load import load
+from harness.suite.schema import Suite, Task
 from tests.records import (
     BUILD,
     DATASET,
@@ -273,7 +274,7 @@ def test_the_order_and_the_place_of_the_records_do_not_matter(suite: Suite) -> N
 
 def test_another_process_renders_the_same_bytes(suite: Suite, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from harness.report import card; from harness.suite import load\n"
+        "import sys; from pathlib import Path; from harness.report import card; from harness.suite.load import load\n"
         "from tests.records import demo_records\n"
         "made = card.render(load(Path(sys.argv[1])), demo_records(), results_dir='results', pages={})\n"
         "card.write(made, Path(sys.argv[2]))\n"

@@ -21,7 +21,8 @@ from harness.record.store import Record, read_all
 from harness.report import claims, prose
 from harness.report.claims import Claim
 from harness.report.prose import Mention
-from harness.suite import Claims, Suite, Task, load
+from harness.suite.load import load
+from harness.suite.schema import Claims, Suite, Task
 from tests.records import (
     DATASET,
     ENGINE,

@@ -15,7 +15,8 @@ import harness
 from harness.record.stats import Estimate
 from harness.record.store import read_all
 from harness.report import evidence
-from harness.suite import Suite, load
+from harness.suite.load import load
+from harness.suite.schema import Suite
 
 ROOT = Path(harness.__file__).parent.parent
 SUITES = ("demo", "demo-moe")

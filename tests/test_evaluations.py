@@ -19,7 +19,7 @@ from harness.record import stats
 from harness.record.comparable import COMPARABLE
 from harness.record.store import Record, RunWriter, read
 from harness.report import columns, evaluations
-from harness.suite import Source, Suite, Task, Variant
+from harness.suite.schema import Source, Suite, Task, Variant
 from tests.records import AUDIT, ENGINE, TASK, answer, choice, make_run, mean_results, result, tasks_record
 
 METRIC = "exact_match,number"

@@ -43,7 +43,8 @@ from harness.report.export import (
     shared_files,
     variant_files,
 )
-from harness.suite import Bench, DemoText, Suite, Task, Variant, load
+from harness.suite.load import load
+from harness.suite.schema import Bench, DemoText, Suite, Task, Variant
 from tests.conftest import DATA
 from tests.records import (
     AUDIT,

@@ -13,7 +13,9 @@ from harness.engines.protocol import open_engine
 from harness.errors import UserError
 from harness.measure import fidelity as divergence
 from harness.record import store
-from harness.suite import NOISE, Suite, load
+from harness.suite.load import load
+from harness.suite.names import NOISE
+from harness.suite.schema import Suite
 
 WINDOW, LIMIT = 96, 5
 

@@ -23,7 +23,8 @@ from matplotlib.text import Text
 from harness.record.store import Record
 from harness.report import columns, figures, plots
 from harness.report.evidence import Evidence, gather
-from harness.suite import Suite, load
+from harness.suite.load import load
+from harness.suite.schema import Suite
 from tests.records import (
     BUILD,
     ENGINE,

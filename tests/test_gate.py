@@ -22,7 +22,9 @@ from harness.record import baselines, stats
 from harness.record.store import Record, RunWriter, Skipped
 from harness.report import gate
 from harness.report.gate import Judgement
-from harness.suite import METRICS, Suite, load
+from harness.suite.load import load
+from harness.suite.metrics import METRICS
+from harness.suite.schema import Suite
 from tests.records import (
     DATASET,
     ENGINE,

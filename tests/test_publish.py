@@ -27,7 +27,7 @@ from harness.model.checkpoint import open_checkpoint
 from harness.quantize.build import build
 from harness.quantize.recipes import recipe_named
 from harness.record.store import Record
-from harness.suite import load, narrowed
+from harness.suite.load import load, narrowed
 from tests.artifacts import quiet
 from tests.hub import Hub, Repository, hub
 from tests.records import DATASET, TASK, answer, make_record, stored, tasks_record, windows

@@ -21,7 +21,8 @@ from harness.quantize.recipes import recipe_named
 from harness.record.store import Record
 from harness.report import builds, card, columns, tables
 from harness.report.trace import trace
-from harness.suite import Suite, load
+from harness.suite.load import load
+from harness.suite.schema import Suite
 from tests.conftest import census, published_config
 from tests.records import DATASET, ENGINE, MACHINE, VERIFY, make_record, stored, windows
 

@@ -12,7 +12,7 @@ import pytest
 
 from harness.cli import main
 from harness.report.trace import trace
-from harness.suite import load
+from harness.suite.load import load
 from tests.records import DATASET, demo_records, make_record, stored, windows
 
 NEWEST = "2026-03-01T12:04:00Z"  # of all runs; a hand-made one ends a minute later

@@ -23,7 +23,7 @@ from harness.model.qwen35 import ModelConfig
 from harness.quantize.plan import Plan
 from harness.quantize.recipes import recipe_named
 from harness.stages import footprint, plan_source
-from harness.suite import is_hub_id
+from harness.suite.names import is_hub_id
 
 DATA = Path(__file__).parent / "data"
 RTX_5090_GIB = 31.8  # of 32, as the driver reports it

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from harness.errors import UserError
 from harness.sampling import PRESETS
-from harness.suite import (
+from harness.suite.load import load, load_calibration
+from harness.suite.names import row_name, row_parts
+from harness.suite.schema import (
     ROW_FILES,
     Audit,
     Bench,
@@ -22,17 +24,13 @@ from harness.suite import (
     DatasetText,
     DemoSamples,
     DemoText,
-    Engine,
+    EngineOptions,
     FileSamples,
     FileText,
     Perplexity,
     Source,
     Task,
     Variant,
-    load,
-    load_calibration,
-    row_name,
-    row_parts,
 )
 
 MINIMAL = """
@@ -136,7 +134,7 @@ def refusal(tmp_path: Path, text: str) -> UserError:
 
 def test_the_minimal_suite_gets_every_default(tmp_path: Path) -> None:
     suite = load(written(tmp_path, MINIMAL))
-    assert (suite.name, suite.source, suite.engine) == ("demo", Source("demo:dense"), Engine())
+    assert (suite.name, suite.source, suite.engine) == ("demo", Source("demo:dense"), EngineOptions())
     assert (suite.ppl, suite.bench, suite.calibration, suite.folder) == (None, None, None, tmp_path)
     assert suite.variants["nvfp4a16"] == Variant("rtn-a16", scales=None, codes=None)
 
@@ -151,7 +149,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         "prefill_tokens = 10\nrepetitions = 11\nwarmups = 0\nstarts = 12\n"
     )
     suite = load(written(tmp_path, text))
-    assert suite.engine == Engine("vllm", "float32", "cuda")
+    assert suite.engine == EngineOptions("vllm", "float32", "cuda")
     expected = {"gptq-2048": Counts(num_tokens=5, num_scored=4)}
     assert suite.ppl == Perplexity(("gptq-2048", "lmeval-word"), FileText("wiki.txt"), 3, 4096, expected)
     dataset = DatasetText("Salesforce/wikitext", "c", "s", "x", "r")

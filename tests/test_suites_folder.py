@@ -13,7 +13,8 @@ from harness.measure.perplexity import get_protocol, windows
 from harness.model.census import SourceTensor
 from harness.quantize.plan import plan, quantized
 from harness.quantize.recipes import recipe_named
-from harness.suite import Counts, DatasetSamples, Suite, load
+from harness.suite.load import load
+from harness.suite.schema import Counts, DatasetSamples, Suite
 from tests.conftest import census, published_config
 
 FOLDER = Path(harness.__file__).parent.parent / "suites"

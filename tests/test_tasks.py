@@ -28,7 +28,7 @@ from harness.measure import tasks
 from harness.measure.answers import Journal
 from harness.measure.lm import Texts
 from harness.record import store
-from harness.suite import Task
+from harness.suite.schema import Task
 from tests.conftest import hear_interruptions
 
 DENSE = checkpoint_path("dense")

@@ -15,7 +15,8 @@ from harness.errors import UserError
 from harness.record.store import Record, read_all
 from harness.report import card
 from harness.report.trace import trace
-from harness.suite import Suite, load
+from harness.suite.load import load
+from harness.suite.schema import Suite
 from tests.records import demo_records, fidelity_record, fidelity_windows, stored
 
 ROOT = Path(__file__).parent.parent

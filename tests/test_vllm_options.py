@@ -6,7 +6,7 @@ import pytest
 
 from harness.engines.vllm_options import ARGUMENTS, NEWEST, OLDEST, arguments, is_weight_only, release_of, warnings
 from harness.errors import UserError
-from harness.suite import VllmOptions
+from harness.suite.schema import VllmOptions
 
 
 def test_a_suite_can_ask_for_exactly_what_the_table_knows() -> None:

@@ -37,7 +37,7 @@ from harness.measure.answers import Journal, digest
 from harness.measure.lm import Detail, EngineLM, Log, Settings, Texts, rolling_window
 from harness.progress import Progress
 from harness.sampling import PRESETS
-from harness.suite import Task
+from harness.suite.schema import Task
 
 VERSION = 1
 _NO_ANSWER = "[invalid]"  # what lm-eval's regex filters give where they find nothing

@@ -10,7 +10,7 @@ from harness import serve
 from harness.errors import UserError
 from harness.record.store import Record
 from harness.report import columns, tables
-from harness.suite import SOURCE, is_hub_id
+from harness.suite.names import SOURCE, is_hub_id
 
 GPUS_GIB = (16, 24, 32, 96)
 """Memory of the GPUs that sizes are given for: what Blackwell cards have."""

@@ -30,7 +30,8 @@ from harness.report import builds, columns, exchange, export, figures, page, plo
 from harness.report.blocks import filled
 from harness.report.evidence import Evidence, gather
 from harness.report.sections import BLOCKS, Link, bound, paragraphs
-from harness.suite import Suite, narrowed
+from harness.suite.load import narrowed
+from harness.suite.schema import Suite
 
 
 def render(

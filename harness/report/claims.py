@@ -41,7 +41,9 @@ from harness.record.store import Record, Skipped
 from harness.report import columns, evaluations, fidelities, gate, prose, tables
 from harness.report.numbers import format_estimate
 from harness.report.prose import Mention
-from harness.suite import METRICS, NOISE, SOURCE, Rule, Suite
+from harness.suite.metrics import METRICS
+from harness.suite.names import NOISE, SOURCE
+from harness.suite.schema import Rule, Suite
 
 REMEDY = "Measure what would support it, say what the tables say, or take the words out."
 

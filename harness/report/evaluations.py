@@ -19,7 +19,8 @@ from harness.record.comparable import incomparable
 from harness.record.store import Record
 from harness.report import columns, tables
 from harness.report.numbers import format_percent
-from harness.suite import SOURCE, Audit, Suite
+from harness.suite.names import SOURCE
+from harness.suite.schema import Audit, Suite
 
 ByTask = Mapping[str, Mapping[str, Record]]  # the task's name in the suite -> row -> the run that speaks for it
 ALL_TASKS = "all tasks"

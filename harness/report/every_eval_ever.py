@@ -41,7 +41,7 @@ from harness.report.exchange import (
     without_none,
 )
 from harness.sampling import PRESETS
-from harness.suite import SOURCE, row_parts
+from harness.suite.names import SOURCE, row_parts
 
 VERSION = "0.3.0"
 

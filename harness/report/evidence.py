@@ -11,7 +11,8 @@ import pandas as pd
 
 from harness.record.store import Record
 from harness.report import builds, columns, evaluations, fidelities, tables
-from harness.suite import NOISE, SOURCE, Suite
+from harness.suite.names import NOISE, SOURCE
+from harness.suite.schema import Suite
 
 MEASURES = ("build", "verify", "ppl", "fidelity", "bench")  # in the order in which they run; each is also a nox session
 OTHERS = ("sensitivity", "served")  # of the source alone, and measured elsewhere

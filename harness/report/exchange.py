@@ -17,7 +17,8 @@ from harness.record.stats import Estimate
 from harness.record.store import Record
 from harness.report import evaluations, tables
 from harness.report.evidence import Evidence
-from harness.suite import SOURCE, Suite, is_hub_id, row_parts
+from harness.suite.names import SOURCE, is_hub_id, row_parts
+from harness.suite.schema import Suite
 
 HARNESS = "nvfp4-harness"
 Json = dict[str, Any]

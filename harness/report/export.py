@@ -61,7 +61,7 @@ from harness.report.exchange import (
     without_none,
 )
 from harness.sampling import PRESETS
-from harness.suite import NOISE, SOURCE, row_parts
+from harness.suite.names import NOISE, SOURCE, row_parts
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from harness.record.packed import unpack
 from harness.record.stats import Estimate
 from harness.record.store import Record
 from harness.report import columns, tables
-from harness.suite import NOISE, SOURCE
+from harness.suite.names import NOISE, SOURCE
 
 PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p95": 95, "kl_p99": 99, "kl_p999": 99.9, "kl_max": 100}
 _OTHER_ENGINE = NOISE[-1]

@@ -11,7 +11,7 @@ from harness.record.stats import Estimate
 from harness.record.store import Record
 from harness.report import builds, columns, drawings, fidelities, heatmaps, plots, tables
 from harness.report.evidence import Evidence, row_of
-from harness.suite import NOISE, SOURCE, row_parts
+from harness.suite.names import NOISE, SOURCE, row_parts
 
 _Rows = list[dict[str, Any]]
 

@@ -26,7 +26,9 @@ from harness.record.baselines import Slots, slot
 from harness.record.stats import Estimate
 from harness.record.store import Record, Skipped
 from harness.report import columns, evaluations, tables
-from harness.suite import BASELINE, METRICS, SOURCE, Rule, Suite, row_name
+from harness.suite.metrics import METRICS
+from harness.suite.names import BASELINE, SOURCE, row_name
+from harness.suite.schema import Rule, Suite
 
 Verdict = Literal["pass", "fail", "inconclusive", "incomparable"]
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "inconclusive": 3, "incomparable": 3, "fail": 1}

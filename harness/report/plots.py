@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from harness.suite import SOURCE, row_name
+from harness.suite.names import SOURCE, row_name
 
 VERSION = 3  # of the drawing: raise it when the same data should look different
 

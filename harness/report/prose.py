@@ -19,7 +19,8 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from harness.suite import SOURCE, Suite
+from harness.suite.names import SOURCE
+from harness.suite.schema import Suite
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from harness.report import builds, columns, evaluations, figures, limits, tables
 from harness.report.evidence import Evidence, row_of
 from harness.report.numbers import format_bytes
 from harness.sampling import GREEDY, PRESETS, Sampling
-from harness.suite import NOISE, SOURCE, Suite, row_name
+from harness.suite.names import NOISE, SOURCE, row_name
+from harness.suite.schema import Suite
 
 Link = Callable[[str], str]  # a path from the project's root -> its URL from where the text stands
 

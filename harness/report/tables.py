@@ -20,7 +20,7 @@ from harness.record.stats import Estimate
 from harness.record.store import Record
 from harness.report import columns
 from harness.report.numbers import format_bytes, format_percent
-from harness.suite import SOURCE, row_parts
+from harness.suite.names import SOURCE, row_parts
 
 Records = Mapping[str, Record]  # variant -> the run that speaks for it, of one measure
 ByProtocol = Mapping[str, Records]  # protocol -> those of its perplexities

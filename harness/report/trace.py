@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from harness import suite as suites
 from harness.errors import UserError
 from harness.record import store
 from harness.record.store import Record
 from harness.report import card as cards
 from harness.report import sections
 from harness.report.evidence import Evidence, gather
-from harness.suite import Suite, narrowed
+from harness.suite.load import narrowed, restored
+from harness.suite.schema import Suite
 
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 _TARGET = re.compile(r"\]\(([^)\s]+)\)")
@@ -139,7 +139,7 @@ def _own(name: str, records: Sequence[Record], given: Suite | None) -> tuple[Sui
     if not own:
         raise UserError(f"The card is of suite '{name}', and cites no record of it.", "Write it again by `report`.")
     newest = max(own, key=lambda record: (record.run.started_utc, record.run.run_id))
-    return suites.restored(newest.run.suite, newest.path.name), own
+    return restored(newest.run.suite, newest.path.name), own
 
 
 def _evidence(

@@ -90,7 +90,7 @@ def _ours(job: dict[str, Any]) -> dict[str, Any]:
     from harness.measure.answers import Journal
     from harness.measure.lm import Texts
     from harness.record import provenance
-    from harness.suite import Task
+    from harness.suite.schema import Task
 
     source, wanted = Path(job["source"]), dict(job["arguments"])
     batch_size, max_length = wanted.pop("batch_size"), wanted.pop("max_length")

@@ -10,7 +10,8 @@ from harness import fidelity, stages
 from harness.engines.protocol import open_engine
 from harness.measure import fidelity as divergence
 from harness.report import fidelities
-from harness.suite import Suite, load
+from harness.suite.load import load
+from harness.suite.schema import Suite
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 3

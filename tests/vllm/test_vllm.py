@@ -28,7 +28,8 @@ from harness.engines.vllm_engine import VllmEngine
 from harness.formats import fp8, nvfp4
 from harness.formats.config import FP8_DYNAMIC, Format, QuantizationConfig, parse, quantization_config
 from harness.measure import perplexity
-from harness.suite import SOURCE, load
+from harness.suite.load import load
+from harness.suite.names import SOURCE
 from tests.vllm.ties import parted
 
 ROOT = Path(__file__).parents[2]

@@ -62,45 +62,17 @@ Meaning never depends on what lies on the disk: a location is a folder if it is 
 import dataclasses
 import hashlib
 import json
-import math
 import re
-import tomllib
-import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError, did_you_mean
 from harness.sampling import PRESETS
+from harness.suite.metrics import METRICS
+from harness.suite.names import BASELINE, NOISE, SOURCE, row_name
 
-SOURCE = "source"  # the name that the unquantized model has among the variants of a run
-BASELINE = "baseline"  # what a rule compares a variant with: an older run of its own
-NOISE = ("noise-restart", "noise-batch", "noise-engine")
-"""The source beside itself: rows of `harness fidelity`, and no names for variants."""
-_SETUP = "+"  # between a variant and the setup that it was measured in
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
-
-
-def row_name(variant: str, setup: str | None) -> str:
-    """How a variant in a setup is called: `w4a4+mtp1`."""
-    return variant if setup is None else f"{variant}{_SETUP}{setup}"
-
-
-def row_parts(row: str) -> tuple[str, str | None]:
-    """The variant and the setup of a row; None for the suite's own options."""
-    variant, _, setup = row.partition(_SETUP)
-    return variant, setup or None
-
-
-def is_hub_id(name: object) -> bool:
-    """Whether a name is `owner/name` as the Hub takes it (https://huggingface.co/docs/huggingface_hub, `HfApi`'s
-    `validate_repo_id`). A name without an owner is none: among datasets it may be a kind of local files, such as
-    `json`."""
-    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
-
 
 # A check returns what is wrong with a value, to be read after its key ("must be ..."), or None.
 _Check = Callable[[Any], str | None]
@@ -309,7 +281,7 @@ class VllmOptions:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineOptions:
     """What runs the model; 'requested' in the run header, where 'effective' stands beside it."""
 
     name: str = "torch"
@@ -432,31 +404,6 @@ class Claims:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metric:
-    """What a rule on one metric may say."""
-
-    unit: str | None  # of the loss and its margin; None: found or not found, of one model alone, without a margin
-    table: str | None = None  # of the suite, which says how it is measured
-    option: str | None = None  # the key that says which of several numbers is meant
-    has_baseline: bool = True
-
-
-_SHARE = "share"
-METRICS = {
-    # Per token, or per word, as the protocol counts.
-    "log_ppl": Metric(unit="nats", table="ppl", option="protocol"),
-    "kl": Metric(unit="nats", table="fidelity"),  # per token, to the source
-    "top1": Metric(unit=_SHARE, table="fidelity"),  # of the places where the likeliest token is not the source's
-    "score": Metric(unit=_SHARE, table="tasks", option="task"),
-    # Speed is a ratio within one session: a stored figure lets regressions through.
-    "decode_speed": Metric(unit=_SHARE, table="bench", option="batch", has_baseline=False),
-    "prefill_speed": Metric(unit=_SHARE, table="bench", has_baseline=False),
-    "verify": Metric(unit=None),  # no finding that is an error
-    "arithmetic": Metric(unit=None),  # every engine computed what the checkpoint says
-}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Rule:
     """What `harness gate` holds a variant to: it loses at most `margin` against `versus`. Read, a rule has nothing open
     but the task, where it is about all of them together."""
@@ -480,7 +427,7 @@ class Suite:
     variants: Mapping[str, Variant] = _checked(_are_variant_names)
     description: str | None = None
     calibration: Calibration | None = None
-    engine: Engine = Engine()
+    engine: EngineOptions = EngineOptions()
     setups: Mapping[str, VllmOptions] = _checked(_are_setup_names, default_factory=dict)  # options over [engine.vllm]
     ppl: Perplexity | None = None
     fidelity: Fidelity | None = None
@@ -530,242 +477,3 @@ class Suite:
         """Where the source is: a folder counted from the suite's own, anything else as it is written."""
         location = self.source.location
         return str(self.path(location)) if location.startswith((".", "/", "~")) else location
-
-
-def narrowed(suite: Suite, variant: str) -> Suite:
-    """The suite with one of its variants alone beside the source: without the rules that are about others, or hold it
-    against one."""
-    alone = dataclasses.replace(suite, variants={variant: suite.variants[variant]})
-    rows = alone.rows()
-    bench = suite.bench
-    if bench is not None and bench.variants is not None:
-        bench = dataclasses.replace(bench, variants=tuple(name for name in bench.variants if name in rows))
-    if bench is not None and bench.versus not in rows:
-        bench = dataclasses.replace(bench, versus=SOURCE)
-    gate = tuple(rule for rule in suite.gate if rule.variant in rows and rule.versus in (None, BASELINE, *rows))
-    return dataclasses.replace(alone, bench=bench, gate=gate)
-
-
-def load(path: Path) -> Suite:
-    """Read and check one suite file."""
-    suite: Suite = _Reader(path, "suite").table(Suite, _document(path, "suite", "--suite"), "")
-    tasks = ((f"tasks.{name}", task) for name, task in suite.tasks.items())
-    for table, wanted in (("ppl", suite.ppl), ("fidelity", suite.fidelity), ("bench", suite.bench), *tasks):
-        for setup in (wanted and wanted.setups) or ():
-            if setup not in suite.setups:
-                raise UserError(
-                    f"{path}: '{table}.setups' names '{setup}', and there is no [setups.{setup}].",
-                    did_you_mean(setup, suite.setups),
-                )
-    if suite.bench and suite.bench.versus not in (timed := _timed_rows(suite, suite.bench)):
-        raise UserError(
-            f"{path}: 'bench.versus' names '{suite.bench.versus}', which the suite does not measure the speed of.",
-            did_you_mean(suite.bench.versus, timed),
-        )
-    for name in suite.ppl.expected if suite.ppl else ():
-        if suite.ppl and name not in suite.ppl.protocols:
-            raise UserError(
-                f"{path}: 'ppl.expected' has '{name}', which is not among the protocols.",
-                did_you_mean(name, suite.ppl.protocols),
-            )
-    rules = tuple(_completed(f"{path}: 'gate[{place}]", rule, suite) for place, rule in enumerate(suite.gate))
-    return dataclasses.replace(suite, gate=rules, folder=path.parent)
-
-
-def restored(resolved: Mapping[str, Any], where: str) -> Suite:
-    """The suite that `Suite.resolved` wrote out, for example into the header of a run; its folder is not known. `where`
-    it stands is for the `UserError` of one that another version of the harness wrote."""
-
-    def stated(value: Any) -> Any:
-        """Without what is left open: null, which TOML has not, and lists of nothing."""
-        if isinstance(value, dict):
-            return {key: stated(one) for key, one in value.items() if one is not None and one != []}
-        return [stated(one) for one in value] if isinstance(value, list) else value
-
-    suite: Suite = _Reader(Path(where), "suite").table(Suite, stated(dict(resolved)), "")
-    return suite
-
-
-def _timed_rows(suite: Suite, bench: Bench) -> list[str]:
-    """The rows whose speed is measured."""
-    names = (SOURCE, *(suite.variants if bench.variants is None else bench.variants))
-    return [row_name(name, setup) for setup in (None, *(bench.setups or ())) for name in names]
-
-
-def _completed(where: str, rule: Rule, suite: Suite) -> Rule:
-    """A rule with what it leaves open filled in; `UserError` for one that this suite has no numbers for."""
-    metric = METRICS[rule.metric]
-    if metric.table and not getattr(suite, metric.table):
-        raise UserError(
-            f"{where}.metric' is {rule.metric}, and the suite has no [{metric.table}] table.",
-            "Add the table, or leave the rule out.",
-        )
-    rows = suite.variants if metric.unit is None else suite.rows()
-    if rule.variant not in rows:
-        raise UserError(f"{where}.variant' names '{rule.variant}', which is none.", did_you_mean(rule.variant, rows))
-    filled = _with_option(where, rule, suite)
-    if metric.unit is None:
-        for key in ("versus", "margin"):
-            if getattr(rule, key) is not None:
-                raise UserError(f"{where}.{key}' is set, and {rule.metric} looks at one model alone.", "Leave it out.")
-        return filled
-    versus = rule.versus or SOURCE
-    against = [*rows, BASELINE] if metric.has_baseline else list(rows)
-    against.remove(rule.variant)
-    if rule.variant == SOURCE:  # which the others are held against, and whose fidelity to itself is none
-        against = [row for row in against if row == BASELINE and metric.table != "fidelity"]
-    if versus not in against:
-        raise UserError(
-            f"{where}.versus' is '{versus}', which {rule.metric} of '{rule.variant}' cannot be held against.",
-            did_you_mean(versus, against) if against else "Name a variant.",
-        )
-    if rule.margin is None:
-        raise UserError(f"{where}.margin' is missing.", f"Say what loss is accepted, for example 0.01 ({metric.unit}).")
-    # A gain of speed has no bound.
-    if metric.unit == _SHARE and (rule.margin >= 1 or (rule.margin <= -1 and metric.has_baseline)):
-        raise UserError(f"{where}.margin' is {rule.margin:g}, and a share is below 1.", "Write 0.03 for three points.")
-    if rule.margin < 0 and metric.has_baseline and versus in (SOURCE, BASELINE):
-        raise UserError(
-            f"{where}.margin' is {rule.margin:g}: below zero it asks for a gain, which rounding does not bring.",
-            "Use a margin of at least 0.",
-        )
-    return dataclasses.replace(filled, versus=versus)
-
-
-def _with_option(where: str, rule: Rule, suite: Suite) -> Rule:
-    """The rule with the default of its metric's own key, which must be something that the suite measures."""
-    option = METRICS[rule.metric].option
-    protocols = suite.ppl.protocols if suite.ppl else ()
-    filled = dataclasses.replace(
-        rule,
-        protocol=rule.protocol or (protocols[0] if option == "protocol" else None),
-        batch=rule.batch or (1 if option == "batch" else None),
-    )
-    measured = {
-        "task": tuple(suite.tasks),
-        "protocol": protocols,
-        "batch": suite.bench.batch_sizes if suite.bench else (),
-    }
-    for key, known in measured.items():
-        value = getattr(filled, key)
-        if value is not None and key != option:
-            raise UserError(f"{where}.{key}' is set, and {rule.metric} has none.", "Leave it out.")
-        if value is not None and value not in known:
-            remedy = did_you_mean(str(value), map(str, known))
-            raise UserError(f"{where}.{key}' is {value}, which the suite does not measure.", remedy)
-    return filled
-
-
-def load_calibration(path: Path) -> tuple[Calibration, Path]:
-    """The calibration set in a file that holds what a suite's [calibration] table does, and the folder that its
-    relative paths start at."""
-    document = _document(path, "calibration set", "--calibration")
-    calibration: Calibration = _Reader(path, "calibration set").table(Calibration, document, "")
-    return calibration, path.parent
-
-
-def _document(path: Path, what: str, option: str) -> dict[str, Any]:
-    """The TOML file `path`, as its own types; `what` and `option` are for messages."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path}: the {what} cannot be read ({error.strerror}).",
-            f"Give the path of a TOML file with {option}.",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the {what} is not UTF-8 text.", "Save it as UTF-8.") from error
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        last_line = f"at line {text.count(chr(10)) + 1}, the end of the file"
-        where = str(error).replace("at end of document", last_line)
-        raise UserError(f"{path}: not valid TOML: {where}.", "Mend that line.") from error
-
-
-_TYPE_WORDS = {
-    str: "a string",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "a table",
-}
-
-
-def _describe(value: object) -> str:
-    return _TYPE_WORDS.get(type(value), f"a {type(value).__name__}")
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """TOML values to dataclasses, driven by the annotations; `file` and `what` it holds are only for messages."""
-
-    file: Path
-    what: str
-
-    def value(self, kind: Any, value: object, dotted: str) -> Any:
-        """`value` as an annotation wants it: dataclass, union, tuple, mapping of names, or a plain type."""
-        if dataclasses.is_dataclass(kind):
-            return self.table(kind, value, dotted)
-        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-        if origin is types.UnionType:
-            return self.union([one for one in arguments if one is not types.NoneType], value, dotted)
-        if origin is tuple:
-            items = self.expect(list, value, dotted)
-            if not items or len(set(map(repr, items))) < len(items):
-                raise self.wrong(dotted, "must be a list of at least one value, none twice")
-            return tuple(self.value(arguments[0], item, f"{dotted}[{i}]") for i, item in enumerate(items))
-        if origin is Mapping:
-            entries = self.expect(dict, value, dotted)
-            return {name: self.value(arguments[1], entry, f"{dotted}.{name}") for name, entry in entries.items()}
-        if kind is float and type(value) is int:
-            value = float(value)
-        plain = self.expect(kind, value, dotted)
-        if plain == "":
-            raise self.wrong(dotted, "must not be empty")
-        if kind is float and not math.isfinite(plain):
-            raise self.wrong(dotted, f"must be a finite number, not {plain}")
-        return plain
-
-    def union(self, kinds: list[Any], value: object, dotted: str) -> Any:
-        """The one kind whose first key is present; a union of one kind (`X | None`) needs no telling."""
-        if len(kinds) == 1:
-            return self.value(kinds[0], value, dotted)
-        tags = {dataclasses.fields(kind)[0].name: kind for kind in kinds}
-        present = [tag for tag in tags if tag in self.expect(dict, value, dotted)]
-        if len(present) != 1:
-            found = " and ".join(present) or "none of them"
-            raise self.wrong(dotted, f"must have exactly one of the keys {', '.join(tags)}, and has {found}")
-        return self.table(tags[present[0]], value, dotted)
-
-    def table(self, kind: Any, value: object, dotted: str) -> Any:
-        """A TOML table as the dataclass `kind`: no unknown key, no missing one, every check passed."""
-        entries = self.expect(dict, value, dotted)
-        prefix = f"{dotted}." if dotted else ""
-        fields = {one.name: one for one in dataclasses.fields(kind) if one.metadata.get("in_file", True)}
-        for key in entries:
-            if key not in fields:
-                raise UserError(f"{self.file}: unknown key '{prefix}{key}'.", did_you_mean(key, fields))
-        arguments = {}
-        for key, one in fields.items():
-            if key in entries:
-                arguments[key] = self.value(one.type, entries[key], prefix + key)
-                wrong = one.metadata.get("check", lambda _: None)(arguments[key])
-                if wrong:
-                    raise self.wrong(prefix + key, wrong)
-            elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
-                raise UserError(
-                    f"{self.file}: '{prefix}{key}' is missing.",
-                    f"Add it{f' to [{dotted}]' if dotted else ''}.",
-                )
-        return kind(**arguments)
-
-    def expect(self, kind: Any, value: object, dotted: str) -> Any:
-        """`value` if it is exactly a `kind` (true is no number), an error otherwise."""
-        if type(value) is not kind:
-            raise self.wrong(dotted, f"must be {_TYPE_WORDS[kind]}, not {_describe(value)}")
-        return value
-
-    def wrong(self, dotted: str, problem: str) -> UserError:
-        return UserError(f"{self.file}: '{dotted}' {problem}.", f"Correct it in the {self.what}.")
