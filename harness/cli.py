@@ -382,38 +382,40 @@ def _repair(options: argparse.Namespace, _: tuple[str, ...]) -> int:
 
 
 def _sensitivity(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
-    from harness.report import columns, tables
+    from harness.report import columns, sensitivity_tables
     from harness.stages import measure_sensitivity
 
     with _job(options, arguments) as job:
         measured = {SOURCE: measure_sensitivity(job)}
-    frame = tables.sensitivity(measured)
-    words = tables.sensitivity_words(frame)
+    frame = sensitivity_tables.sensitivity_table(measured)
+    words = sensitivity_tables.sensitivity_words(frame)
     if options.json:
         files = {variant: str(record.path) for variant, record in measured.items()}
-        _print_json({"records": files, "tables": [columns.rows(frame)], "summary": words})
+        _print_json({"records": files, "tables": [columns.json_rows(frame)], "summary": words})
         return 0
-    print(f"\n{columns.text(frame)}\n", *words, sep="\n")
+    print(f"\n{columns.terminal_table(frame)}\n", *words, sep="\n")
     print("\nRecords:", *(f"  {record.path}" for record in measured.values()), sep="\n")
     return 0
 
 
 def _ppl(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from harness.perplexity import measure, prepare, with_stored_source
-    from harness.report import fidelities, tables
+    from harness.report import fidelity_tables, perplexity_tables
 
     with _measuring_job(options, arguments) as job:
         work = prepare(job, options.variant)
         _print_models(options, work.models)
         found = measure(job, work, options.limit, fresh=options.fresh)
         shown = with_stored_source(job, found.records)
-        frame = tables.perplexity(shown, fidelities.log_ppl_floor(_stored_noise(job), shown))
+        frame = perplexity_tables.perplexity_table(shown, fidelity_tables.log_ppl_floor(_stored_noise(job), shown))
     frames = [frame] if found.records else []
-    return _print_measured(options, found.records, frames, found.failures, notes=tables.reused_windows(found.records))
+    return _print_measured(
+        options, found.records, frames, found.failures, notes=perplexity_tables.reused_windows(found.records)
+    )
 
 
 def _bench(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
-    from harness.report import tables
+    from harness.report import speed_tables
     from harness.stages import measure_decode, prepare, prepare_server, required, with_stored_source
 
     with _measuring_job(options, arguments) as job:
@@ -427,13 +429,13 @@ def _bench(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
         measured = measure_decode(job, work, options.limit)
         records = measured.records
         versus = required(job.suite, "bench", job.suite.bench).versus
-        frames = tables.of_measure("bench", with_stored_source(job, "bench", records), versus) if records else []
+        frames = speed_tables.bench_tables(with_stored_source(job, "bench", records), versus) if records else []
     return _print_measured(options, records, frames, measured.failures)
 
 
 def _tasks(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from harness.evaluation import evaluate, prepare, with_stored_source
-    from harness.report import evaluations
+    from harness.report import task_tables
 
     with _measuring_job(options, arguments) as job:
         work = prepare(job, options.variant, options.task)
@@ -444,16 +446,16 @@ def _tasks(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
         f"{row}, {label} is invalid: {reason}."
         for label, rows in found.records.items()
         for row, record in rows.items()
-        for reason in evaluations.invalid(record, shown[label].get(SOURCE))
+        for reason in task_tables.invalid(record, shown[label].get(SOURCE))
     ]
-    frames = (evaluations.scores(shown), evaluations.answers(shown))
-    notes = evaluations.reuse_words(found.records)
+    frames = (task_tables.score_table(shown), task_tables.answer_table(shown))
+    notes = task_tables.reused_answers(found.records)
     return _print_measured(options, found.records, frames, found.failures, notes=notes, invalid=invalid)
 
 
 def _fidelity(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from harness.fidelity import compare, prepare
-    from harness.report import fidelities
+    from harness.report import fidelity_tables
 
     with _measuring_job(options, arguments) as job:
         work = prepare(job, options.variant)
@@ -462,7 +464,7 @@ def _fidelity(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
         stored = _stored_noise(job)
     records = measured.records
     shown = {**records, **{row: one for row, one in stored.items() if row not in records}}
-    frames = [fidelities.divergences(shown), fidelities.bands(shown)] if records else []
+    frames = [fidelity_tables.divergence_table(shown), fidelity_tables.band_table(shown)] if records else []
     return _print_measured(options, records, frames, measured.failures)
 
 
@@ -486,24 +488,24 @@ def _print_measured(
 ) -> int:
     """The tables of a measure, where its records lie (by row, or by protocol or task and row), what must be said of
     them, and what failed; the exit code. `invalid` is None for a measure that has no audit."""
-    from harness.report import columns, tables
+    from harness.report import columns, runs
 
     by_name = {name: one if isinstance(one, Mapping) else {name: one} for name, one in records.items()}
     flat = [(row, record) for rows in by_name.values() for row, record in rows.items()]
     filled = [frame for frame in frames if not frame.empty]
-    warnings = tables.warnings([record for _, record in flat])
+    warnings = runs.engine_warnings([record for _, record in flat])
     code = 1 if failures or invalid else 0
     if options.json:
         files = {
             name: {row: str(record.path) for row, record in one.items()} if isinstance(one, Mapping) else str(one.path)
             for name, one in records.items()
         }
-        shown = [columns.rows(frame) for frame in filled]
+        shown = [columns.json_rows(frame) for frame in filled]
         found = {"records": files, "tables": shown, "warnings": warnings, "failures": dict(failures)}
         _print_json(found if invalid is None else {**found, "invalid": list(invalid)})
         return code
     for frame in filled:
-        print(f"\n{columns.text(frame)}")
+        print(f"\n{columns.terminal_table(frame)}")
     for line in notes:
         print(line)
     if flat:
@@ -523,16 +525,16 @@ def _print_models(options: argparse.Namespace, models: "Sequence[Model]") -> Non
 def _stored_noise(job: "Job") -> "dict[str, Record]":
     """The newest stored runs of the source beside itself."""
     from harness.record import store
-    from harness.report import tables
+    from harness.report import runs
     from harness.suite.names import NOISE
 
     stored, _ = store.read_all(job.results)
-    return tables.newest(stored, job.suite.name, "fidelity", NOISE)
+    return runs.newest_runs(stored, job.suite.name, "fidelity", NOISE)
 
 
 def _import(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     from harness.measure.vllm_bench import BatchShape
-    from harness.report import columns, tables
+    from harness.report import columns, speed_tables
     from harness.stages import import_benchmark
 
     given = (options.batch, options.prompt_tokens, options.new_tokens)
@@ -543,11 +545,11 @@ def _import(options: argparse.Namespace, arguments: tuple[str, ...]) -> int:
     shape = BatchShape(*given) if all(given) else None
     with _job(options, arguments) as job:
         record = import_benchmark(job, options.variant, options.file, shape, options.machine, options.vllm_version)
-    frame = tables.served({options.variant: record})
+    frame = speed_tables.served_table({options.variant: record})
     if options.json:
-        _print_json({"record": str(record.path), "tables": [columns.rows(frame)]})
+        _print_json({"record": str(record.path), "tables": [columns.json_rows(frame)]})
     else:
-        print(f"{columns.text(frame)}\n\nRecord: {record.path}")
+        print(f"{columns.terminal_table(frame)}\n\nRecord: {record.path}")
     return 0
 
 
@@ -627,9 +629,9 @@ def _report(options: argparse.Namespace, _: tuple[str, ...]) -> int:
         if options.json:
             _print_json({"files": [], word: [], "edited": edits, "claims": claims.rows(said)})
         return 1
-    rendered = card.render(suite, records, results_dir=options.results.as_posix(), pages=pages)
+    rendered = card.generated_files(suite, records, results_dir=options.results.as_posix(), pages=pages)
     root = Path.cwd()
-    changed = card.stale(rendered, root) if options.check else card.write(rendered, root)
+    changed = card.stale_files(rendered, root) if options.check else card.write_files(rendered, root)
     if options.json:
         _print_json({"files": sorted(rendered), word: changed, "edited": edits, "claims": claims.rows(said)})
     else:
@@ -675,7 +677,7 @@ def _export(options: argparse.Namespace, _: tuple[str, ...]) -> int:
         raise UserError(f"{options.out} is not a folder.", "Give another --out.")
     evidence = gather(suite, _stored_records(options.results)[0], options.results.as_posix())
     files = export(evidence, options.variant or list(suite.variants))
-    written = card.write(files, options.out)
+    written = card.write_files(files, options.out)
     if options.json:
         _print_json({"out": options.out.as_posix(), "files": sorted(files), "written": sorted(written)})
     else:
@@ -686,7 +688,7 @@ def _export(options: argparse.Namespace, _: tuple[str, ...]) -> int:
 
 def _gate(options: argparse.Namespace, _: tuple[str, ...]) -> int:
     from harness.record import baselines
-    from harness.report import columns, gate
+    from harness.report import columns, gate, gate_output
 
     if options.update_baseline != (options.reason is not None):
         raise UserError("--update-baseline and --reason go together.", "A baseline is changed for a reason: give both.")
@@ -713,14 +715,16 @@ def _gate(options: argparse.Namespace, _: tuple[str, ...]) -> int:
         return 0
     judgements = gate.judge(suite, records, baselines.read(folder, suite.name), skipped)
     if options.json:
-        _print_json({"suite": suite.name, "judgements": gate.rows(judgements)})
+        _print_json({"suite": suite.name, "judgements": gate_output.verdict_rows(judgements)})
     else:
-        print(f"{columns.text(gate.frame(judgements))}\n\n{gate.words(judgements)}")
+        print(
+            f"{columns.terminal_table(gate_output.verdict_table(judgements))}\n\n{gate_output.verdict_counts(judgements)}"
+        )
     if options.junit:
-        options.junit.write_text(gate.junit(suite.name, judgements), encoding="utf-8")
+        options.junit.write_text(gate_output.junit(suite.name, judgements), encoding="utf-8")
     if options.step_summary:
         with options.step_summary.open("a", encoding="utf-8") as page:
-            page.write(gate.step_summary(suite.name, judgements))
+            page.write(gate_output.step_summary(suite.name, judgements))
     return gate.exit_code(judgements)
 
 

@@ -150,8 +150,8 @@ def _identity(model: Model, engine: Mapping[str, Any], loaded: tasks.Loaded) -> 
 
 def with_stored_source(job: Job, found: Evaluated) -> dict[str, dict[str, Record]]:
     """The runs of each task beside the newest stored one of the source, where this command ran none."""
-    from harness.report import evaluations
+    from harness.report import task_tables
 
     stored, _ = store.read_all(job.results)
-    source = evaluations.newest(stored, job.suite, (SOURCE,))
+    source = task_tables.newest_by_task(stored, job.suite, (SOURCE,))
     return {label: {**source.get(label, {}), **rows} for label, rows in found.records.items()}

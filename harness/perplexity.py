@@ -252,8 +252,8 @@ def _recorded_failure(folder: Path, run: Run) -> Iterator[None]:
 def with_stored_source(job: Job, measured: Mapping[str, Mapping[str, Record]]) -> dict[str, dict[str, Record]]:
     """The measured runs of each protocol beside the newest stored one of the source, where this command measured
     none."""
-    from harness.report import tables
+    from harness.report import runs
 
     stored, _ = store.read_all(job.results)
-    source = tables.newest_by_protocol(stored, job.suite.name, list(measured), (SOURCE,))
+    source = runs.newest_by_protocol(stored, job.suite.name, list(measured), (SOURCE,))
     return {name: {**source.get(name, {}), **rows} for name, rows in measured.items()}

@@ -524,12 +524,12 @@ def measure_sensitivity(job: Job) -> Record:
 
 def with_stored_source(job: Job, measure: str, measured: Mapping[str, Record]) -> dict[str, Record]:
     """The measured runs beside the newest stored one of the source, where this command measured none."""
-    from harness.report import tables
+    from harness.report import runs
 
     if SOURCE in measured:
         return dict(measured)
     stored, _ = store.read_all(job.results)
-    return {**tables.newest(stored, job.suite.name, measure, (SOURCE,)), **measured}
+    return {**runs.newest_runs(stored, job.suite.name, measure, (SOURCE,)), **measured}
 
 
 def required(suite: Suite, table: str, value: T | None) -> T:

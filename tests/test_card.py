@@ -12,7 +12,7 @@ import yaml
 
 from harness.errors import UserError
 from harness.record.store import Record, RunWriter, read_all
-from harness.report import card, evidence, plots, sections
+from harness.report import card, evidence, figure_data, sections
 from harness.suite.load import load
 from harness.suite.schema import Suite, Task
 from tests.records import (
@@ -58,7 +58,7 @@ def suite(tmp_path: Path) -> Suite:
 
 
 def rendered(suite: Suite, records: list[Record], **pages: str) -> dict[str, bytes]:
-    return card.render(
+    return card.generated_files(
         suite, records, results_dir="results", pages={f"{name}.md": text.encode() for name, text in pages.items()}
     )
 
@@ -195,7 +195,7 @@ def test_every_run_that_is_linked_is_a_stored_file(suite: Suite, tmp_path: Path)
                 writer.sample(sample)
             writer.finish()
     records, _ = read_all(tmp_path / "results")
-    card.write(rendered(suite, records), tmp_path)
+    card.write_files(rendered(suite, records), tmp_path)
     page = (tmp_path / CARD).read_text()
     links = [link for link in re.findall(r"\]\(([^)]*)\)", page) if "://" not in link]
     assert {record.path for record in records} <= {(tmp_path / "reports/demo" / link).resolve() for link in links}
@@ -224,7 +224,9 @@ def test_step_times_of_another_session_are_not_drawn_beside_the_sources(suite: S
     alone, refused, drawn = (
         rendered(suite, records)[SVG] for records in ([source], [source, apart], [source, together])
     )
-    assert plots.embedded_digest(refused) == plots.embedded_digest(alone) != plots.embedded_digest(drawn)
+    assert (
+        figure_data.embedded_digest(refused) == figure_data.embedded_digest(alone) != figure_data.embedded_digest(drawn)
+    )
 
 
 def test_runs_of_different_artifacts_of_a_variant_are_pointed_out(suite: Suite) -> None:
@@ -249,8 +251,8 @@ def test_sensitivities_have_a_table_and_a_figure_only_where_they_were_measured(s
     section = files[CARD].decode().split("## Sensitivity\n\n")[1].split("\n## ")[0]
     assert section.startswith("FP8 gains most for its bytes in self_attn.o_proj")
     assert "(sensitivity.png)" in section and f"[{record.run.run_id}](" in section
-    digests = {plots.embedded_digest(files[f"reports/demo/sensitivity.{kind}"]) for kind in ("png", "svg")}
-    assert len(digests) == 1 and digests != {None} and digests != {plots.embedded_digest(files[PNG])}
+    digests = {figure_data.embedded_digest(files[f"reports/demo/sensitivity.{kind}"]) for kind in ("png", "svg")}
+    assert len(digests) == 1 and digests != {None} and digests != {figure_data.embedded_digest(files[PNG])}
     assert without[PNG] == files[PNG]
 
 
@@ -276,8 +278,8 @@ def test_another_process_renders_the_same_bytes(suite: Suite, tmp_path: Path) ->
     program = (
         "import sys; from pathlib import Path; from harness.report import card; from harness.suite.load import load\n"
         "from tests.records import demo_records\n"
-        "made = card.render(load(Path(sys.argv[1])), demo_records(), results_dir='results', pages={})\n"
-        "card.write(made, Path(sys.argv[2]))\n"
+        "made = card.generated_files(load(Path(sys.argv[1])), demo_records(), results_dir='results', pages={})\n"
+        "card.write_files(made, Path(sys.argv[2]))\n"
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     command = [sys.executable, "-c", program, str(suite.folder / "demo.toml"), str(tmp_path / "out")]
@@ -289,9 +291,9 @@ def test_another_process_renders_the_same_bytes(suite: Suite, tmp_path: Path) ->
 
 def test_the_figures_carry_the_digest_of_their_data(suite: Suite) -> None:
     full, fewer = rendered(suite, demo_records()), rendered(suite, demo_records()[:-1])
-    assert plots.embedded_digest(full[SVG]) == plots.embedded_digest(full[PNG]) is not None
-    assert plots.embedded_digest(full[SVG]) != plots.embedded_digest(fewer[SVG])
-    assert plots.embedded_digest(full[CARD]) is None
+    assert figure_data.embedded_digest(full[SVG]) == figure_data.embedded_digest(full[PNG]) is not None
+    assert figure_data.embedded_digest(full[SVG]) != figure_data.embedded_digest(fewer[SVG])
+    assert figure_data.embedded_digest(full[CARD]) is None
     assert full[PNG].startswith(b"\x89PNG") and b"<svg" in full[SVG]
 
 
@@ -303,25 +305,25 @@ def test_write_brings_everything_up_to_date_and_nothing_else(suite: Suite, tmp_p
     (tmp_path / "README.md").write_text("# Mine\n")
     assert {CARD, PAGE_FILE, SVG, PNG} <= set(files)
     new = sorted(set(files) - {"README.md"})
-    assert sorted(card.stale(files, tmp_path)) == sorted(card.write(files, tmp_path)) == new
-    assert card.stale(files, tmp_path) == [] and card.write(files, tmp_path) == []
+    assert sorted(card.stale_files(files, tmp_path)) == sorted(card.write_files(files, tmp_path)) == new
+    assert card.stale_files(files, tmp_path) == [] and card.write_files(files, tmp_path) == []
     assert [path.name for path in (tmp_path / "reports/demo").iterdir() if path.name.startswith(".")] == []
 
 
 def test_new_records_make_card_and_figures_stale(suite: Suite, tmp_path: Path) -> None:
-    card.write(rendered(suite, []), tmp_path)
+    card.write_files(rendered(suite, []), tmp_path)
     files = rendered(suite, demo_records())
-    assert sorted(card.stale(files, tmp_path)) == sorted(files)
+    assert sorted(card.stale_files(files, tmp_path)) == sorted(files)
 
 
 def test_a_hand_edit_of_the_card_is_stale_and_other_pixels_of_the_same_data_are_not(
     suite: Suite, tmp_path: Path
 ) -> None:
     files = rendered(suite, demo_records())
-    card.write(files, tmp_path)
+    card.write_files(files, tmp_path)
     (tmp_path / CARD).write_bytes(files[CARD].replace(b"8.1", b"8.0"))
     (tmp_path / SVG).write_bytes(files[SVG] + b"<!-- another build of the drawing library -->")
-    assert card.stale(files, tmp_path) == [CARD]
+    assert card.stale_files(files, tmp_path) == [CARD]
 
 
 # -- Blocks in other pages ---------------------------------------------------------------------------------------
@@ -367,7 +369,7 @@ def test_every_block_can_stand_in_a_page(suite: Suite) -> None:
 
 def test_links_start_at_the_page(suite: Suite) -> None:
     page = b"<!-- harness:begin figure suite=demo -->\n<!-- harness:end figure -->"
-    made = card.render(suite, demo_records(), results_dir="results", pages={"docs/a/b.md": page})
+    made = card.generated_files(suite, demo_records(), results_dir="results", pages={"docs/a/b.md": page})
     assert b"(../../reports/demo/overview.png)" in made["docs/a/b.md"]
 
 
@@ -399,4 +401,4 @@ def test_a_broken_block_is_named_by_file_and_line(suite: Suite, page: str, line:
 
 def test_a_page_that_is_no_text_is_refused(suite: Suite) -> None:
     with pytest.raises(UserError, match="not UTF-8"):
-        card.render(suite, [], results_dir="results", pages={"README.md": b"\xff"})
+        card.generated_files(suite, [], results_dir="results", pages={"README.md": b"\xff"})

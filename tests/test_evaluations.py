@@ -18,7 +18,7 @@ from scipy import stats as scipy_stats
 from harness.record import stats
 from harness.record.comparable import COMPARABLE
 from harness.record.store import Record, RunWriter, read
-from harness.report import columns, evaluations
+from harness.report import columns, task_tables
 from harness.suite.schema import Source, Suite, Task, Variant
 from tests.records import AUDIT, ENGINE, TASK, answer, choice, make_run, mean_results, result, tasks_record
 
@@ -51,7 +51,7 @@ def row(frame: pd.DataFrame, **wanted: object) -> dict[str, Any]:
 
 
 def delta(by_task: Mapping[str, Mapping[str, Record]], variant: str = "nvfp4", **wanted: object) -> Any:
-    return row(evaluations.scores(by_task), variant=variant, **wanted)["delta_score"]
+    return row(task_tables.score_table(by_task), variant=variant, **wanted)["delta_score"]
 
 
 def link(record: Record) -> str:
@@ -73,7 +73,7 @@ def table_cells(text: str, heading: str) -> list[str]:
 
 
 def test_a_score_is_lm_evals_own_with_its_standard_error() -> None:
-    frame = evaluations.scores({"sums": {"source": tasks_record("source", answered([1, 1, 1, 0]))}})
+    frame = task_tables.score_table({"sums": {"source": tasks_record("source", answered([1, 1, 1, 0]))}})
     source = row(frame, variant="source")
     assert (source["task"], source["metric"], source["num_items"], source["num_repetitions"]) == ("sums", METRIC, 4, 1)
     assert source["score"] == 0.75 and source["score_error"] == pytest.approx(scipy_stats.sem([1, 1, 1, 0]))
@@ -82,7 +82,7 @@ def test_a_score_is_lm_evals_own_with_its_standard_error() -> None:
 
 def test_a_score_is_the_mean_over_repetitions_and_its_standard_error_that_of_one() -> None:
     repeated = answered([1, 1, 1, 0]) + answered([1, 0, 0, 0], repetition=1) + answered([1, 1, 0, 0], repetition=2)
-    frame = evaluations.scores({"sums": {"source": tasks_record("source", repeated)}})
+    frame = task_tables.score_table({"sums": {"source": tasks_record("source", repeated)}})
     source = row(frame, variant="source")
     assert source["score"] == pytest.approx((0.75 + 0.25 + 0.5) / 3)
     errors = [scipy_stats.sem(ones) for ones in ([1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0])]
@@ -92,7 +92,7 @@ def test_a_score_is_the_mean_over_repetitions_and_its_standard_error_that_of_one
 
 def test_a_metric_without_a_standard_error_has_a_dash() -> None:
     record = tasks_record("source", answered([1, 0]), [result(0.5)])
-    assert row(evaluations.scores({"sums": {"source": record}}), variant="source")["score_error"] is None
+    assert row(task_tables.score_table({"sums": {"source": record}}), variant="source")["score_error"] is None
 
 
 def test_every_metric_has_a_row_of_its_own() -> None:
@@ -157,9 +157,9 @@ def test_equal_scores_that_are_no_shares_have_no_interval() -> None:
 
 
 def test_right_or_wrong_items_have_mcnemars_p_value_and_others_that_of_a_permutation() -> None:
-    flipped = row(evaluations.scores(pair(answered([1] * 8 + [0]), answered([0] * 7 + [1, 1]))), variant="nvfp4")
+    flipped = row(task_tables.score_table(pair(answered([1] * 8 + [0]), answered([0] * 7 + [1, 1]))), variant="nvfp4")
     assert flipped["p_holm"] == pytest.approx(scipy_stats.binomtest(7, 8).pvalue)
-    graded = row(evaluations.scores(pair(answered([0.9, 0.8, 0.7]), answered([0.5, 0.5, 0.5]))), variant="nvfp4")
+    graded = row(task_tables.score_table(pair(answered([0.9, 0.8, 0.7]), answered([0.5, 0.5, 0.5]))), variant="nvfp4")
     assert graded["p_holm"] == 2 / 2**3, "all three fell: one exchange of eight is as far, and one as far the other way"
 
 
@@ -168,7 +168,7 @@ def test_several_tasks_are_adjusted_by_holm_and_pooled_in_a_row_of_their_own() -
         pair(answered([1] * 9), answered([0] * 8 + [1]))["sums"],
         pair(answered([1, 0]), answered([1, 0]))["sums"],
     )
-    frame = evaluations.scores({"sums": lost, "facts": same})
+    frame = task_tables.score_table({"sums": lost, "facts": same})
     p_value = scipy_stats.binomtest(8, 8).pvalue
     assert row(frame, variant="nvfp4", task="sums")["p_holm"] == pytest.approx(2 * p_value)
     assert row(frame, variant="nvfp4", task="facts")["p_holm"] == 1
@@ -179,15 +179,15 @@ def test_several_tasks_are_adjusted_by_holm_and_pooled_in_a_row_of_their_own() -
 
 def test_flips_count_what_was_lost_and_what_was_won() -> None:
     by_task = pair(answered([1, 1, 1, 0, 0, 1]), answered([0, 0, 1, 1, 0, 1]))
-    cells = row(evaluations.scores(by_task), variant="nvfp4")
+    cells = row(task_tables.score_table(by_task), variant="nvfp4")
     assert cells["flips"] == "2 / 1" and cells["delta_score"].value == pytest.approx(-1 / 6)
     source, variant = by_task["sums"].values()
-    back = row(evaluations.scores({"sums": {"source": variant, "nvfp4": source}}), variant="nvfp4")
+    back = row(task_tables.score_table({"sums": {"source": variant, "nvfp4": source}}), variant="nvfp4")
     assert back["flips"] == "1 / 2" and back["delta_score"].value == pytest.approx(1 / 6)
 
 
 def test_a_metric_of_more_than_right_or_wrong_has_no_flips() -> None:
-    cells = row(evaluations.scores(pair(answered([1, 0.5]), answered([0, 0.5]))), variant="nvfp4")
+    cells = row(task_tables.score_table(pair(answered([1, 0.5]), answered([0, 0.5]))), variant="nvfp4")
     assert cells["flips"] is None and cells["delta_score"].value == -0.5
 
 
@@ -210,7 +210,7 @@ def test_what_is_no_mean_of_its_items_is_shown_and_not_compared(
             for name, value in zip(("source", "nvfp4"), values, strict=True)
         }
     }
-    frame = evaluations.scores(by_task)
+    frame = task_tables.score_table(by_task)
     assert [one["score"] for one in frame.to_dict("records")] == list(values)
     cells = row(frame, variant="nvfp4")
     assert cells["delta_score"] is None and cells["flips"] is None
@@ -241,7 +241,7 @@ def test_a_group_shows_its_tasks_by_name_and_its_own_figure_without_a_difference
         "source": group("source", {"easy": [1, 1], "hard": [1, 0, 1, 1]}, 5 / 6),
         "nvfp4": group("nvfp4", {"easy": [1, 0], "hard": [0, 1, 0, 0]}, 2 / 6),
     }
-    frame = evaluations.scores({"facts": records})
+    frame = task_tables.score_table({"facts": records})
     variant = [one for one in frame.to_dict("records") if one["variant"] == "nvfp4"]
     assert [one["task"] for one in variant] == ["facts: easy", "facts: hard", "facts: all", "all tasks"]
     assert [one["score"] for one in variant] == [0.5, 0.25, pytest.approx(1 / 3), None]
@@ -282,9 +282,9 @@ def test_another_header_refuses_by_its_key(key: str, change: dict[str, Any]) -> 
     by_task = pair(answered([1, 0]), answered([1, 1]))
     record = by_task["sums"]["nvfp4"]
     by_task["sums"]["nvfp4"] = replace(record, run=replace(record.run, **change))
-    cells = row(evaluations.scores(by_task), variant="nvfp4")
+    cells = row(task_tables.score_table(by_task), variant="nvfp4")
     assert cells["delta_score"] == f"incomparable: {key}" and cells["flips"] is None and cells["score"] == 1
-    assert row(evaluations.answers(by_task), variant="nvfp4")["token_inflation_ratio"] is None
+    assert row(task_tables.answer_table(by_task), variant="nvfp4")["token_inflation_ratio"] is None
 
 
 def test_runs_of_two_sessions_and_machines_may_be_compared() -> None:
@@ -325,7 +325,7 @@ def test_a_variant_without_a_source_is_compared_with_nothing() -> None:
     by_task = pair(answered([1, 1]), answered([1, 0]))
     del by_task["sums"]["source"]
     assert delta(by_task) == "no record of the source"
-    cells = row(evaluations.answers(by_task), variant="nvfp4")
+    cells = row(task_tables.answer_table(by_task), variant="nvfp4")
     assert cells["token_inflation_ratio"] is None and cells["verdict"] == "valid"
 
 
@@ -349,44 +349,44 @@ def test_a_run_is_valid_at_a_bound_and_says_why_it_is_not_above(share: str) -> N
     bad, words = BAD[share]
     for bound, num_bad, num in ((0.25, 1, 4), (0.05, 1, 20), (0.05, 5, 100), (0.2, 7, 35), (0.0, 0, 4), (1.0, 4, 4)):
         at = tasks_record("source", partly(num_bad, num, bad), audit={**AUDIT, share: bound})
-        assert evaluations.invalid(at, at) == []
-        cells = row(evaluations.answers({"sums": {"source": at}}), variant="source")
+        assert task_tables.invalid(at, at) == []
+        cells = row(task_tables.answer_table({"sums": {"source": at}}), variant="source")
         assert cells[share] == num_bad / num and cells["verdict"] == "valid"
         assert {cells[other] for other in BAD if other != share} == {0}
         if num_bad == num:
             continue
         above = tasks_record("source", partly(num_bad + 1, num, bad), audit={**AUDIT, share: bound})
-        (reason,) = evaluations.invalid(above, above)
+        (reason,) = task_tables.invalid(above, above)
         assert words in reason
         assert reason.startswith(f"{100 * (num_bad + 1) / num:.1f} % ")
         assert reason.endswith(f"the bound is {100 * bound:.1f} %")
-        cells = row(evaluations.answers({"sums": {"source": above}}), variant="source")
+        cells = row(task_tables.answer_table({"sums": {"source": above}}), variant="source")
         assert cells["verdict"] == f"invalid: {reason}"
 
 
 @pytest.mark.parametrize("share", BAD)
 def test_an_invalid_run_and_an_invalid_source_are_compared_with_nothing(share: str) -> None:
     good, bad = answered([1, 1, 1, 1]), partly(2, 4, BAD[share][0])
-    cells = row(evaluations.scores(pair(good, bad)), variant="nvfp4")
+    cells = row(task_tables.score_table(pair(good, bad)), variant="nvfp4")
     assert (cells["score"], cells["delta_score"], cells["flips"]) == (1, "invalid", None)
-    frame = evaluations.scores(pair(bad, good))
+    frame = task_tables.score_table(pair(bad, good))
     assert row(frame, variant="source")["delta_score"] == "invalid"
     assert row(frame, variant="nvfp4")["delta_score"] == "the source is invalid"
-    assert row(evaluations.scores(pair(good, good)), variant="nvfp4")["delta_score"].value == 0
+    assert row(task_tables.score_table(pair(good, good)), variant="nvfp4")["delta_score"].value == 0
 
 
 def test_an_answer_of_several_texts_is_cut_off_if_any_of_them_is() -> None:
     record = tasks_record("source", [answer(0, 1.0, finish_reasons=["stop", "length"]), answer(1, 1.0)])
-    assert row(evaluations.answers({"sums": {"source": record}}), variant="source")["cap_hit_share"] == 0.5
+    assert row(task_tables.answer_table({"sums": {"source": record}}), variant="source")["cap_hit_share"] == 0.5
 
 
 def test_all_reasons_are_given_at_once() -> None:
     everything = {key: value for bad, _ in BAD.values() for key, value in bad.items()}
     source = tasks_record("source", answered([1, 1]))
     record = tasks_record("nvfp4", partly(2, 2, {**everything, "num_tokens": 50}))
-    reasons = evaluations.invalid(record, source)
+    reasons = task_tables.invalid(record, source)
     assert len(reasons) == 5
-    assert evaluations.answers({"sums": {"source": source, "nvfp4": record}})["verdict"][1] == (
+    assert task_tables.answer_table({"sums": {"source": source, "nvfp4": record}})["verdict"][1] == (
         "invalid: 100.0 % of the answers were cut off at the most new tokens, and the bound is 25.0 %; "
         "100.0 % of the thoughts were never closed, and the bound is 25.0 %; "
         "100.0 % of the answers are empty, and the bound is 25.0 %; "
@@ -398,22 +398,22 @@ def test_all_reasons_are_given_at_once() -> None:
 def test_a_run_of_twice_the_sources_tokens_is_valid_and_one_of_more_is_not() -> None:
     source = answered([1, 1, 1, 1], num_tokens=100)
     by_task = pair(source, [answer(doc_id, 1.0, num_tokens=count) for doc_id, count in enumerate((50, 150, 300, 300))])
-    assert evaluations.invalid(by_task["sums"]["nvfp4"], by_task["sums"]["source"]) == []
-    assert row(evaluations.answers(by_task), variant="nvfp4")["token_inflation_ratio"].value == 2
+    assert task_tables.invalid(by_task["sums"]["nvfp4"], by_task["sums"]["source"]) == []
+    assert row(task_tables.answer_table(by_task), variant="nvfp4")["token_inflation_ratio"].value == 2
     assert delta(by_task).value == 0
     by_task = pair(source, [answer(doc_id, 1.0, num_tokens=count) for doc_id, count in enumerate((50, 150, 310, 300))])
-    (reason,) = evaluations.invalid(by_task["sums"]["nvfp4"], by_task["sums"]["source"])
+    (reason,) = task_tables.invalid(by_task["sums"]["nvfp4"], by_task["sums"]["source"])
     assert reason == "its answers take 2.02 times the source's tokens, and the bound is 2"
-    assert row(evaluations.answers(by_task), variant="nvfp4")["verdict"] == f"invalid: {reason}"
+    assert row(task_tables.answer_table(by_task), variant="nvfp4")["verdict"] == f"invalid: {reason}"
     assert delta(by_task) == "invalid"
-    assert evaluations.invalid(by_task["sums"]["nvfp4"], None) == []
+    assert task_tables.invalid(by_task["sums"]["nvfp4"], None) == []
 
 
 def test_the_bounds_are_those_of_the_suite_that_a_run_was_made_with() -> None:
     strict = {**AUDIT, "empty_share": 0.0}
     items = partly(1, 4, {"empty": True})
-    assert evaluations.invalid(tasks_record("source", items), None) == []
-    assert len(evaluations.invalid(tasks_record("source", items, audit=strict), None)) == 1
+    assert task_tables.invalid(tasks_record("source", items), None) == []
+    assert len(task_tables.invalid(tasks_record("source", items, audit=strict), None)) == 1
 
 
 def test_token_inflation_is_a_ratio_of_sums_over_documents() -> None:
@@ -427,7 +427,7 @@ def test_token_inflation_is_a_ratio_of_sums_over_documents() -> None:
             for doc_id, count in enumerate(ones)
         ]
 
-    frame = evaluations.answers(pair(items(before), items(after)))
+    frame = task_tables.answer_table(pair(items(before), items(after)))
     assert row(frame, variant="source")["token_inflation_ratio"] is None
     found = row(frame, variant="nvfp4")["token_inflation_ratio"]
     assert found.value == pytest.approx(after.sum() / before.sum())
@@ -437,17 +437,17 @@ def test_token_inflation_is_a_ratio_of_sums_over_documents() -> None:
 def test_tokens_are_compared_over_the_items_that_both_have() -> None:
     source = [answer(0, 1.0, num_tokens=10), answer(1, 1.0, num_tokens=1000)]
     variant = [answer(0, 1.0, num_tokens=15), answer(2, 1.0, num_tokens=1)]
-    found = row(evaluations.answers(pair(source, variant)), variant="nvfp4")["token_inflation_ratio"]
+    found = row(task_tables.answer_table(pair(source, variant)), variant="nvfp4")["token_inflation_ratio"]
     assert (found.value, found.num) == (1.5, 1)
     apart = pair([answer(0, 1.0)], [answer(1, 1.0)])
-    assert row(evaluations.answers(apart), variant="nvfp4")["token_inflation_ratio"] is None
+    assert row(task_tables.answer_table(apart), variant="nvfp4")["token_inflation_ratio"] is None
 
 
 def test_tokens_of_choices_do_not_thin_out_those_of_answers() -> None:
     def mixed(num_tokens: int) -> list[dict[str, Any]]:
         return [answer(0, 1.0, num_tokens=num_tokens), choice(0, 1, task="facts", num_tokens=1000)]
 
-    found = row(evaluations.answers(pair(mixed(10), mixed(30))), variant="nvfp4")
+    found = row(task_tables.answer_table(pair(mixed(10), mixed(30))), variant="nvfp4")
     assert found["token_inflation_ratio"].value == 3 and found["tokens_per_answer"] == 30
     assert found["verdict"].startswith("invalid") and found["num_items"] == 1
 
@@ -456,13 +456,13 @@ def test_documents_of_two_tasks_are_two_observations_of_tokens() -> None:
     def group(num_tokens: int) -> list[dict[str, Any]]:
         return [answer(0, 1.0, num_tokens=num_tokens, task=task) for task in ("easy", "hard")]
 
-    found = row(evaluations.answers(pair(group(10), group(15))), variant="nvfp4")["token_inflation_ratio"]
+    found = row(task_tables.answer_table(pair(group(10), group(15))), variant="nvfp4")["token_inflation_ratio"]
     assert (found.value, found.num) == (1.5, 2)
 
 
 def test_a_source_that_said_nothing_gives_no_ratio() -> None:
     by_task = pair(answered([0, 0], num_tokens=0), answered([1, 1]))
-    assert row(evaluations.answers(by_task), variant="nvfp4")["token_inflation_ratio"] is None
+    assert row(task_tables.answer_table(by_task), variant="nvfp4")["token_inflation_ratio"] is None
 
 
 def test_an_answer_costs_its_tokens_and_seconds_per_correct_one() -> None:
@@ -471,7 +471,7 @@ def test_an_answer_costs_its_tokens_and_seconds_per_correct_one() -> None:
         answer(1, 0.0, num_tokens=30, seconds=2.5),
         answer(2, 0.5, num_tokens=20, seconds=0.25),
     ]
-    cells = row(evaluations.answers({"sums": {"source": tasks_record("source", items)}}), variant="source")
+    cells = row(task_tables.answer_table({"sums": {"source": tasks_record("source", items)}}), variant="source")
     assert cells["tokens_per_answer"] == 20
     assert cells["tokens_per_correct"] == pytest.approx(60 / 1.5)
     assert cells["seconds_per_correct"] == pytest.approx(3.75 / 1.5)
@@ -481,15 +481,17 @@ def test_an_answer_costs_its_tokens_and_seconds_per_correct_one() -> None:
 def test_the_score_of_completed_answers_leaves_out_those_that_were_cut_off() -> None:
     cut: dict[str, Any] = {"finish_reasons": ["length"]}
     items = [answer(0, 1.0), answer(1, 0.0), answer(2, 0.0, **cut), answer(3, 1.0, **cut), answer(4, 1.0)]
-    cells = row(evaluations.answers({"sums": {"source": tasks_record("source", items)}}), variant="source")
+    cells = row(task_tables.answer_table({"sums": {"source": tasks_record("source", items)}}), variant="source")
     assert cells["completed_score"] == pytest.approx(2 / 3)
     none = tasks_record("source", partly(2, 2, cut))
-    cells = row(evaluations.answers({"sums": {"source": none}}), variant="source")
+    cells = row(task_tables.answer_table({"sums": {"source": none}}), variant="source")
     assert cells["completed_score"] is None and cells["cap_hit_share"] == 1
 
 
 def test_without_a_correct_answer_nothing_has_a_price() -> None:
-    cells = row(evaluations.answers({"sums": {"source": tasks_record("source", answered([0, 0]))}}), variant="source")
+    cells = row(
+        task_tables.answer_table({"sums": {"source": tasks_record("source", answered([0, 0]))}}), variant="source"
+    )
     assert cells["tokens_per_correct"] is None and cells["seconds_per_correct"] is None
     assert cells["completed_score"] == 0 and cells["tokens_per_answer"] == 10
 
@@ -499,7 +501,7 @@ def test_correct_is_what_the_first_metric_of_each_task_counts() -> None:
         answer(0, outcomes={"exact_match,a": 1.0, "other,a": 0.0}, task="a"),
         answer(0, outcomes={"f1,b": 0.5, "exact_match,a": 0.0}, task="b"),
     ]
-    cells = row(evaluations.answers({"sums": {"source": tasks_record("source", items)}}), variant="source")
+    cells = row(task_tables.answer_table({"sums": {"source": tasks_record("source", items)}}), variant="source")
     assert cells["completed_score"] == 0.75 and cells["tokens_per_correct"] == pytest.approx(20 / 1.5)
 
 
@@ -507,16 +509,16 @@ def test_correct_is_what_the_first_metric_of_each_task_counts() -> None:
 def test_answers_that_have_no_score_of_their_own_are_neither_right_nor_wrong(outcomes: dict[str, Any]) -> None:
     items = [answer(doc_id, outcomes=outcomes) for doc_id in range(2)]
     record = tasks_record("source", items, [result(12.5, metric="bleu,none")])
-    cells = row(evaluations.answers({"sums": {"source": record}}), variant="source")
+    cells = row(task_tables.answer_table({"sums": {"source": record}}), variant="source")
     assert (cells["completed_score"], cells["tokens_per_correct"], cells["seconds_per_correct"]) == (None, None, None)
     assert cells["tokens_per_answer"] == 10
 
 
 def test_a_run_of_choices_has_no_audit() -> None:
     facts = {name: tasks_record(name, [choice(0, 1), choice(1, 0)]) for name in ("source", "nvfp4")}
-    assert evaluations.answers({"facts": facts}).empty
-    assert evaluations.invalid(facts["nvfp4"], facts["source"]) == []
-    both = evaluations.answers({"facts": facts, **pair(answered([1]), answered([1]))})
+    assert task_tables.answer_table({"facts": facts}).empty
+    assert task_tables.invalid(facts["nvfp4"], facts["source"]) == []
+    both = task_tables.answer_table({"facts": facts, **pair(answered([1]), answered([1]))})
     assert set(both["task"]) == {"sums"} and list(both["variant"]) == ["source", "nvfp4"]
 
 
@@ -547,10 +549,10 @@ def test_the_newest_whole_run_speaks_for_each_task_and_row() -> None:
         variant,
         old,
     ]
-    found = evaluations.newest(records, SUITE, ("source", "nvfp4", "a16", "nvfp4+mtp1"))
+    found = task_tables.newest_by_task(records, SUITE, ("source", "nvfp4", "a16", "nvfp4+mtp1"))
     assert found == {"sums": {"source": new, "nvfp4": variant, "nvfp4+mtp1": setup}, "facts": {"source": facts}}
     assert list(found) == ["sums", "facts"] and list(found["sums"]) == ["source", "nvfp4", "nvfp4+mtp1"]
-    assert evaluations.newest(records, SUITE, ("a16",)) == {}
+    assert task_tables.newest_by_task(records, SUITE, ("a16",)) == {}
 
 
 def test_a_run_says_how_many_of_its_answers_are_of_earlier_ones() -> None:
@@ -561,7 +563,7 @@ def test_a_run_says_how_many_of_its_answers_are_of_earlier_ones() -> None:
         },
         "facts": {"nvfp4": tasks_record("nvfp4", [choice(0, 1), choice(1, 1)], num_reused=2)},
     }
-    assert list(evaluations.reuse_words(by_task)) == [
+    assert list(task_tables.reused_answers(by_task)) == [
         "source, sums: 1,100 of 1,200 answers are of earlier runs.",
         "nvfp4, facts: 2 of 2 answers are of earlier runs.",
     ]
@@ -575,13 +577,16 @@ def test_the_store_takes_these_records_as_they_are(tmp_path: Path) -> None:
             writer.sample(sample)
         stored = read(writer.finish())
     assert stored.samples == record.samples
-    frames = [evaluations.scores({"sums": {"source": one}}) for one in (record, stored)]
-    assert columns.rows(frames[0].drop(columns="run")) == columns.rows(frames[1].drop(columns="run"))
+    frames = [task_tables.score_table({"sums": {"source": one}}) for one in (record, stored)]
+    assert columns.json_rows(frames[0].drop(columns="run")) == columns.json_rows(frames[1].drop(columns="run"))
 
 
 def test_tables_say_what_was_measured_in_words_and_figures() -> None:
     by_task = pair(answered([1, 1, 1, 0]), answered([1, 0, 1, 0], num_tokens=15))
-    scores, audit = columns.text(evaluations.scores(by_task)), columns.text(evaluations.answers(by_task))
+    scores, audit = (
+        columns.terminal_table(task_tables.score_table(by_task)),
+        columns.terminal_table(task_tables.answer_table(by_task)),
+    )
     assert scores.splitlines()[0] == "task sums · items 4 · repetitions 1"
     for figure in ("0.7500", "0.5000", "-0.2500 [", "1 / 0", "0.2500", METRIC):
         assert figure in scores
@@ -591,8 +596,8 @@ def test_tables_say_what_was_measured_in_words_and_figures() -> None:
 
 def test_a_refusal_stands_in_the_table_in_its_own_words() -> None:
     by_task = pair(answered([1, 1]), answered([1]))
-    assert "incomparable: items" in columns.text(evaluations.scores(by_task))
-    assert table_cells(columns.markdown(evaluations.scores(by_task), link), "Δ to source [95 %]") == [
+    assert "incomparable: items" in columns.terminal_table(task_tables.score_table(by_task))
+    assert table_cells(columns.markdown_table(task_tables.score_table(by_task), link), "Δ to source [95 %]") == [
         "—",
         "incomparable: items",
     ]
@@ -607,28 +612,28 @@ def test_names_that_would_break_a_table_are_escaped() -> None:
         for doc_id, score in enumerate([1.0, 0.0])
     ]
     records = {name: tasks_record(name, items, engine={**ENGINE, "served_as": hostile}) for name in ("source", "nvfp4")}
-    frame = evaluations.scores({hostile: records})
-    text = columns.markdown(frame, link)
+    frame = task_tables.score_table({hostile: records})
+    text = columns.markdown_table(frame, link)
     assert table_cells(text, "task") == [*[f"{literal}: {literal}", f"{literal}: plain"] * 2, "all tasks"]
     assert table_cells(text, "metric") == [*[f"{literal},none"] * 4, "mean of 2"]
     assert table_cells(text, "served as") == [*[literal] * 4, "—"]
     assert sum(line.startswith("|") for line in text.splitlines()) == 2 + 4 + 1  # heading, rule, rows
-    alone = columns.markdown(evaluations.answers({hostile: records}), link)
+    alone = columns.markdown_table(task_tables.answer_table({hostile: records}), link)
     assert alone.splitlines()[0] == f"task {literal} · items 4"
     for record in records.values():
         assert f"[{record.run.run_id}](../{record.path.name})" in text and f"({link(record)})" in alone
-    for one in (frame, evaluations.answers({hostile: records})):
-        assert hostile.split("\n")[0] in columns.text(one)
+    for one in (frame, task_tables.answer_table({hostile: records})):
+        assert hostile.split("\n")[0] in columns.terminal_table(one)
 
 
 def test_rows_are_json_with_estimates_as_objects() -> None:
     by_task = pair(answered([1, 1]), answered([1, 0]))
-    for frame in (evaluations.scores(by_task), evaluations.answers(by_task)):
-        rows = columns.rows(frame)
+    for frame in (task_tables.score_table(by_task), task_tables.answer_table(by_task)):
+        rows = columns.json_rows(frame)
         assert json.loads(json.dumps(rows)) == rows
-    assert set(columns.rows(evaluations.scores(by_task))[1]["delta_score"]) >= {"value", "low", "high", "num"}
+    assert set(columns.json_rows(task_tables.score_table(by_task))[1]["delta_score"]) >= {"value", "low", "high", "num"}
 
 
 def test_no_records_give_empty_tables() -> None:
-    assert evaluations.scores({}).empty and evaluations.answers({}).empty
-    assert list(evaluations.reuse_words({})) == []
+    assert task_tables.score_table({}).empty and task_tables.answer_table({}).empty
+    assert list(task_tables.reused_answers({})) == []

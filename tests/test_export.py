@@ -29,7 +29,7 @@ from lm_eval.utils import make_table
 from harness.cli import main
 from harness.errors import UserError
 from harness.record.store import Record, read_all
-from harness.report import builds, evidence, tables
+from harness.report import build_tables, evidence, speed_tables
 from harness.report.columns import COLUMNS
 from harness.report.evidence import Evidence
 from harness.report.exchange import path_part
@@ -323,7 +323,7 @@ def test_only_datasets_with_an_owner_are_named_to_the_hub() -> None:
     taken = {"kind": "calibration", "num_tokens": 1, "planned_memory_bytes": 1, "peak_vram_bytes": None}
     suite = {"name": "demo", "calibration": {"sources": sources}}
     build = make_record("build", "w4a4", [*BUILD, taken], suite=suite)
-    assert builds.calibration_datasets({"w4a4": build}) == ["openai/gsm8k"]
+    assert build_tables.calibration_datasets({"w4a4": build}) == ["openai/gsm8k"]
 
 
 def test_a_score_over_repetitions_says_how_many_beside_its_items(suite: Suite) -> None:
@@ -547,7 +547,7 @@ def test_a_decode_is_called_as_on_the_card_and_one_token_is_no_depth(suite: Suit
     whole = replace(suite, bench=bench)
     samples = [sample for prompt in (1, 4096) for sample in at_depth([162.0, 163.0, 164.0], prompt)]
     gathered = of(whole, [make_record("bench", "w4a4", samples, suite=whole.resolved())])
-    card = tables.by_depth(gathered.frames["decode"])
+    card = speed_tables.by_depth(gathered.frames["decode"])
     speeds = llama_bench(gathered, ["w4a4"])
     assert [speed.test for speed in speeds] == card["test"].tolist() == ["tg32", "tg32 @ d4096"]
     assert [speed.n_depth for speed in speeds] == [0, 4096]

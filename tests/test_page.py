@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness.report import plots
+from harness.report import figure_data
 from harness.report.page import comparable, page
 
 ROOT = Path(__file__).parent.parent
@@ -51,5 +51,5 @@ def test_a_page_does_not_pass_for_a_figure() -> None:
     folder = ROOT / "reports/demo"
     text = (folder / "README.md").read_text("utf-8").split("---\n", 2)[2]
     made = page("The demo", text, {path.name: path.read_bytes() for path in folder.glob("*.svg")})
-    assert plots.embedded_digest(made) is None
+    assert figure_data.embedded_digest(made) is None
     assert b"<svg" in made and b"<svg" not in comparable(made)

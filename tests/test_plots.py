@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
-from harness.report import heatmaps, labels, plots
+from harness.report import figure_data, heatmaps, labels, plots
 
 PAGES = ("#ffffff", "#0d1117")
 # Machado, Oliveira and Fernandes, A Physiologically-based Model for Simulation of Color Vision Deficiency (2009),
@@ -64,19 +64,21 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_colour_can_be_seen_on_a_light_page_and_on_a_dark_one(page: str) -> None:
-    assert all(contrast(colour, page) >= 3 for colour in (*plots.COLOURS, plots.SOURCE_COLOUR))
+    assert all(contrast(colour, page) >= 3 for colour in (*figure_data.COLOURS, figure_data.SOURCE_COLOUR))
     assert contrast(plots.INK, page) >= 3.9
 
 
 @pytest.mark.parametrize("eyes", EYES)
 def test_no_two_colours_look_alike_to_any_eyes(eyes: str) -> None:
-    seen = [oklab(np.array(EYES[eyes]) @ linear(colour)) for colour in (*plots.COLOURS, plots.SOURCE_COLOUR)]
+    seen = [
+        oklab(np.array(EYES[eyes]) @ linear(colour)) for colour in (*figure_data.COLOURS, figure_data.SOURCE_COLOUR)
+    ]
     assert min(float(np.linalg.norm(one - other)) for one, other in itertools.combinations(seen, 2)) >= 0.09
 
 
 def test_two_dozen_variants_look_different_and_each_keeps_its_colour_in_a_setup() -> None:
     variants = [f"v{number}" for number in range(24)]
-    looks = plots.looks(variants, ("mtp1", "kv-fp8"))
+    looks = figure_data.looks(variants, ("mtp1", "kv-fp8"))
     assert len(looks) == 25 * 3
     assert len(set(looks.values())) == len(looks)
     for name in ("source", *variants):
@@ -94,14 +96,18 @@ class Shown:
 
 
 def files_of(*values: float) -> dict[str, bytes]:
-    return plots.figure_files("x", [Shown(values)], lambda: plots.canvas(1, 1))
+    return plots.image_files("x", [Shown(values)], lambda: plots.canvas(1, 1))
 
 
 def test_the_digest_is_the_datas_alone_and_rounding_does_not_change_it() -> None:
-    assert plots.embedded_digest(files_of(0.1 + 0.2)["x.svg"]) == plots.embedded_digest(files_of(0.3)["x.png"])
-    digests = {plots.embedded_digest(files_of(*values)["x.png"]) for values in ((), (0.3,), (0.3000001,), (0.3, 0.3))}
+    assert figure_data.embedded_digest(files_of(0.1 + 0.2)["x.svg"]) == figure_data.embedded_digest(
+        files_of(0.3)["x.png"]
+    )
+    digests = {
+        figure_data.embedded_digest(files_of(*values)["x.png"]) for values in ((), (0.3,), (0.3000001,), (0.3, 0.3))
+    }
     assert len(digests) == 4 and None not in digests
-    assert plots.embedded_digest(b"no figure") is None
+    assert figure_data.embedded_digest(b"no figure") is None
 
 
 def test_the_users_own_style_changes_nothing() -> None:
@@ -113,23 +119,23 @@ def test_the_users_own_style_changes_nothing() -> None:
 # -- Heat maps ---------------------------------------------------------------------------------------------------
 
 
-def heat_map(cells: list[heatmaps.Cell]) -> dict[str, bytes]:
-    plotted = heatmaps.Sensitivity(tuple(cells))
-    return plots.figure_files("sensitivity", [plotted], lambda: heatmaps.sensitivity(plotted))
+def heat_map(cells: list[figure_data.Cell]) -> dict[str, bytes]:
+    plotted = figure_data.Sensitivity(tuple(cells))
+    return plots.image_files("sensitivity", [plotted], lambda: heatmaps.draw_sensitivity(plotted))
 
 
 def test_the_heat_map_is_stale_only_if_an_error_changed() -> None:
-    cells = [heatmaps.Cell(layer, "mlp.down_proj", "NVFP4", 0.01 * (layer + 1)) for layer in range(3)]
-    figure = heat_map([*cells, heatmaps.Cell(3, "mlp.down_proj", "NVFP4", None)])
-    assert figure == heat_map([*cells, heatmaps.Cell(3, "mlp.down_proj", "NVFP4", None)])
-    other = heat_map([*cells, heatmaps.Cell(3, "mlp.down_proj", "NVFP4", 0.02)])
+    cells = [figure_data.Cell(layer, "mlp.down_proj", "NVFP4", 0.01 * (layer + 1)) for layer in range(3)]
+    figure = heat_map([*cells, figure_data.Cell(3, "mlp.down_proj", "NVFP4", None)])
+    assert figure == heat_map([*cells, figure_data.Cell(3, "mlp.down_proj", "NVFP4", None)])
+    other = heat_map([*cells, figure_data.Cell(3, "mlp.down_proj", "NVFP4", 0.02)])
     name = "sensitivity.svg"
-    assert plots.embedded_digest(figure[name]) != plots.embedded_digest(other[name])
+    assert figure_data.embedded_digest(figure[name]) != figure_data.embedded_digest(other[name])
 
 
 @pytest.mark.parametrize("errors", [[None], [None] * 64, [0.0, 0.01], [0.01], [0.01] * 64, [0.01] * 3000])
 def test_a_heat_map_can_be_drawn_of_anything(errors: list[float | None]) -> None:
-    made = heat_map([heatmaps.Cell(layer, "mlp.down_proj", "NVFP4", error) for layer, error in enumerate(errors)])
+    made = heat_map([figure_data.Cell(layer, "mlp.down_proj", "NVFP4", error) for layer, error in enumerate(errors)])
     assert made["sensitivity.png"].startswith(b"\x89PNG")
 
 

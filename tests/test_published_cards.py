@@ -19,7 +19,7 @@ import harness
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import recipe_named
 from harness.record.store import Record
-from harness.report import builds, card, columns, tables
+from harness.report import build_tables, card, columns, perplexity_tables, speed_tables
 from harness.report.trace import trace
 from harness.suite.load import load
 from harness.suite.schema import Suite
@@ -238,7 +238,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Publi
         if name not in cards:
             folder = tmp_path_factory.mktemp(name)
             records = stored(folder / "results", RECORDS[name]())
-            files = card.render(suite_of(name), records, results_dir="results", pages={})
+            files = card.generated_files(suite_of(name), records, results_dir="results", pages={})
             measured: dict[str, dict[str, Record]] = {}
             for record in records:
                 measured.setdefault(record.run.measure, {})[record.run.variant["name"]] = record
@@ -271,7 +271,7 @@ def test_every_number_of_a_card_and_of_its_variants_cards_comes_out_of_its_recor
 
 def cell(frame: Any, key: str, **wanted: object) -> str:
     (row,) = [one for one in frame.to_dict("records") if all(one[name] == value for name, value in wanted.items())]
-    return columns.shown(key, row[key])
+    return columns.cell_text(key, row[key])
 
 
 def test_the_mixed_cards_perplexities_are_reproduced_and_their_differences_have_no_interval(published: CardOf) -> None:
@@ -293,7 +293,7 @@ def test_a_perplexity_that_is_spread_evenly_over_its_581_windows_has_no_interval
         row: make_record("ppl", row, windows(ppl), dataset={**DATASET, "num_tokens": NUM_TOKENS})
         for row, ppl in PPL.items()
     }
-    text = columns.text(tables.perplexity({"wikitext2-512": records}))
+    text = columns.terminal_table(perplexity_tables.perplexity_table({"wikitext2-512": records}))
     assert "windows 581 · scored tokens 296,472" in text and "+0.0180 †" in text and columns.NO_INTERVAL in text
 
 
@@ -305,15 +305,15 @@ def test_the_mixed_cards_speeds_are_reproduced_below_their_ceilings(published: C
         assert 0 < float(found["of ceiling"].removesuffix(" %")) < 100
     quantized = mine.row("of ceiling", variant="mixed-fp8-rtn")
     assert (quantized["÷ source [95 %]"], quantized["change"]) == (f"{163.4 / 170.3:.3f} †", "-4 %")
-    kernels = tables.kernels(mine.measured["bench"])
+    kernels = speed_tables.kernel_table(mine.measured["bench"])
     assert cell(kernels, "kernel", variant="mixed-fp8-rtn") == "FLASHINFER_CUTLASS"
     assert all(table.after == columns.NO_INTERVAL for table in mine.with_heading("tok/s [95 %]"))
 
 
 def test_the_mixed_cards_mtp_row_has_its_acceptance_and_its_speed_beside_that_without_drafts(published: CardOf) -> None:
-    frame = tables.in_setups(tables.decode(published(MIXED).measured["bench"]))
+    frame = speed_tables.in_setups(speed_tables.decode_table(published(MIXED).measured["bench"]))
     (row,) = frame.to_dict("records")
-    shown = {str(key): columns.shown(str(key), value) for key, value in row.items()}
+    shown = {str(key): columns.cell_text(str(key), value) for key, value in row.items()}
     assert (shown["variant"], shown["tokens_per_second"]) == ("mixed-fp8-rtn+mtp1", "156.9 †")
     assert (shown["acceptance_share"], shown["mean_accepted_length"]) == ("90.8 %", "1.91")
     assert (shown["speed_ratio"], shown["setup_ratio"]) == (f"{156.9 / 170.3:.3f} †", f"{156.9 / 163.4:.3f} †")
@@ -330,7 +330,7 @@ def test_the_27b_cards_speeds_by_depth_are_reproduced_beside_the_usual_checkpoin
 ) -> None:
     suite = suite_of(W27B)
     assert suite.bench is not None and suite.bench.versus == "w4a4-rtn"
-    frame = tables.by_depth(tables.decode(published(W27B).measured["bench"], suite.bench.versus))
+    frame = speed_tables.by_depth(speed_tables.decode_table(published(W27B).measured["bench"], suite.bench.versus))
     assert list(dict.fromkeys(frame["test"])) == [name for name, *_ in DEPTHS]
     for variant, speed in (("w4a4-rtn", usual), ("w4a4-deltanet-rtn", included)):
         where = {"variant": variant, "test": test}
@@ -340,7 +340,7 @@ def test_the_27b_cards_speeds_by_depth_are_reproduced_beside_the_usual_checkpoin
     assert cell(frame, "speed_change_ratio", **where) == change
     assert cell(frame, "speed_ratio", **where) == f"{float(included) / float(usual):.3f} †"
     assert cell(frame, "speed_ratio", variant="w4a4-rtn", test=test) == "—"
-    assert columns.headings(frame)["speed_ratio"] == "÷ w4a4-rtn [95 %]"
+    assert columns.table_headings(frame)["speed_ratio"] == "÷ w4a4-rtn [95 %]"
 
 
 def test_the_27b_cards_speeds_stand_on_its_own_card_under_the_name_of_what_they_are_divided_by(
@@ -368,11 +368,11 @@ def test_the_27b_ceilings_differ_by_as_much_as_the_card_measured() -> None:
 
 def test_the_16_bit_activations_cards_sizes_counts_and_errors_are_reproduced(published: CardOf) -> None:
     records = published(A16).measured
-    totals = builds.totals(records["build"])
+    totals = build_tables.total_table(records["build"])
     shown = {key: cell(totals, key, variant="nvfp4a16") for key in totals.columns}
     assert (shown["num_quantized"], shown["num_kept"]) == ("128", "632")
     assert (shown["source_bytes"], shown["output_bytes"], shown["bytes_share"]) == ("18.82 GB", "11.20 GB", "59.5 %")
-    trips = tables.roundtrip(records["verify"])
+    trips = build_tables.roundtrip_table(records["verify"])
     assert cell(trips, "max_abs_error", variant="nvfp4a16") == "0.058"
     assert cell(trips, "mean_abs_error", variant="nvfp4a16") == "0.0008"
     text = published(A16).text
@@ -381,13 +381,13 @@ def test_the_16_bit_activations_cards_sizes_counts_and_errors_are_reproduced(pub
 
 def test_the_16_bit_activations_cards_speed_and_memory_are_reproduced(published: CardOf) -> None:
     records = published(A16).measured["bench"]
-    frame = tables.single(tables.decode(records))
+    frame = speed_tables.single_user(speed_tables.decode_table(records))
     assert cell(frame, "tokens_per_second", variant="nvfp4a16") == "140.0 †"
     assert cell(frame, "speed_ratio", variant="nvfp4a16") == "no record of the source"
-    assert cell(tables.kernels(records), "kernel", variant="nvfp4a16") == "Marlin FP4"
+    assert cell(speed_tables.kernel_table(records), "kernel", variant="nvfp4a16") == "Marlin FP4"
     assert 0 < float(cell(frame, "ceiling_share", variant="nvfp4a16").removesuffix(" %")) < 100
     # 10.58 GiB = 10.58 x 1.073741824 GB = 11.36 GB: this harness counts 10^9 bytes everywhere.
-    assert cell(tables.memory(records), "peak_vram_bytes", variant="nvfp4a16") == "11.36 GB"
+    assert cell(speed_tables.memory_table(records), "peak_vram_bytes", variant="nvfp4a16") == "11.36 GB"
     assert round(11.36 / 1.073741824, 2) == 10.58
     assert "140.0 †" in published(A16).text and "11.36 GB" in published(A16).text
 
@@ -400,15 +400,17 @@ def test_the_9b_cards_caches_are_reproduced_under_the_setups_that_they_are_of(pu
 
 
 def test_the_calibration_sets_of_the_cards_are_reproduced(published: CardOf) -> None:
-    sources = builds.calibration(published(W4A4_9B).measured["build"])
-    shown = [[columns.shown(key, row[key]) for key in ("num_samples", "max_tokens")] for _, row in sources.iterrows()]
+    sources = build_tables.calibration_table(published(W4A4_9B).measured["build"])
+    shown = [
+        [columns.cell_text(key, row[key]) for key in ("num_samples", "max_tokens")] for _, row in sources.iterrows()
+    ]
     assert shown == [["256", "8,192"]] * 4
-    method = builds.method(published(W4A4_35B).measured["build"])
+    method = build_tables.method_table(published(W4A4_35B).measured["build"])
     assert cell(method, "num_tokens", variant="w4a4-rtn") == "524,288" == f"{256 * 2048:,}"
 
 
 def test_the_experts_and_the_vision_tower_of_the_35b_heretic_card_are_reproduced(published: CardOf) -> None:
-    frame = tables.size(published(W4A4_35B).measured["build"])
+    frame = build_tables.role_table(published(W4A4_35B).measured["build"])
     rows = {row["role"]: row for row in frame.to_dict("records")}
     assert (rows["visual"]["num_tensors"], rows["visual"]["format"]) == (333, "kept")
     experts = [row for role, row in rows.items() if role.startswith("mlp.experts.")]
@@ -432,12 +434,12 @@ def test_the_experts_and_the_vision_tower_of_the_35b_heretic_card_are_reproduced
 def test_rounded_sizes_of_cards_are_whole_gib_rounded_up_as_du_counts(
     published: CardOf, name: str, variant: str, before: int | None, after: int
 ) -> None:
-    totals = builds.totals({variant: published(name).measured["build"][variant]})
+    totals = build_tables.total_table({variant: published(name).measured["build"][variant]})
     (row,) = totals.to_dict("records")
     assert math.ceil(row["output_bytes"] / GIB) == after
     assert before is None or math.ceil(row["source_bytes"] / GIB) == before
     # The tables count 10^9 bytes, to a hundredth.
-    assert columns.shown("output_bytes", row["output_bytes"]) == f"{row['output_bytes'] / 1e9:.2f} GB"
+    assert columns.cell_text("output_bytes", row["output_bytes"]) == f"{row['output_bytes'] / 1e9:.2f} GB"
     assert f"{row['output_bytes'] / 1e9:.2f} GB" in published(name).text
 
 

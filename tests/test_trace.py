@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "demo.toml").write_text(SUITE)
     suite = load(root / "demo.toml")
     records = stored(root / "results", of(suite, demo_records()))
-    card.write(card.render(suite, records, results_dir="results", pages={}), root)
+    card.write_files(card.generated_files(suite, records, results_dir="results", pages={}), root)
     return root
 
 
@@ -194,7 +194,7 @@ def test_a_measured_number_in_the_words_of_a_suite_needs_a_reference(folder: Pat
     (root / "demo.toml").write_text(SUITE.replace("of 8 layers", "of 0.3 % less, at 95 % confidence, in `7.5 GB`"))
     suite = load(root / "demo.toml")
     records = stored(root / "results", of(suite, demo_records()))
-    card.write(card.render(suite, records, results_dir="results", pages={}), root)
+    card.write_files(card.generated_files(suite, records, results_dir="results", pages={}), root)
     found = trace(root / "reports/demo/README.md").findings
     assert len(found) == 1 and "says '0.3 %' and cites no record" in found[0]
 
@@ -208,7 +208,7 @@ def test_a_page_of_blocks_is_traced_by_the_lines_that_cite(folder: Path, tmp_pat
         f"<!-- harness:begin {one} suite=demo -->\n<!-- harness:end {one} -->\n" for one in ("size", "runs")
     )
     page = b"# Notes of 1 GB\n" + blocks.encode()
-    made = card.render(suite, records, results_dir="results", pages={"NOTES.md": page})
+    made = card.generated_files(suite, records, results_dir="results", pages={"NOTES.md": page})
     (root / "NOTES.md").write_bytes(made["NOTES.md"])
     assert trace(root / "NOTES.md").findings == () and trace(root / "NOTES.md").num_lines > 3
     (root / "NOTES.md").write_bytes(made["NOTES.md"].replace(b"6.50 MB", b"6.40 MB"))
@@ -219,14 +219,16 @@ def test_a_results_folder_with_spaces_is_found(folder: Path, tmp_path: Path) -> 
     shutil.copytree(folder / "results", tmp_path / "my results (1)")
     suite = load(folder / "demo.toml")
     records, _ = read_all(tmp_path / "my results (1)")
-    card.write(card.render(suite, records, results_dir="my results (1)", pages={}), tmp_path)
+    card.write_files(card.generated_files(suite, records, results_dir="my results (1)", pages={}), tmp_path)
     assert trace(tmp_path / "reports/demo/README.md").findings == ()
 
 
 def test_a_card_of_the_source_alone_is_traced(folder: Path, tmp_path: Path) -> None:
     suite = load(folder / "demo.toml")
     records = [one for one in of(suite, demo_records()) if one.run.variant["name"] == "source"]
-    card.write(card.render(suite, stored(tmp_path / "results", records), results_dir="results", pages={}), tmp_path)
+    card.write_files(
+        card.generated_files(suite, stored(tmp_path / "results", records), results_dir="results", pages={}), tmp_path
+    )
     assert trace(tmp_path / "reports/demo/README.md").findings == ()
 
 

@@ -14,7 +14,7 @@ Each marker stands alone on its line. Text around the blocks is never touched, a
 suite, nor a marker shown inside a fenced code block.
 
 One run speaks for each variant in each measure, and by each protocol of perplexity: the newest whole one. The
-numbers of two runs stand in relation only if `results.incomparable` allows it.
+numbers of two runs stand in relation only if `comparable.incomparable` allows it.
 """
 
 import json
@@ -26,15 +26,16 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.record.store import Record
-from harness.report import builds, columns, exchange, export, figures, page, plots
+from harness.report import build_tables, columns, exchange, figure_data, figures, hub, page
 from harness.report.blocks import filled
 from harness.report.evidence import Evidence, gather
-from harness.report.sections import BLOCKS, Link, bound, paragraphs
+from harness.report.pieces import Link, paragraphs
+from harness.report.sections import BLOCKS, bound
 from harness.suite.load import narrowed
 from harness.suite.schema import Suite
 
 
-def render(
+def generated_files(
     suite: Suite, records: Sequence[Record], *, results_dir: str, pages: Mapping[str, bytes]
 ) -> dict[str, bytes]:
     """Every generated file: path from the project's root -> bytes.
@@ -44,7 +45,7 @@ def render(
     """
     evidence = gather(suite, records, results_dir)
     folder = f"reports/{suite.name}"
-    drawn = figures.files(evidence)
+    drawn = figures.drawn_files(evidence)
     return {
         **_card_files(evidence, f"{folder}/", _linker(f"{folder}/README.md"), drawn),
         **{f"{folder}/{name}": data for name, data in drawn.items()},
@@ -65,7 +66,7 @@ def variant_card(
     def link(path: str) -> str:
         return quote(f"{_FIGURES}/{path.removeprefix(folder)}" if path.startswith(folder) else path)
 
-    drawn = figures.files(evidence)
+    drawn = figures.drawn_files(evidence)
     return {
         **_card_files(evidence, "", link, drawn),
         **{f"{_FIGURES}/{name}": data for name, data in drawn.items()},
@@ -91,14 +92,14 @@ def written(evidence: Evidence, link: Link) -> str:
     return f"{_front_matter(evidence)}\n\n<!-- harness:card {' '.join(of)} -->\n\n{_card(evidence, link)}"
 
 
-def stale(rendered: Mapping[str, bytes], root: Path) -> list[str]:
+def stale_files(rendered: Mapping[str, bytes], root: Path) -> list[str]:
     """The files under `root` that are missing or do not say what the records say."""
     return [path for path, data in rendered.items() if not _says(root / path, data)]
 
 
-def write(rendered: Mapping[str, bytes], root: Path) -> list[str]:
+def write_files(rendered: Mapping[str, bytes], root: Path) -> list[str]:
     """Bring the stale files up to date, each replaced in one step; returns their paths."""
-    outdated = stale(rendered, root)
+    outdated = stale_files(rendered, root)
     for path in outdated:
         target = root / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +115,8 @@ def _says(path: Path, data: bytes) -> bool:
     present = path.read_bytes()
     if path.suffix == ".html":
         return page.comparable(present) == page.comparable(data)
-    digest = plots.embedded_digest(data)
-    return present == data if digest is None else plots.embedded_digest(present) == digest
+    digest = figure_data.embedded_digest(data)
+    return present == data if digest is None else figure_data.embedded_digest(present) == digest
 
 
 # -- Pages -------------------------------------------------------------------------------------------------------
@@ -158,10 +159,12 @@ def _front_matter(evidence: Evidence) -> str:
         "base_model": base_model,
         "base_model_relation": "quantized" if base_model else None,
         "library_name": "transformers",
-        "pipeline_tag": ("image-text-to-text" if builds.has_vision(built) else "text-generation") if built else None,
+        "pipeline_tag": ("image-text-to-text" if build_tables.has_vision(built) else "text-generation")
+        if built
+        else None,
         "tags": ["nvfp4", "compressed-tensors", "deltanet"],
-        "datasets": builds.calibration_datasets(built),
-        "model-index": export.model_index(evidence, next(iter(suite.variants))) if evidence.repo else None,
+        "datasets": build_tables.calibration_datasets(built),
+        "model-index": hub.model_index(evidence, next(iter(suite.variants))) if evidence.repo else None,
     }
     # JSON strings and lists of printable characters are YAML.
     lines = [

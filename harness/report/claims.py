@@ -38,7 +38,7 @@ from typing import Any
 
 from harness.record import stats
 from harness.record.store import Record, Skipped
-from harness.report import columns, evaluations, fidelities, gate, prose, tables
+from harness.report import columns, fidelity_tables, gate, prose, runs, task_tables
 from harness.report.numbers import format_estimate
 from harness.report.prose import Mention
 from harness.suite.metrics import METRICS
@@ -108,7 +108,7 @@ class _Facts:
         return bool(getattr(self.suite, METRICS[metric].table or ""))
 
     def newest(self, measure: str) -> dict[str, Record]:
-        return tables.newest(self.records, self.suite.name, measure, (*self.suite.rows(), *NOISE))
+        return runs.newest_runs(self.records, self.suite.name, measure, (*self.suite.rows(), *NOISE))
 
     def engines(self, runs: Sequence[str]) -> list[Mapping[str, Any]]:
         return [record.run.engine or {} for record in self.records if record.run.run_id in runs]
@@ -116,7 +116,7 @@ class _Facts:
     @cached_property
     def perplexities(self) -> dict[str, dict[str, Record]]:
         protocols = self.suite.ppl.protocols if self.suite.ppl else ()
-        return tables.newest_by_protocol(self.records, self.suite.name, protocols, self.suite.rows())
+        return runs.newest_by_protocol(self.records, self.suite.name, protocols, self.suite.rows())
 
 
 _MOST = 3  # reasons why a claim is not supported
@@ -179,7 +179,7 @@ def _log_ppl(facts: _Facts, row: str, versus: str, nats: float) -> Iterator[gate
     for protocol in facts.suite.ppl.protocols:
         clusters, tokens = [(0.0, 1)], 1
         if record := facts.perplexities.get(protocol, {}).get(row):
-            clusters = tables.clusters_of(record)
+            clusters = runs.clusters_of(record)
             tokens = sum(window["num_scored"] for window in record.kind("window"))
         units = sum(weight for _, weight in clusters)
         yield facts.judged("log_ppl", row, versus, nats * tokens / units if units else nats, protocol=protocol)
@@ -202,8 +202,8 @@ def _at_noise(facts: _Facts, _: Mention, row: str, versus: str) -> list[_Finding
     if missing := [_unmeasured(metric) for metric in ("log_ppl", "kl") if not facts.measures(metric)]:
         return missing
     runs = facts.newest("fidelity")
-    floor = fidelities.noise_floor(runs, runs[row]) if row in runs else None
-    log_ppl_nats = fidelities.log_ppl_floor(runs, facts.perplexities)
+    floor = fidelity_tables.noise_floor(runs, runs[row]) if row in runs else None
+    log_ppl_nats = fidelity_tables.log_ppl_floor(runs, facts.perplexities)
     if floor is None or log_ppl_nats is None:
         told = f"there is no record of {row} in [fidelity] with the source beside itself: run `nox -s fidelity`"
         return [_Finding(False, told)]
@@ -357,8 +357,8 @@ def _recovery(facts: _Facts, mention: Mention, row: str, versus: str) -> list[_F
     runs = tuple(run for judgement in judged for run in judgement.runs)
     if refused := [_words(judgement) for judgement in judged if judgement.verdict == "incomparable"]:
         return [_Finding(False, f"{basis}, and not of an assumed baseline: {'; '.join(refused)}", runs)]
-    measured = evaluations.newest(facts.records, facts.suite, (SOURCE, row))
-    frame = evaluations.scores({label: measured[label] for label in labels})
+    measured = task_tables.newest_by_task(facts.records, facts.suite, (SOURCE, row))
+    frame = task_tables.score_table({label: measured[label] for label in labels})
     # Adjusted p-values are of the metric that a task names first.
     compared = [one for one in frame.to_dict("records") if one["variant"] == row and one.get("p_holm") is not None]
     shares = [one["recovery_ratio"] for one in compared]

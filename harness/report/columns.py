@@ -21,6 +21,7 @@ from harness.record.stats import Estimate
 from harness.record.store import Record
 from harness.report.numbers import format_bytes, format_estimate, format_percent
 
+AT_NOISE = "≤ noise"
 NO_INTERVAL_MARK = "†"
 NO_INTERVAL = (
     f"{NO_INTERVAL_MARK} no interval: there are too few windows, repetitions, starts or items to draw one from, or all "
@@ -37,7 +38,7 @@ class Spread:
     layer: int
 
 
-def frame_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
+def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows as a frame of objects (None stays None), with the columns that they have in the order of `COLUMNS`."""
     columns = [key for key in COLUMNS if any(key in row for row in rows)]
     return pd.DataFrame([[row.get(key) for key in columns] for row in rows], columns=columns, dtype=object)
@@ -222,23 +223,23 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def markdown(frame: pd.DataFrame, link: Callable[[Record], str]) -> str:
+def markdown_table(frame: pd.DataFrame, link: Callable[[Record], str]) -> str:
     """A caption and a Markdown table, runs as links. `link` gives a record's URL from where the text will stand."""
 
     def cell(key: str, value: object) -> str:
         if runs := runs_of(value):
             return " ".join(f"[{one.run.run_id}]({link(one)})" for one in runs)
-        return escape(value) if isinstance(value, str) else shown(key, value)
+        return escape(value) if isinstance(value, str) else cell_text(key, value)
 
     return _laid_out(frame, cell, "pipe")
 
 
-def text(frame: pd.DataFrame) -> str:
+def terminal_table(frame: pd.DataFrame) -> str:
     """The same caption and table for a terminal, runs by their id."""
-    return _laid_out(frame, shown, "simple")
+    return _laid_out(frame, cell_text, "simple")
 
 
-def rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def json_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The frame's rows as JSON values: estimates as objects, runs by their id."""
 
     def plain(value: object) -> object:
@@ -271,7 +272,7 @@ def escape(words: str) -> str:
     return re.sub(r"([\\`*|<>&\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
 
 
-def shown(key: str, value: object) -> str:
+def cell_text(key: str, value: object) -> str:
     """A cell: a dash for what is unknown or does not apply, a refusal in its own words, else the column's format,
     marked where an estimate has no interval."""
     if runs := runs_of(value):
@@ -282,19 +283,19 @@ def shown(key: str, value: object) -> str:
     return f"{words} {NO_INTERVAL_MARK}" if lacks_interval(value) else words
 
 
-def headings(frame: pd.DataFrame) -> dict[str, str]:
+def table_headings(frame: pd.DataFrame) -> dict[str, str]:
     """The heading of every column that a frame shows, by key."""
     named = {key: next(iter(frame[key]), "") for key in frame.columns if COLUMNS[key].named_in_headings}
     return {key: COLUMNS[key].heading.format_map(named) for key in frame.columns if not COLUMNS[key].named_in_headings}
 
 
-def note(frame: pd.DataFrame) -> str | None:
+def table_note(frame: pd.DataFrame) -> str | None:
     """What the marks in a frame's cells mean; None where there are none."""
     return NO_INTERVAL if any(map(lacks_interval, frame.to_numpy().ravel())) else None
 
 
 def _laid_out(frame: pd.DataFrame, cell: Callable[[str, object], str], table_format: str) -> str:
-    heading = headings(frame)
+    heading = table_headings(frame)
     cells = {key: [cell(key, value) for value in frame[key]] for key in heading}
     constant = [key for key in cells if COLUMNS[key].describes and len(set(cells[key])) == 1]
     caption = " · ".join(f"{heading[key]} {cells[key][0]}" for key in constant)
@@ -306,4 +307,4 @@ def _laid_out(frame: pd.DataFrame, cell: Callable[[str, object], str], table_for
         disable_numparse=True,
         tablefmt=table_format,
     )
-    return "\n\n".join(part for part in (caption, table, note(frame)) if part)
+    return "\n\n".join(part for part in (caption, table, table_note(frame)) if part)

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from harness.record import stats
 from harness.record.stats import Estimate
 from harness.record.store import Record
-from harness.report import tables
+from harness.report import runs
 from harness.report.evidence import Evidence
 from harness.report.exchange import (
     HARNESS,
@@ -192,7 +192,7 @@ def _scored_result(record: Record, score: Score) -> Json:
 
 def _perplexity_result(record: Record, protocol: str, nats: Estimate) -> Json:
     dataset = record.run.dataset or {}
-    unit, (pieces, _) = dataset.get("unit", "token"), tables.clustering(record)
+    unit, (pieces, _) = dataset.get("unit", "token"), runs.clustering(record)
     ppl = math.exp(nats.value)
     in_ppl = Estimate(
         ppl,

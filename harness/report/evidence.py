@@ -10,7 +10,16 @@ from typing import Any
 import pandas as pd
 
 from harness.record.store import Record
-from harness.report import builds, columns, evaluations, fidelities, tables
+from harness.report import (
+    build_tables,
+    columns,
+    fidelity_tables,
+    perplexity_tables,
+    runs,
+    sensitivity_tables,
+    speed_tables,
+    task_tables,
+)
 from harness.suite.names import NOISE, SOURCE
 from harness.suite.schema import Suite
 
@@ -24,9 +33,9 @@ class Evidence:
 
     suite: Suite
     results_dir: str
-    records: Mapping[str, tables.Records]  # measure -> variant -> record; all but perplexities and tasks
-    perplexities: tables.ByProtocol  # protocol -> variant -> record
-    tasks: evaluations.ByTask  # task -> variant -> record
+    records: Mapping[str, runs.Records]  # measure -> variant -> record; all but perplexities and tasks
+    perplexities: runs.ByProtocol  # protocol -> variant -> record
+    tasks: task_tables.ByTask  # task -> variant -> record
     frames: Mapping[str, pd.DataFrame]
     repo: str | None = None  # the id on the hub, of a card that is published
 
@@ -49,36 +58,38 @@ def gather(suite: Suite, records: Sequence[Record], results_dir: str, repo: str 
     """The evidence of a suite among `records`, which lie under `results_dir` (a POSIX path from the project's root)."""
     variants = suite.rows()
     chosen = {
-        measure: tables.newest(records, suite.name, measure, (*variants, *NOISE))
+        measure: runs.newest_runs(records, suite.name, measure, (*variants, *NOISE))
         for measure in (*MEASURES, *OTHERS)
         if measure != "ppl"
     }
     protocols = suite.ppl.protocols if suite.ppl else ()
-    perplexities = tables.newest_by_protocol(records, suite.name, protocols, variants)
-    tasks = evaluations.newest(records, suite, variants)
+    perplexities = runs.newest_by_protocol(records, suite.name, protocols, variants)
+    tasks = task_tables.newest_by_task(records, suite, variants)
     versus = suite.bench.versus if suite.bench else SOURCE
     frames = {
-        "totals": builds.totals(chosen["build"]),
-        "size": tables.size(chosen["build"]),
-        "method": builds.method(chosen["build"]),
-        "calibration": builds.calibration(chosen["build"]),
-        "sizes": builds.sizes(chosen["build"]),
-        "roundtrip": tables.roundtrip(chosen["verify"]),
-        "findings": tables.findings(chosen["verify"]),
-        "sensitivity": tables.sensitivity(chosen["sensitivity"]),
-        "perplexity": tables.perplexity(perplexities, fidelities.log_ppl_floor(chosen["fidelity"], perplexities)),
-        "fidelity": fidelities.divergences(chosen["fidelity"]),
-        "bands": fidelities.bands(chosen["fidelity"]),
-        "decode": tables.decode(chosen["bench"], versus),
-        "prefill": tables.prefill(chosen["bench"], versus),
-        "kernels": tables.kernels(chosen["bench"]),
-        "memory": tables.memory(chosen["bench"]),
-        "served": tables.served(chosen["served"]),
-        "tasks": evaluations.scores(tasks),
-        "answers": evaluations.answers(tasks),
+        "totals": build_tables.total_table(chosen["build"]),
+        "size": build_tables.role_table(chosen["build"]),
+        "method": build_tables.method_table(chosen["build"]),
+        "calibration": build_tables.calibration_table(chosen["build"]),
+        "sizes": build_tables.sizing_table(chosen["build"]),
+        "roundtrip": build_tables.roundtrip_table(chosen["verify"]),
+        "findings": build_tables.finding_table(chosen["verify"]),
+        "sensitivity": sensitivity_tables.sensitivity_table(chosen["sensitivity"]),
+        "perplexity": perplexity_tables.perplexity_table(
+            perplexities, fidelity_tables.log_ppl_floor(chosen["fidelity"], perplexities)
+        ),
+        "fidelity": fidelity_tables.divergence_table(chosen["fidelity"]),
+        "bands": fidelity_tables.band_table(chosen["fidelity"]),
+        "decode": speed_tables.decode_table(chosen["bench"], versus),
+        "prefill": speed_tables.prefill_table(chosen["bench"], versus),
+        "kernels": speed_tables.kernel_table(chosen["bench"]),
+        "memory": speed_tables.memory_table(chosen["bench"]),
+        "served": speed_tables.served_table(chosen["served"]),
+        "tasks": task_tables.score_table(tasks),
+        "answers": task_tables.answer_table(tasks),
     }
     evidence = Evidence(suite, results_dir, chosen, perplexities, tasks, frames, repo)
-    return replace(evidence, frames={**frames, "runs": tables.runs(evidence.chosen)})
+    return replace(evidence, frames={**frames, "runs": runs.run_table(evidence.chosen)})
 
 
 def row_of(frame: pd.DataFrame, **wanted: object) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from harness.record import stats
 from harness.record.schema import UTC_FORMAT
 from harness.record.stats import Estimate
 from harness.record.store import Record
-from harness.report import evaluations, tables
+from harness.report import runs, task_tables
 from harness.report.evidence import Evidence
 from harness.suite.names import SOURCE, is_hub_id, row_parts
 from harness.suite.schema import Suite
@@ -89,7 +89,7 @@ def tasks_of(evidence: Evidence, row: str) -> Iterator[tuple[str, Record]]:
     """A row's runs of tasks that measure the model, by the name that the suite gives the task."""
     for label, records in evidence.tasks.items():
         record = records.get(row)
-        if record and not evaluations.invalid(record, records.get(SOURCE)) and not tables.served_as(record):
+        if record and not task_tables.invalid(record, records.get(SOURCE)) and not runs.served_as(record):
             yield label, record
 
 
@@ -97,10 +97,10 @@ def perplexities_of(evidence: Evidence, row: str) -> Iterator[tuple[str, Record,
     """A row's perplexities that are of the model: protocol, run, and the mean in nats per token or word."""
     for protocol, records in evidence.perplexities.items():
         record = records.get(row)
-        clusters = tables.clusters_of(record) if record and not tables.served_as(record) else []
+        clusters = runs.clusters_of(record) if record and not runs.served_as(record) else []
         if record and clusters:
             nats, weights = zip(*clusters, strict=True)
-            yield protocol, record, stats.weighted_mean(nats, weights, tables.clustering(record)[1])
+            yield protocol, record, stats.weighted_mean(nats, weights, runs.clustering(record)[1])
 
 
 @dataclass(frozen=True)

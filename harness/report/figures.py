@@ -9,7 +9,18 @@ from matplotlib.figure import Figure
 
 from harness.record.stats import Estimate
 from harness.record.store import Record
-from harness.report import builds, columns, drawings, fidelities, heatmaps, plots, tables
+from harness.report import (
+    build_tables,
+    columns,
+    drawings,
+    fidelity_tables,
+    figure_data,
+    forests,
+    heatmaps,
+    plots,
+    runs,
+    speed_tables,
+)
 from harness.report.evidence import Evidence, row_of
 from harness.suite.names import NOISE, SOURCE, row_parts
 
@@ -26,20 +37,20 @@ class _Figure:
     draw: Callable[[Any], Figure]
 
 
-def files(evidence: Evidence) -> dict[str, bytes]:
+def drawn_files(evidence: Evidence) -> dict[str, bytes]:
     """Every figure that there is something for, as "NAME.svg" and "NAME.png": name -> bytes."""
     made: dict[str, bytes] = {}
-    for name, plotted in shown(evidence).items():
-        made |= plots.figure_files(name, [plotted], partial(draw, name, plotted))
+    for name, what in plotted_by_name(evidence).items():
+        made |= plots.image_files(name, [what], partial(draw, name, what))
     return made
 
 
 def available(evidence: Evidence) -> list[str]:
-    """The names of the figures that `files` draws, without drawing them."""
-    return list(shown(evidence))
+    """The names of the figures that `drawn_files` draws, without drawing them."""
+    return list(plotted_by_name(evidence))
 
 
-def shown(evidence: Evidence) -> dict[str, Any]:
+def plotted_by_name(evidence: Evidence) -> dict[str, Any]:
     """What every figure shows that there is something for, as the dataclass of its drawing: name -> dataclass."""
     return dict(_shown(evidence))
 
@@ -47,18 +58,18 @@ def shown(evidence: Evidence) -> dict[str, Any]:
 @lru_cache(maxsize=1)  # a card asks for each of its figures whether it is there
 def _shown(evidence: Evidence) -> tuple[tuple[str, Any], ...]:
     found = ((name, figure.shows(evidence)) for name, figure in _KINDS.items())
-    return tuple((name, plotted) for name, plotted in found if plotted is not None)
+    return tuple((name, what) for name, what in found if what is not None)
 
 
-def draw(name: str, plotted: Any) -> Figure:
+def draw(name: str, what: Any) -> Figure:
     """One figure of what `shown` says, inside `plots.style()`."""
-    return _KINDS[name].draw(plotted)
+    return _KINDS[name].draw(what)
 
 
 # -- What each shows ---------------------------------------------------------------------------------------------
 
 
-def _overview(evidence: Evidence) -> drawings.Overview | None:
+def _overview(evidence: Evidence) -> figure_data.Overview | None:
     looks = _looks(evidence)
     rows = []
     for variant in (SOURCE, *evidence.suite.variants):
@@ -68,10 +79,10 @@ def _overview(evidence: Evidence) -> drawings.Overview | None:
         steps: list[float] = []
         if speed and not isinstance(speed["speed_ratio"], str):
             shape = (1, int(str(speed["prompt_tokens"])), int(str(speed["new_tokens"])))
-            for sample in tables.by_shape(evidence.records["bench"][variant], "decode")[shape]:
-                steps += tables.token_seconds(sample)
+            for sample in speed_tables.by_shape(evidence.records["bench"][variant], "decode")[shape]:
+                steps += speed_tables.token_seconds(sample)
         rows.append(
-            drawings.Row(
+            figure_data.Row(
                 variant,
                 looks[variant],
                 _num_bytes(evidence, variant),
@@ -80,10 +91,10 @@ def _overview(evidence: Evidence) -> drawings.Overview | None:
             )
         )
     is_something = any(row.num_bytes is not None or row.loss is not None or row.step_seconds for row in rows)
-    return drawings.Overview(tuple(rows)) if is_something else None
+    return figure_data.Overview(tuple(rows)) if is_something else None
 
 
-def _divergence(evidence: Evidence) -> drawings.Divergence | None:
+def _divergence(evidence: Evidence) -> figure_data.Divergence | None:
     """Points of one text and engine: those that may stand beside the first."""
     looks, records = _looks(evidence), _of_rows(evidence, "fidelity")
     refused = _refused(records)
@@ -96,44 +107,46 @@ def _divergence(evidence: Evidence) -> drawings.Divergence | None:
         if num_bytes is None:
             refused[variant] = "no record of its build"
             continue
-        floor = fidelities.noise_floor(evidence.records["fidelity"], records[variant])
+        floor = fidelity_tables.noise_floor(evidence.records["fidelity"], records[variant])
         floors.append(floor.kl_nats if floor else 0.0)
-        points.append(drawings.Point(variant, looks[variant], num_bytes, kl if isinstance(kl, Estimate) else None))
+        points.append(
+            figure_data.SizePoint(variant, looks[variant], num_bytes, kl if isinstance(kl, Estimate) else None)
+        )
     if not points:
         return None
     source_bytes = _num_bytes(evidence, SOURCE)
-    source = drawings.Point(SOURCE, looks[SOURCE], source_bytes, None) if source_bytes is not None else None
-    return drawings.Divergence(source, tuple(points), max(floors) or None, _note(refused))
+    source = figure_data.SizePoint(SOURCE, looks[SOURCE], source_bytes, None) if source_bytes is not None else None
+    return figure_data.Divergence(source, tuple(points), max(floors) or None, _note(refused))
 
 
-def _losses(evidence: Evidence) -> drawings.Forest | None:
+def _losses(evidence: Evidence) -> figure_data.Forest | None:
     looks = _looks(evidence)
     groups = []
     for protocol, records in evidence.perplexities.items():
         rows = [row for row in _rows(evidence, "perplexity", records) if row["protocol"] == protocol]
         unit = rows[0]["unit"] if rows else "token"
         marks = [
-            drawings.Mark(row["variant"], looks[row["variant"]], *_estimate(row, "delta_log_ppl"))
+            figure_data.Mark(row["variant"], looks[row["variant"]], *_estimate(row, "delta_log_ppl"))
             for row in rows
             if row["variant"] != SOURCE
         ]
-        groups.append(drawings.Group(f"{protocol}, per {unit}", tuple(marks)))
+        groups.append(figure_data.MarkGroup(f"{protocol}, per {unit}", tuple(marks)))
     compared = [
-        drawings.Mark(row["variant"], looks[row["variant"]], *_estimate(row, "kl_log_ppl"))
+        figure_data.Mark(row["variant"], looks[row["variant"]], *_estimate(row, "kl_log_ppl"))
         for row in _rows(evidence, "fidelity", _of_rows(evidence, "fidelity"))
     ]
     if compared:
         window = evidence.frames["fidelity"]["window"].iloc[0]
         told = f", windows of {window:,}" if window else ""
-        groups.append(drawings.Group(f"fidelity{told}, per token", tuple(compared)))
+        groups.append(figure_data.MarkGroup(f"fidelity{told}, per token", tuple(compared)))
     groups = [group for group in groups if any(mark.value for mark in group.marks)]
     if not groups:
         return None
-    floor = fidelities.log_ppl_floor(evidence.records["fidelity"], evidence.perplexities)
-    return drawings.Forest(tuple(groups), floor or None)
+    floor = fidelity_tables.log_ppl_floor(evidence.records["fidelity"], evidence.perplexities)
+    return figure_data.Forest(tuple(groups), floor or None)
 
 
-def _decode(evidence: Evidence) -> drawings.Forest | None:
+def _decode(evidence: Evidence) -> figure_data.Forest | None:
     looks, records = _looks(evidence), _of_rows(evidence, "bench")
     refused = _refused(records)
     single = [row for row in _rows(evidence, "decode", records) if row["batch"] == 1]
@@ -145,21 +158,23 @@ def _decode(evidence: Evidence) -> drawings.Forest | None:
             if (row["prompt_tokens"], row["new_tokens"]) == (prompt_tokens, new_tokens):
                 variant, speed, ceiling = (row[key] for key in ("variant", *_SPEEDS))
                 if variant in refused:
-                    marks.append(drawings.Mark(variant, looks[variant], None, refused[variant]))
+                    marks.append(figure_data.Mark(variant, looks[variant], None, refused[variant]))
                     continue
-                words, share, most = (columns.shown(key, row[key]) for key in (_SPEEDS[0], "ceiling_share", _SPEEDS[1]))
+                words, share, most = (
+                    columns.cell_text(key, row[key]) for key in (_SPEEDS[0], "ceiling_share", _SPEEDS[1])
+                )
                 if ceiling is not None:
                     words += f", {share} of {most}"
-                marks.append(drawings.Mark(variant, looks[variant], speed, words, ceiling))
+                marks.append(figure_data.Mark(variant, looks[variant], speed, words, ceiling))
         heading = f"after {_counted(prompt_tokens, 'token')}, {new_tokens - 1:,} timed"
-        groups.append(drawings.Group(heading, tuple(marks)))
-    return drawings.Forest(tuple(groups)) if groups else None
+        groups.append(figure_data.MarkGroup(heading, tuple(marks)))
+    return figure_data.Forest(tuple(groups)) if groups else None
 
 
 _SPEEDS = ("tokens_per_second", "ceiling_tokens_per_second")
 
 
-def _batch(evidence: Evidence) -> drawings.Batches | None:
+def _batch(evidence: Evidence) -> figure_data.Batches | None:
     """Of the prompts that most batch sizes were measured with."""
     looks, records = _looks(evidence), _of_rows(evidence, "bench")
     refused = _refused(records)
@@ -176,10 +191,10 @@ def _batch(evidence: Evidence) -> drawings.Batches | None:
         for key in ("tokens_per_second", "user_tokens_per_second")
     )
     told = f"after {_counted(shape[0], 'token')}, {shape[1] - 1:,} timed"
-    return drawings.Batches(total, per_user, told, _note(refused))
+    return figure_data.Batches(total, per_user, told, _note(refused))
 
 
-def _depth(evidence: Evidence) -> drawings.Bands | None:
+def _depth(evidence: Evidence) -> figure_data.Bands | None:
     records = _of_rows(evidence, "fidelity")
     refused = _refused(records)
     rows = [row for row in _rows(evidence, "bands", records) if row["variant"] not in refused]
@@ -187,19 +202,19 @@ def _depth(evidence: Evidence) -> drawings.Bands | None:
     if len(names) < 2:
         return None
     places = [(row["variant"], names.index(row["before"]), row["kl"]) for row in rows]
-    return drawings.Bands(tuple(names), _curves(_looks(evidence), places), _note(refused))
+    return figure_data.Bands(tuple(names), _curves(_looks(evidence), places), _note(refused))
 
 
-def _sensitivity(evidence: Evidence) -> heatmaps.Sensitivity | None:
+def _sensitivity(evidence: Evidence) -> figure_data.Sensitivity | None:
     """Groups in the order of the table."""
     order = {role: place for place, role in enumerate(evidence.frames["sensitivity"].get("role", ()))}
     samples = [one for record in evidence.records["sensitivity"].values() for one in record.kind("sensitivity")]
-    cells = [heatmaps.Cell(one["index"], one["role"], one["format"], one["layer_error"]) for one in samples]
+    cells = [figure_data.Cell(one["index"], one["role"], one["format"], one["layer_error"]) for one in samples]
     cells.sort(key=lambda cell: (order[cell.role], cell.layer))
-    return heatmaps.Sensitivity(tuple(cells)) if cells else None
+    return figure_data.Sensitivity(tuple(cells)) if cells else None
 
 
-def _experts(evidence: Evidence) -> heatmaps.Coverages | None:
+def _experts(evidence: Evidence) -> figure_data.Coverages | None:
     builds = []
     for variant, record in evidence.records["build"].items():
         routed: dict[int, dict[int, int]] = {}
@@ -209,19 +224,19 @@ def _experts(evidence: Evidence) -> heatmaps.Coverages | None:
         if routed and calibrated:
             layers = sorted(routed)
             rows = tuple(tuple(num for _, num in sorted(routed[layer].items())) for layer in layers)
-            builds.append(heatmaps.Coverage((variant,), calibrated[0]["num_tokens"], tuple(layers), rows))
-    return heatmaps.joined(builds) if builds else None
+            builds.append(figure_data.Coverage((variant,), calibrated[0]["num_tokens"], tuple(layers), rows))
+    return heatmaps.joined_coverages(builds) if builds else None
 
 
 # -- Common ------------------------------------------------------------------------------------------------------
 
 
-def _looks(evidence: Evidence) -> dict[str, plots.Look]:
-    return plots.looks(tuple(evidence.suite.variants), tuple(evidence.suite.setups))
+def _looks(evidence: Evidence) -> dict[str, figure_data.Look]:
+    return figure_data.looks(tuple(evidence.suite.variants), tuple(evidence.suite.setups))
 
 
 def _num_bytes(evidence: Evidence, variant: str) -> int | None:
-    found = builds.weights(evidence.records["build"], variant)
+    found = build_tables.bytes_and_params(evidence.records["build"], variant)
     return found[0] if found else None
 
 
@@ -241,7 +256,7 @@ def _refused(records: Mapping[str, Record]) -> dict[str, str]:
     first = next(iter(records.values()), None)
     refused = {}
     for variant, record in records.items():
-        if first is not None and (found := tables.differing(record, first)):
+        if first is not None and (found := runs.differences(record, first)):
             refused[variant] = f"incomparable: {', '.join(found)}"
     return refused
 
@@ -253,16 +268,18 @@ def _note(refused: Mapping[str, str]) -> str:
 def _estimate(row: Mapping[str, Any], key: str) -> tuple[Estimate | None, str]:
     """A cell as a forest shows it: the estimate if it is one, and how tables print it."""
     value = row[key]
-    return (value if isinstance(value, Estimate) else None), columns.shown(key, value)
+    return (value if isinstance(value, Estimate) else None), columns.cell_text(key, value)
 
 
-def _curves(looks: Mapping[str, plots.Look], places: list[tuple[str, int, Estimate]]) -> tuple[drawings.Curve, ...]:
+def _curves(
+    looks: Mapping[str, figure_data.Look], places: list[tuple[str, int, Estimate]]
+) -> tuple[figure_data.Curve, ...]:
     """A curve for each variant from (variant, x, value)."""
     curves = []
     for variant in dict.fromkeys(variant for variant, _, _ in places):
         own = sorted(((x, value) for name, x, value in places if name == variant), key=lambda pair: pair[0])
         curves.append(
-            drawings.Curve(variant, looks[variant], tuple(x for x, _ in own), tuple(value for _, value in own))
+            figure_data.Curve(variant, looks[variant], tuple(x for x, _ in own), tuple(value for _, value in own))
         )
     return tuple(curves)
 
@@ -279,45 +296,45 @@ _KINDS: dict[str, _Figure] = {
     "overview": _Figure(
         "Checkpoint size, loss of log-perplexity and decode step times of every variant beside the source",
         _overview,
-        drawings.overview,
+        drawings.draw_overview,
     ),
     "divergence": _Figure(
         "KL divergence from the source over checkpoint size, a point with its interval for every variant and the "
         "source at zero",
         _divergence,
-        drawings.divergence,
+        drawings.draw_divergence,
     ),
     "losses": _Figure(
         "Change of log-perplexity against the source with its interval, for every variant by every protocol",
         _losses,
-        drawings.losses,
+        forests.draw_losses,
     ),
     "decode": _Figure(
         "Decode speed at batch 1 with its interval for every variant, beside the ceiling that memory bandwidth sets "
         "where it is known",
         _decode,
-        drawings.decode,
+        forests.draw_decode_speeds,
     ),
     "batch": _Figure(
         "Decode speed over batch size, in total and for each user, a curve for every variant",
         _batch,
-        drawings.batch,
+        forests.draw_batches,
     ),
     "depth": _Figure(
         "KL divergence from the source by the number of tokens before the predicted one, a curve for every variant",
         _depth,
-        drawings.depth,
+        forests.draw_bands,
     ),
     "sensitivity": _Figure(
         "Layer error by layer, projection and format",
         _sensitivity,
-        heatmaps.sensitivity,
+        heatmaps.draw_sensitivity,
     ),
     "experts": _Figure(
         "Share of the calibration tokens that every expert of every layer got, for each calibrated build; builds that "
         "look the same share a panel",
         _experts,
-        heatmaps.experts,
+        heatmaps.draw_experts,
     ),
 }
 FIGURES: dict[str, str] = {name: figure.words for name, figure in _KINDS.items()}

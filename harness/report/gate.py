@@ -12,21 +12,26 @@ with its 95 % interval; positive is worse. Then
   twice, an engine computed another model than the checkpoint says. Never averaged over, never passed.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
-from xml.etree import ElementTree
-
-import pandas as pd
 
 from harness.errors import UserError
 from harness.record import stats
-from harness.record.baselines import Slots, slot
+from harness.record.baselines import Slots
 from harness.record.stats import Estimate
 from harness.record.store import Record, Skipped
-from harness.report import columns, evaluations, tables
-from harness.suite.metrics import METRICS
+from harness.report import runs, speed_tables, task_tables
+from harness.report.gate_runs import (
+    GateRuns,
+    IncomparableError,
+    check_comparable,
+    check_valid,
+    command_for,
+    lost_runs,
+    newest_by_slot,
+    slots_of,
+)
 from harness.suite.names import BASELINE, SOURCE, row_name
 from harness.suite.schema import Rule, Suite
 
@@ -57,30 +62,12 @@ class Judgement:
         return f"{rule.variant}: {what}" + (f" against {rule.versus}" if rule.versus else "")
 
 
-class _IncomparableError(Exception):
-    """Why a rule cannot be judged, and the runs that were looked at."""
-
-    def __init__(self, reason: str, *records: Record) -> None:
-        super().__init__(reason)
-        self.records = records
-
-
-def newest(suite: Suite, records: Sequence[Record]) -> dict[str, dict[str, Record]]:
-    """The run that speaks for each row in everything that was measured: the latest whole one."""
-    by_slot: dict[str, list[Record]] = {}
-    for record in records:
-        by_slot.setdefault(slot(record), []).append(record)
-    return {
-        where: tables.newest(those, suite.name, those[0].run.measure, suite.rows()) for where, those in by_slot.items()
-    }
-
-
 def judge(
     suite: Suite, records: Sequence[Record], baseline: Slots, skipped: Sequence[Skipped] = ()
 ) -> tuple[Judgement, ...]:
     """A verdict on every rule of the suite, in its order. `baseline` is what `baselines.read` found, and `skipped` what
     `store.read_all` could not use: an older run does not speak for one that failed or was cut since."""
-    evidence = _Evidence(suite, newest(suite, records), baseline, _lost_runs(suite, skipped))
+    evidence = GateRuns(suite, newest_by_slot(suite, records), baseline, lost_runs(suite, skipped))
     return tuple(_judged(evidence, rule) for rule in _rules(suite))
 
 
@@ -93,18 +80,18 @@ def exit_code(judgements: Sequence[Judgement]) -> int:
 def for_baseline(suite: Suite, records: Sequence[Record]) -> dict[str, dict[str, Record]]:
     """The newest whole runs that the suite's rules against a baseline are about."""
     found: dict[str, dict[str, Record]] = {}
-    evidence = _Evidence(suite, newest(suite, records), {}, ())
+    evidence = GateRuns(suite, newest_by_slot(suite, records), {}, ())
     for rule in _rules(suite):
-        for where in _slots(suite, rule) if rule.versus == BASELINE else ():
+        for where in slots_of(suite, rule) if rule.versus == BASELINE else ():
             try:
                 record = evidence.computed(rule.variant, where)
-                _comparable(record, record, over_time=True)
+                check_comparable(record, record, over_time=True)
                 if record.run.measure == "tasks":
-                    _valid(record, evidence.slots[where].get(SOURCE))
-            except _IncomparableError as error:
+                    check_valid(record, evidence.slots[where].get(SOURCE))
+            except IncomparableError as error:
                 raise UserError(
                     f"There is no baseline of {rule.variant} in {where} to be had: {error}.",
-                    f"Measure it again by {_command(where)}.",
+                    f"Measure it again by {command_for(where)}.",
                 ) from error
             found.setdefault(where, {})[rule.variant] = record
     if not found:
@@ -120,135 +107,10 @@ def _rules(suite: Suite) -> tuple[Rule, ...]:
     return suite.gate
 
 
-def _slots(suite: Suite, rule: Rule) -> list[str]:
-    """What a rule's numbers are in."""
-    if rule.metric == "log_ppl":
-        return [f"ppl/{rule.protocol}"]
-    if rule.metric == "score":
-        return [f"tasks/{label}" for label in ([rule.task] if rule.task else suite.tasks)]
-    return [METRICS[rule.metric].table or rule.metric]
-
-
-def _command(where: str) -> str:
-    """What makes a run."""
-    return f"`harness {where.partition('/')[0]}`"
-
-
-# -- Evidence ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _LostRun:
-    """A run of a row that cannot be used. `where` is None where the file does not even say of what it was."""
-
-    row: str
-    measure: str
-    where: str | None
-    utc: str
-    told: str
-
-
-def _lost_runs(suite: Suite, skipped: Sequence[Skipped]) -> tuple[_LostRun, ...]:
-    """Those of a suite, by the names of their files; without the ones that somebody interrupted."""
-    found = []
-    for one in skipped:
-        run = one.record and one.record.run
-        if one.record is not None and one.record.end.status == "interrupted":
-            continue
-        for row in suite.rows():
-            name = rf"(?P<utc>\d{{8}}T\d{{6}}Z)-(?P<measure>\w+)-{re.escape(suite.name)}-{re.escape(row)}-[0-9a-f]{{8}}"
-            if told := re.fullmatch(name, one.path.stem):
-                where = slot(one.record) if one.record and run and run.dataset else None
-                found.append(_LostRun(row, told["measure"], where, told["utc"], f"{one.path.name}: {one.reason}"))
-    return tuple(found)
-
-
-@dataclass(frozen=True)
-class _Evidence:
-    suite: Suite
-    slots: Slots
-    baseline: Slots
-    lost: tuple[_LostRun, ...]
-
-    def record(self, row: str, where: str) -> Record:
-        """The run that speaks for a row: of the checkpoint that was measured last, and with no failure since."""
-        found = self.slots.get(where, {}).get(row)
-        utc = "" if found is None else _file_time(found)
-        for lost in self.lost:
-            is_of = lost.where or lost.measure
-            if lost.row == row and where in (is_of, f"{is_of}/{where.partition('/')[2]}") and lost.utc > utc:
-                raise _IncomparableError(f"a newer run of {row} cannot be used ({lost.told})")
-        if found is None:
-            raise _IncomparableError(f"no whole run of {row} ({where}): run {_command(where)}")
-        last = max((rows[row] for rows in self.slots.values() if row in rows), key=_file_time)
-        mine, newest = _digest(found), _digest(last)
-        if mine and newest and mine != newest:
-            told = f"run {found.run.run_id} is of another checkpoint ({mine[:8]}) than run {last.run.run_id} since"
-            raise _IncomparableError(f"{told} ({newest[:8]}): run {_command(where)}", found)
-        return found
-
-    def is_baseline(self, rule: Rule) -> bool:
-        """Whether nothing was measured since the baseline that a rule holds a variant against."""
-        sides = (self.slots, self.baseline)
-        ids = [[side[where][rule.variant].run.run_id for where in _slots(self.suite, rule)] for side in sides]
-        return ids[0] == ids[1]
-
-    def computed(self, row: str, where: str) -> Record:
-        """The same, of an engine that computed what the checkpoint says."""
-        return _as_meant(self.record(row, where))
-
-    def pair(self, rule: Rule, where: str | None = None) -> tuple[Record, Record]:
-        """The run of a rule's variant, and the one that it is held against, of the same thing. `where`: in what, for a
-        rule that is about several."""
-        if where is None:
-            (where,) = _slots(self.suite, rule)
-        record = self.computed(rule.variant, where)
-        if rule.versus == BASELINE:
-            other = self.baseline.get(where, {}).get(rule.variant)
-            if other is None:
-                how = "`harness gate --update-baseline --reason …` makes one"
-                raise _IncomparableError(f"no baseline of {rule.variant} ({where}): {how}", record)
-            other = _as_meant(other)
-        else:
-            assert rule.versus is not None
-            other = self.computed(rule.versus, where)
-        _comparable(record, other, over_time=rule.versus == BASELINE)
-        return record, other
-
-
-def _file_time(record: Record) -> str:
-    """When a run began, as its file's name says it."""
-    return record.run.started_utc.replace("-", "").replace(":", "")
-
-
-def _digest(record: Record) -> str | None:
-    digest: str | None = record.run.variant.get("artifact_digest")
-    return digest
-
-
-def _as_meant(record: Record) -> Record:
-    engine = record.run.engine or {}
-    if served := engine.get("served_as"):
-        name = record.run.variant["name"]
-        told = f"the {engine.get('name')} engine served {name} as {served}, which is another model"
-        raise _IncomparableError(told, record)
-    return record
-
-
-def _comparable(record: Record, other: Record, *, over_time: bool) -> None:
-    """`_IncomparableError` unless two runs are of the same thing, piece by piece, every piece once."""
-    differing = evaluations.differing if record.run.measure == "tasks" else tables.differing
-    if found := differing(record, other, over_time=over_time):
-        raise _IncomparableError(f"differing: {', '.join(found)}", record, other)
-
-
-# -- Verdicts ----------------------------------------------------------------------------------------------------
-
-
-def _judged(evidence: _Evidence, rule: Rule) -> Judgement:
+def _judged(evidence: GateRuns, rule: Rule) -> Judgement:
     try:
         judgement = _JUDGES[rule.metric](evidence, rule)
-    except _IncomparableError as error:
+    except IncomparableError as error:
         return Judgement(rule, "incomparable", str(error), runs=_ids(*error.records))
     if rule.versus == BASELINE and judgement.verdict == "pass" and evidence.is_baseline(rule):
         return replace(judgement, reason=f"{judgement.reason}: nothing was measured since the baseline")
@@ -288,33 +150,33 @@ def _decided(
     return Judgement(rule, verdict, reason, loss, units, needed, _ids(*records))
 
 
-def _log_ppl(evidence: _Evidence, rule: Rule) -> Judgement:
+def _log_ppl(evidence: GateRuns, rule: Rule) -> Judgement:
     """The difference of log-perplexities over the same windows, or the same documents."""
     record, other = evidence.pair(rule)
-    return _by_cluster(rule, record, other, tables.clusters_of)
+    return _by_cluster(rule, record, other, runs.clusters_of)
 
 
-def _kl(evidence: _Evidence, rule: Rule) -> Judgement:
+def _kl(evidence: GateRuns, rule: Rule) -> Judgement:
     """The divergence from the source, or how much more of it there is than on the other side."""
     return _fidelity(evidence, rule, lambda window: window["kl_nats"])
 
 
-def _top1(evidence: _Evidence, rule: Rule) -> Judgement:
+def _top1(evidence: GateRuns, rule: Rule) -> Judgement:
     """The share of places with another likeliest token than the source's, or how much larger it is."""
     return _fidelity(evidence, rule, lambda window: window["num_scored"] - window["num_agreed"])
 
 
-def _fidelity(evidence: _Evidence, rule: Rule, total: Callable[[Mapping[str, Any]], float]) -> Judgement:
+def _fidelity(evidence: GateRuns, rule: Rule, total: Callable[[Mapping[str, Any]], float]) -> Judgement:
     def clusters(record: Record) -> list[tuple[float, int]]:
         return [(total(window), window["num_scored"]) for window in record.kind("window")]
 
     if rule.versus != SOURCE:
         return _by_cluster(rule, *evidence.pair(rule), clusters)
     # The run of a variant is the comparison with the source.
-    record = evidence.computed(rule.variant, *_slots(evidence.suite, rule))
-    _comparable(record, record, over_time=False)
+    record = evidence.computed(rule.variant, *slots_of(evidence.suite, rule))
+    check_comparable(record, record, over_time=False)
     totals, weights = zip(*clusters(record), strict=True)
-    units, block = tables.clustering(record)
+    units, block = runs.clustering(record)
     return _decided(rule, stats.weighted_mean(totals, weights, block), units, record, exact=not any(totals))
 
 
@@ -323,43 +185,43 @@ def _by_cluster(
 ) -> Judgement:
     """The paired difference of two means over the same clusters, each a total and its weight."""
     (before, weights), (after, _) = (zip(*clusters(one), strict=True) for one in (other, record))
-    units, block = tables.clustering(record)
+    units, block = runs.clustering(record)
     loss = stats.paired_mean_difference(before, after, weights, block)
     return _decided(rule, loss, units, record, other, exact=before == after)
 
 
-def _decode_speed(evidence: _Evidence, rule: Rule) -> Judgement:
+def _decode_speed(evidence: GateRuns, rule: Rule) -> Judgement:
     """What a decode of the suite's own length loses of its speed."""
     bench = evidence.suite.bench
     assert bench is not None and rule.batch is not None
     return _speed(evidence, rule, "decode", (rule.batch, bench.prompt_tokens, bench.new_tokens))
 
 
-def _prefill_speed(evidence: _Evidence, rule: Rule) -> Judgement:
+def _prefill_speed(evidence: GateRuns, rule: Rule) -> Judgement:
     """The same of a prefill."""
     bench = evidence.suite.bench
     assert bench is not None
     return _speed(evidence, rule, "prefill", (1, bench.prefill_tokens, 1))
 
 
-def _speed(evidence: _Evidence, rule: Rule, kind: str, shape: tuple[int, int, int]) -> Judgement:
+def _speed(evidence: GateRuns, rule: Rule, kind: str, shape: tuple[int, int, int]) -> Judgement:
     """1 - the ratio of speeds, of runs that took turns in one session."""
     record, other = evidence.pair(rule)
     sides = []
     for one in (record, other):
-        samples = tables.by_shape(one, kind).get(shape)
+        samples = speed_tables.by_shape(one, kind).get(shape)
         if samples is None:
             size = f"batch {shape[0]} with {shape[1]:,} prompt tokens and {shape[2]:,} new ones"
-            raise _IncomparableError(f"run {one.run.run_id} has no {kind} of {size}: run {_command('bench')}", one)
+            raise IncomparableError(f"run {one.run.run_id} has no {kind} of {size}: run {command_for('bench')}", one)
         sides.append(samples)
-    ratio, units = tables.speed_ratio(kind, *sides)
+    ratio, units = speed_tables.speed_ratio(kind, *sides)
     if units != "starts":  # what one start did to all its repetitions cannot be told from what the variant does
         ratio, units = replace(ratio, low=None, high=None, num=1), "starts"
     low, high = (None if bound is None else 1 - bound for bound in (ratio.high, ratio.low))
     return _decided(rule, replace(ratio, value=1 - ratio.value, low=low, high=high), units, record, other)
 
 
-def _score(evidence: _Evidence, rule: Rule) -> Judgement:
+def _score(evidence: GateRuns, rule: Rule) -> Judgement:
     """What a task loses; without a task, what all of them lose on average, and that none of them loses too much."""
     if rule.task is not None:
         one = _task(evidence, rule, rule.task)
@@ -371,12 +233,12 @@ def _score(evidence: _Evidence, rule: Rule) -> Judgement:
         try:
             found[label] = _task(evidence, rule, label)
             looked_at += found[label].records
-        except _IncomparableError as error:
+        except IncomparableError as error:
             refused.append(f"{label}: {error}")
             looked_at += error.records
     unjudged = "; ".join(refused)
     if not found:
-        raise _IncomparableError(unjudged, *looked_at)
+        raise IncomparableError(unjudged, *looked_at)
     assert rule.margin is not None
     p_values = [stats.p_above(one.loss, rule.margin) for one in found.values()]
     adjusted = stats.holm([1.0 if p is None else p for p in p_values])
@@ -390,7 +252,7 @@ def _score(evidence: _Evidence, rule: Rule) -> Judgement:
         reason = f"{'; '.join(beyond)}, and {rule.margin:g} is accepted" + (f"; {unjudged}" if unjudged else "")
         return Judgement(rule, "fail", reason, loss, "documents", runs=_ids(*looked_at))
     if refused:
-        raise _IncomparableError(unjudged, *looked_at)
+        raise IncomparableError(unjudged, *looked_at)
     return _decided(
         rule,
         loss,
@@ -410,25 +272,20 @@ class _TaskLoss:
     """Whether a rerun gave what the baseline did, item by item."""
 
 
-def _task(evidence: _Evidence, rule: Rule, label: str) -> _TaskLoss:
+def _task(evidence: GateRuns, rule: Rule, label: str) -> _TaskLoss:
     where = f"tasks/{label}"
     records = evidence.pair(rule, where)
     source = evidence.slots.get(where, {}).get(SOURCE)
     for one in records:
-        _valid(one, source)
-    found = evaluations.loss(*records)
+        check_valid(one, source)
+    found = task_tables.score_loss(*records)
     if isinstance(found, str):
-        raise _IncomparableError(found, *records)
-    exact = rule.versus == BASELINE and evaluations.same_outcomes(*records)
+        raise IncomparableError(found, *records)
+    exact = rule.versus == BASELINE and task_tables.same_outcomes(*records)
     return _TaskLoss(*found, records, exact)
 
 
-def _valid(record: Record, source: Record | None) -> None:
-    if reasons := evaluations.invalid(record, source):
-        raise _IncomparableError(f"run {record.run.run_id} is invalid: {'; '.join(reasons)}", record)
-
-
-def _verify(evidence: _Evidence, rule: Rule) -> Judgement:
+def _verify(evidence: GateRuns, rule: Rule) -> Judgement:
     """That nothing is wrong with the checkpoint."""
     record = evidence.record(rule.variant, "verify")
     findings = record.kind("finding")
@@ -441,7 +298,7 @@ def _verify(evidence: _Evidence, rule: Rule) -> Judgement:
     return Judgement(rule, "fail", f"{first}{more}", runs=_ids(record))
 
 
-def _arithmetic(evidence: _Evidence, rule: Rule) -> Judgement:
+def _arithmetic(evidence: GateRuns, rule: Rule) -> Judgement:
     """That every run was computed as the checkpoint says, in every setup."""
     suite = evidence.suite
     measured = [f"ppl/{name}" for name in (suite.ppl.protocols if suite.ppl else ())]
@@ -454,7 +311,7 @@ def _arithmetic(evidence: _Evidence, rule: Rule) -> Judgement:
         if (one := evidence.slots.get(where, {}).get(row))
     ]
     if not runs:
-        raise _IncomparableError(f"no whole run of {rule.variant} on any engine: run `harness ppl`")
+        raise IncomparableError(f"no whole run of {rule.variant} on any engine: run `harness ppl`")
     others = [
         f"the {record.run.engine.get('name')} engine served it as {served} ({where})"
         for where, record in runs
@@ -464,7 +321,7 @@ def _arithmetic(evidence: _Evidence, rule: Rule) -> Judgement:
     return Judgement(rule, "fail" if others else "pass", reason, runs=_ids(*(one for _, one in runs)))
 
 
-_JUDGES: dict[str, Callable[[_Evidence, Rule], Judgement]] = {
+_JUDGES: dict[str, Callable[[GateRuns, Rule], Judgement]] = {
     "log_ppl": _log_ppl,
     "kl": _kl,
     "top1": _top1,
@@ -474,76 +331,3 @@ _JUDGES: dict[str, Callable[[_Evidence, Rule], Judgement]] = {
     "verify": _verify,
     "arithmetic": _arithmetic,
 }
-
-
-# -- Output ------------------------------------------------------------------------------------------------------
-
-
-def frame(judgements: Sequence[Judgement]) -> pd.DataFrame:
-    """One row a rule."""
-    return columns.frame_of(
-        [
-            {
-                "rule": one.name,
-                "loss": one.loss,
-                "margin": one.rule.margin,
-                "num_units": f"{one.loss.num:,} {one.units}" if one.loss else None,
-                "judged": one.verdict,
-                "reason": one.reason,
-            }
-            for one in judgements
-        ]
-    )
-
-
-def words(judgements: Sequence[Judgement]) -> str:
-    """How many rules came to which verdict."""
-    counts = {verdict: sum(one.verdict == verdict for one in judgements) for verdict in EXIT_CODES}
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-
-
-def rows(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
-    """The judgements as JSON values."""
-    return [{"name": one.name, **asdict(one), "unit": METRICS[one.rule.metric].unit} for one in judgements]
-
-
-def step_summary(suite: str, judgements: Sequence[Judgement]) -> str:
-    """Markdown for the page of a CI run."""
-    table = columns.markdown(frame(judgements), lambda record: record.path.as_posix())
-    return f"### harness gate: {suite}\n\n{words(judgements)}\n\n{table}\n"
-
-
-# XML 1.0 has no other characters.
-_NO_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def junit(suite: str, judgements: Sequence[Judgement]) -> str:
-    """JUnit XML, one test case a rule. What could not be judged did not pass, and a CI system shows a skipped case as
-    green: inconclusive is a failure of that type, incomparable an error."""
-    tags = {"fail": "failure", "inconclusive": "failure", "incomparable": "error"}
-    cases = [_case(suite, one, tags.get(one.verdict)) for one in judgements]
-    counts = {
-        "tests": len(cases),
-        "failures": sum(case.find("failure") is not None for case in cases),
-        "errors": sum(case.find("error") is not None for case in cases),
-        "skipped": 0,
-    }
-    given = {key: str(count) for key, count in counts.items()}
-    root = ElementTree.Element("testsuites", given)
-    group = ElementTree.SubElement(root, "testsuite", {"name": f"harness gate: {suite}", **given})
-    group.extend(cases)
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=False) + "\n"
-
-
-def _case(suite: str, judgement: Judgement, tag: str | None) -> ElementTree.Element:
-    margin = "" if judgement.rule.margin is None else f", margin {judgement.rule.margin:g}"  # which makes it unique
-    name, reason = (_NO_XML.sub("\ufffd", text) for text in (judgement.name + margin, judgement.reason))
-    case = ElementTree.Element("testcase", {"classname": f"harness.gate.{suite}", "name": name})
-    loss = columns.shown("loss", judgement.loss)
-    said = f"{judgement.verdict}: {reason}\nloss {loss}, margin {columns.shown('margin', judgement.rule.margin)}"
-    if tag is None:
-        ElementTree.SubElement(case, "system-out").text = said
-    else:
-        ElementTree.SubElement(case, tag, {"type": judgement.verdict, "message": reason}).text = said
-    return case

@@ -3,7 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import matplotlib as mpl
 import numpy as np
@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from harness.report.figure_data import COLOURS, Coverage, Coverages, Sensitivity
 from harness.report.labels import num_lines
 from harness.report.numbers import format_percent
-from harness.report.plots import COLOURS, canvas
+from harness.report.plots import canvas
 
 _MOST_WRITTEN = 12  # columns of a heat map whose squares have room for their number
 _MOST_SQUARES = 2000  # that are drawn one by one
@@ -30,45 +31,7 @@ _SAME_COLOUR = 0.05  # and of the scale of colours
 _MISSED = COLOURS[5]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One square of the sensitivities. `layer_error` is a share of energy, None where there is nothing to compare
-    with."""
-
-    layer: int
-    role: str
-    format: str
-    layer_error: float | None
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Roles in the order in which they first occur."""
-
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How many of a build's `num_tokens` calibration tokens each expert got: `routed` [layers, experts], of the decoder
-    layers that `layers` names. The numbers are those of the first of `variants`; no share of another differs from its
-    by more than `differing`."""
-
-    variants: tuple[str, ...]
-    num_tokens: int
-    layers: tuple[int, ...]
-    routed: tuple[tuple[int, ...], ...]
-    differing: float = 0.0
-
-
-@dataclass(frozen=True)
-class Coverages:
-    """Of the calibrated builds of a mixture of experts, those that look the same in one."""
-
-    builds: tuple[Coverage, ...]
-
-
-def sensitivity(plotted: Sensitivity) -> Figure:
+def draw_sensitivity(plotted: Sensitivity) -> Figure:
     """A panel for each format, layers across, roles down. A projection that a layer lacks is simply not there."""
     cells = plotted.cells
     roles, formats = (list(dict.fromkeys(getattr(cell, key) for cell in cells)) for key in ("role", "format"))
@@ -91,7 +54,7 @@ def sensitivity(plotted: Sensitivity) -> Figure:
     return figure
 
 
-def joined(builds: Sequence[Coverage]) -> Coverages:
+def joined_coverages(builds: Sequence[Coverage]) -> Coverages:
     """The coverages of single builds, with those in one whose panels could not be told apart: the same experts got
     nothing, and every share is the same within a percentage point and within a twentieth of the scale of colours."""
     norm = _norm(_shares(builds))
@@ -128,7 +91,7 @@ def _differing(one: Coverage, other: Coverage, norm: LogNorm) -> float | None:
     return differing if differing <= _SAME_SHARE and (colours <= _SAME_COLOUR).all() else None
 
 
-def experts(plotted: Coverages) -> Figure:
+def draw_experts(plotted: Coverages) -> Figure:
     """A panel for each build, or for several that look the same, experts across, layers down; a cross for an expert
     that no calibration token reached."""
     builds = plotted.builds

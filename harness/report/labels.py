@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from harness.report.plots import Look
+from harness.report.figure_data import Look
 
 _MOST_LINES = 3
 _LEADER = 16.0  # points, from the axes to a name at their right

@@ -24,7 +24,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
-from harness.report import plots
+from harness.report import figure_data
 
 _MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table")
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -120,7 +120,7 @@ def _pictured(paragraph: Token) -> str | None:
 
 
 def _figure(name: str, words: str, svg: bytes, number: int) -> str:
-    digest = plots.embedded_digest(svg) or hashlib.sha256(svg).hexdigest()
+    digest = figure_data.embedded_digest(svg) or hashlib.sha256(svg).hexdigest()
     return (
         f'<figure data-figure="{escape(name)}" data-sha256="{digest}">{_inlined(svg, words, number)}'
         f'<figcaption aria-hidden="true">{escape(words)}</figcaption></figure>\n'

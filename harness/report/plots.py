@@ -9,13 +9,9 @@ this module's `VERSION`, and a figure is stale if that digest differs, not if it
 bytes are equal as well: the salt of SVG ids is fixed and no date is written.
 """
 
-import hashlib
 import io
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -23,19 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from harness.suite.names import SOURCE, row_name
-
-VERSION = 3  # of the drawing: raise it when the same data should look different
+from harness.report.figure_data import digest_of
 
 INK = "#7b7f86"  # text and axes: contrast 4:1 against white and against GitHub's dark page alike
-SOURCE_COLOUR = "#8d929a"
-# Found by search: a contrast of at least 3:1 against both pages, and any two (the source's too) at least 0.09 apart in
-# OKLab, to all eyes and, after Machado, Oliveira and Fernandes (2009), to those that lack one kind of cone. Markers
-# tell apart what is left.
-COLOURS = ("#258ef0", "#c57d1b", "#05806a", "#9760ae", "#d63052", "#fc1ce5")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
-_FILLS = ("full", "none", "left", "right", "bottom", "top")  # of a variant's marker: plain, and in each setup
-_MARK = re.compile(rb"harness-figure-sha256:([0-9a-f]{64})")
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "harness",
     "svg.fonttype": "path",
@@ -62,33 +48,6 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a variant is drawn, the same in every figure of a suite."""
-
-    colour: str
-    marker: str
-    fill: str  # matplotlib's fillstyle
-
-    @property
-    def line(self) -> str:
-        return "-" if self.fill == _FILLS[0] else "--"
-
-
-def looks(variants: Sequence[str], setups: Sequence[str]) -> dict[str, Look]:
-    """By the name of a row: the source grey, every variant a colour and a marker of its own (24 pairs of them), and in
-    a setup the same colour with a marker that is filled otherwise."""
-    plain = {SOURCE: Look(SOURCE_COLOUR, MARKERS[0], _FILLS[0])}
-    for place, name in enumerate(variants):
-        plain[name] = Look(COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)], _FILLS[0])
-    in_setups = {
-        row_name(name, setup): Look(look.colour, look.marker, _FILLS[1 + place % (len(_FILLS) - 1)])
-        for place, setup in enumerate(setups)
-        for name, look in plain.items()
-    }
-    return {**plain, **in_setups}
-
-
 @contextmanager
 def style() -> Iterator[None]:
     """The common style while it is open, whatever the user's own matplotlibrc says."""
@@ -105,36 +64,16 @@ def canvas(width: float, height: float) -> Figure:
     return figure
 
 
-def figure_files(name: str, plotted: Sequence[Any], draw: Callable[[], Figure]) -> dict[str, bytes]:
+def image_files(name: str, plotted: Sequence[Any], draw: Callable[[], Figure]) -> dict[str, bytes]:
     """What `draw` draws in the common style as {"NAME.svg": ..., "NAME.png": ...}, both with the digest of `plotted`,
     the dataclass instances that it draws."""
-    description = f"harness-figure-sha256:{_digest(plotted)}"
+    description = f"harness-figure-sha256:{digest_of(plotted)}"
     with style():
         figure = draw()
         return {
             f"{name}.svg": _saved(figure, "svg", {"Date": None, "Creator": None, "Description": description}),
             f"{name}.png": _saved(figure, "png", {"Software": None, "Description": description}),
         }
-
-
-def embedded_digest(image: bytes) -> str | None:
-    """The digest that a figure file carries; None for any other file."""
-    found = _MARK.search(image)
-    return found[1].decode() if found else None
-
-
-def _digest(rows: Sequence[Any]) -> str:
-    """SHA-256 of what is plotted, to ten digits: the last bits of a sum may differ between processors."""
-
-    def rounded(value: object) -> object:
-        if isinstance(value, float):
-            return f"{value:.10g}"
-        if isinstance(value, Mapping):
-            return {key: rounded(item) for key, item in value.items()}
-        return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
-
-    plotted = {"version": VERSION, "rows": [rounded(asdict(row)) for row in rows]}
-    return hashlib.sha256(json.dumps(plotted, sort_keys=True).encode()).hexdigest()
 
 
 def _saved(figure: Figure, file_format: str, metadata: Mapping[str, str | None]) -> bytes:

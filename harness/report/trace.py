@@ -21,6 +21,7 @@ from harness.record.store import Record
 from harness.report import card as cards
 from harness.report import sections
 from harness.report.evidence import Evidence, gather
+from harness.report.pieces import Link
 from harness.suite.load import narrowed, restored
 from harness.suite.schema import Suite
 
@@ -151,7 +152,7 @@ def _evidence(
     return gather(suite if variant is None else narrowed(suite, variant), records, results_dir, repo)
 
 
-def _of_blocks(records: Iterable[Record], given: Suite | None, link: sections.Link) -> Iterator[_Line]:
+def _of_blocks(records: Iterable[Record], given: Suite | None, link: Link) -> Iterator[_Line]:
     """Every line of every section that the cited records give, for each of their suites."""
     every = list(records)
     for name in dict.fromkeys(record.run.suite["name"] for record in every):
@@ -171,7 +172,7 @@ def _citing(lines: Sequence[_Line]) -> Iterator[tuple[_Line, tuple[tuple[str, st
             yield line, cites
 
 
-def _linked(text: str) -> sections.Link:
+def _linked(text: str) -> Link:
     """Paths to the links that the page has to files of these names."""
     links = {PurePosixPath(unquote(link)).name: link for link in _TARGET.findall(text)}
     return lambda path: links.get(PurePosixPath(path).name, path)

@@ -193,7 +193,7 @@ def _report(options: argparse.Namespace) -> int:
             f"{PAGE} cannot be read ({error.strerror}).", "Run this in the project's own folder."
         ) from error
     rendered = {PAGE: page.render(records, options.results.as_posix(), PAGE, text)}
-    changed = card.stale(rendered, Path.cwd()) if options.check else card.write(rendered, Path.cwd())
+    changed = card.stale_files(rendered, Path.cwd()) if options.check else card.write_files(rendered, Path.cwd())
     print(f"{'stale' if options.check else 'written'}: {PAGE}" if changed else f"up to date: {PAGE}")
     return 1 if options.check and changed else 0
 

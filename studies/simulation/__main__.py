@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     if options.group:
         return 0
     document = _document(options, given, drawn_from, found)
-    card.write({COUNTS.as_posix(): _json(document)}, Path.cwd())
+    card.write_files({COUNTS.as_posix(): _json(document)}, Path.cwd())
     return _page(document, check=False)
 
 
@@ -143,7 +143,7 @@ def _page(document: dict[str, Any], *, check: bool) -> int:
         PAGE.as_posix(): page.render(document, PAGE.as_posix(), text),
         **{(FOLDER / name).as_posix(): data for name, data in page.figure(document).items()},
     }
-    changed = card.stale(rendered, Path.cwd()) if check else card.write(rendered, Path.cwd())
+    changed = card.stale_files(rendered, Path.cwd()) if check else card.write_files(rendered, Path.cwd())
     for path in rendered:
         print(f"{('stale' if check else 'written') if path in changed else 'up to date'}: {path}")
     return 1 if check and changed else 0

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from scipy import stats
 from tabulate import tabulate
 
-from harness.report import plots
+from harness.report import figure_data, plots
 from harness.report.blocks import filled
 from harness.report.columns import escape
 from harness.report.numbers import format_percent
@@ -69,7 +69,7 @@ def render(document: Mapping[str, Any], page: str, text: bytes) -> bytes:
 def figure(document: Mapping[str, Any]) -> dict[str, bytes]:
     """{"coverage.svg": ..., "coverage.png": ...}: a panel for each group of intervals."""
     points = points_of(results_of(document))
-    return plots.figure_files("coverage", points, lambda: _draw(points))
+    return plots.image_files("coverage", points, lambda: _draw(points))
 
 
 def points_of(results: Sequence[Result]) -> list[Point]:
@@ -187,7 +187,7 @@ def _draw_panel(axes: Axes, name: str, points: Sequence[Point]) -> None:
     axes.set_axisbelow(True)
     axes.axhspan(0.95 - TOLERANCE, 0.95 + TOLERANCE, color=plots.INK, alpha=0.2, linewidth=0)
     lines = list(dict.fromkeys(point.line for point in points))
-    for line, colour, marker in zip(lines, plots.COLOURS, "osD^vP", strict=False):
+    for line, colour, marker in zip(lines, figure_data.COLOURS, "osD^vP", strict=False):
         own = [point for point in points if point.line == line]
         xs, shares = [point.x for point in own], [point.share for point in own]
         reach = [[p.share - p.low for p in own], [p.high - p.share for p in own]]

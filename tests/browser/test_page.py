@@ -22,7 +22,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from harness.report import plots
+from harness.report import figure_data
 from harness.report.page import page
 
 ROOT = Path(__file__).parents[2]
@@ -339,7 +339,7 @@ def test_every_figure_is_seen_and_none_needs_an_id_of_another(browser: Browser, 
         assert svg.is_displayed() and svg.size["width"] > 300 and svg.size["height"] > 100
         assert svg.get_attribute("role") == "img"
         assert alternatives[svg.get_attribute("aria-label")] == name
-        assert figure.get_attribute("data-sha256") == plots.embedded_digest(demo.images[f"{name}.svg"])
+        assert figure.get_attribute("data-sha256") == figure_data.embedded_digest(demo.images[f"{name}.svg"])
     ids = browser.run("return [...document.querySelectorAll('[id]')].map(one => one.id)")
     assert len(ids) == len(set(ids)) > 100
     within = browser.run(

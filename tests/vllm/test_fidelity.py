@@ -9,7 +9,7 @@ import pytest
 from harness import fidelity, stages
 from harness.engines.protocol import open_engine
 from harness.measure import fidelity as divergence
-from harness.report import fidelities
+from harness.report import fidelity_tables
 from harness.suite.load import load
 from harness.suite.schema import Suite
 
@@ -38,7 +38,7 @@ def test_a_variant_in_vllm_is_compared_with_a_pack_and_its_divergence_is_above_t
     measured = fidelity.compare(job, fidelity.prepare(job, None), LIMIT)
     assert measured.failures == {}
     assert list(measured.records) == ["w4a4", "noise-restart", "noise-batch", "noise-engine"]
-    kl = {row: fidelities.mean_kl(record).value for row, record in measured.records.items()}
+    kl = {row: fidelity_tables.mean_kl(record).value for row, record in measured.records.items()}
     assert kl["noise-restart"] < 1e-6, "vLLM computes the same after a restart"
     assert kl["noise-batch"] < kl["w4a4"]
     assert 0 < kl["noise-engine"] < kl["w4a4"]

@@ -18,7 +18,7 @@ from harness.record.comparable import incomparable
 from harness.record.packed import unpack
 from harness.record.stats import Estimate
 from harness.record.store import Record
-from harness.report import columns, tables
+from harness.report import columns, runs
 from harness.suite.names import NOISE, SOURCE
 
 PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p95": 95, "kl_p99": 99, "kl_p999": 99.9, "kl_max": 100}
@@ -35,7 +35,7 @@ class Floor:
     log_ppl_nats: float
 
 
-def divergences(records: tables.Records) -> pd.DataFrame:
+def divergence_table(records: runs.Records) -> pd.DataFrame:
     """One row a variant: the mean divergence per token, its percentiles over tokens, how often both find the same token
     the likeliest, the root mean square of what the probability of the token that came has changed by, and what it
     all makes of log-perplexity in these windows. Intervals are bootstraps over blocks of windows."""
@@ -52,19 +52,19 @@ def divergences(records: tables.Records) -> pd.DataFrame:
                 "num_tokens": (record.run.dataset or {}).get("num_tokens"),
                 "num_windows": len(windows),
                 "num_scored": sum(window["num_scored"] for window in windows),
-                "kl": tables.AT_NOISE if floor and kl.value <= floor.kl_nats else kl,
+                "kl": columns.AT_NOISE if floor and kl.value <= floor.kl_nats else kl,
                 **{name: float(value) for name, value in zip(PERCENTILES, percentiles, strict=True)},
                 "agreement": _agreement(windows),
                 "rms_dp": _rms(windows),
                 "kl_log_ppl": log_ppl_difference(record),
                 "run": record,
-                **tables.served_as(record),
+                **runs.served_as(record),
             }
         )
-    return columns.frame_of(rows)
+    return columns.table_of(rows)
 
 
-def bands(records: tables.Records) -> pd.DataFrame:
+def band_table(records: runs.Records) -> pd.DataFrame:
     """The same by the number of tokens before the predicted one, one row a variant and band, without the rows of noise;
     empty where all windows lie in the first band. The last band ends where the longest window does."""
     rows = []
@@ -91,8 +91,8 @@ def bands(records: tables.Records) -> pd.DataFrame:
                     "run": record,
                 }
             )
-    frame = columns.frame_of(rows)
-    return frame if rows and frame["before"].nunique() > 1 else columns.frame_of([])
+    frame = columns.table_of(rows)
+    return frame if rows and frame["before"].nunique() > 1 else columns.table_of([])
 
 
 def _numbers(first: int, last: int) -> str:
@@ -113,7 +113,7 @@ def log_ppl_difference(record: Record) -> Estimate:
     return stats.paired_mean_difference(source, variant, weights, stats.block_length(len(windows)))
 
 
-def noise_floor(records: tables.Records, record: Record) -> Floor | None:
+def noise_floor(records: runs.Records, record: Record) -> Floor | None:
     """The floor under a run, of fidelity or of another measure of the same source on the same engine; None where no row
     of noise stands beside it."""
     found = [
@@ -126,7 +126,7 @@ def noise_floor(records: tables.Records, record: Record) -> Floor | None:
     return Floor(max(_bound(kl) for kl, _ in found), max(_bound(loss) for _, loss in found))
 
 
-def log_ppl_floor(records: tables.Records, perplexities: tables.ByProtocol) -> float | None:
+def log_ppl_floor(records: runs.Records, perplexities: runs.ByProtocol) -> float | None:
     """The floor under perplexities, in nats per token, where the source was measured beside itself on their engine."""
     source = next((by_row[SOURCE] for by_row in perplexities.values() if SOURCE in by_row), None)
     floor = source and noise_floor(records, source)

@@ -1,4 +1,6 @@
-"""Records of builds to tables: what came out in all, by which method and from which data, and how it is served."""
+"""Records of builds and of their verification to tables: bytes, method, calibration data, round-trip errors, findings,
+and what a server of a variant needs.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,19 +11,17 @@ import pandas as pd
 from harness import serve
 from harness.errors import UserError
 from harness.record.store import Record
-from harness.report import columns, tables
+from harness.report import columns, runs
 from harness.suite.names import SOURCE, is_hub_id
 
 GPUS_GIB = (16, 24, 32, 96)
 """Memory of the GPUs that sizes are given for: what Blackwell cards have."""
-
 KEPT = "kept"
 """The format of a role that is not quantized."""
-
 _W4A4 = "NVFP4"
 
 
-def totals(records: tables.Records) -> pd.DataFrame:
+def total_table(records: runs.Records) -> pd.DataFrame:
     """One row a variant: how many of the source's tensors were quantized, and the bytes of all before and after."""
     rows = []
     for variant, record in records.items():
@@ -38,10 +38,45 @@ def totals(records: tables.Records) -> pd.DataFrame:
                 "run": record,
             }
         )
-    return columns.frame_of(rows)
+    return columns.table_of(rows)
 
 
-def weights(records: tables.Records, variant: str) -> tuple[int, int] | None:
+def role_table(records: runs.Records) -> pd.DataFrame:
+    """What was quantized and what was kept: per role the format, the tensors, and the bytes before and after."""
+    rows = []
+    for variant, record in records.items():
+        roles = record.kind("role")
+        counts = ("num_tensors", "num_params", "source_bytes", "output_bytes")
+        total = {"role": "total", **{count: sum(role[count] for role in roles) for count in counts}}
+        for role in (*roles, total):
+            share = role["output_bytes"] / role["source_bytes"] if role["source_bytes"] else None
+            rows.append({"variant": variant, **role, "bytes_share": share, "run": record})
+    return columns.table_of(rows)
+
+
+def roundtrip_table(records: runs.Records) -> pd.DataFrame:
+    """How far the decoded weights are from the source's, per role."""
+    return columns.table_of(
+        [
+            {"variant": variant, **role, "run": record}
+            for variant, record in records.items()
+            for role in record.kind("roundtrip")
+        ]
+    )
+
+
+def finding_table(records: runs.Records) -> pd.DataFrame:
+    """What `harness verify` objects to; empty is good."""
+    return columns.table_of(
+        [
+            {"variant": variant, **finding, "run": record}
+            for variant, record in records.items()
+            for finding in record.kind("finding")
+        ]
+    )
+
+
+def bytes_and_params(records: runs.Records, variant: str) -> tuple[int, int] | None:
     """Bytes and parameters of all tensors of a variant; the source's by any build of it, since all read the same. None
     without a build."""
     record = next(iter(records.values()), None) if variant == SOURCE else records.get(variant)
@@ -54,7 +89,7 @@ def _sum(record: Record, key: str) -> int:
     return sum(role[key] for role in record.kind("role"))
 
 
-def method(records: tables.Records) -> pd.DataFrame:
+def method_table(records: runs.Records) -> pd.DataFrame:
     """One row a variant: recipe, how scales and codes were chosen, the formats, and what identifies all that went in.
     Builds of before the method was recorded show a dash."""
     rows = []
@@ -78,17 +113,17 @@ def method(records: tables.Records) -> pd.DataFrame:
                 "run": record,
             }
         )
-    return columns.frame_of(rows)
+    return columns.table_of(rows)
 
 
-def calibration(records: tables.Records) -> pd.DataFrame:
+def calibration_table(records: runs.Records) -> pd.DataFrame:
     """One row a source of calibration samples, as the suite of the builds names it; those of the first calibrated
     variant, since a suite has one set."""
     record = next((one for one in records.values() if one.kind("calibration")), None)
     if record is None:
-        return columns.frame_of([])
+        return columns.table_of([])
     sources = (record.run.suite.get("calibration") or {}).get("sources", ())
-    return columns.frame_of(
+    return columns.table_of(
         [
             {
                 "dataset": _named(source),
@@ -102,7 +137,7 @@ def calibration(records: tables.Records) -> pd.DataFrame:
     )
 
 
-def calibration_datasets(records: tables.Records) -> list[str]:
+def calibration_datasets(records: runs.Records) -> list[str]:
     """The hub ids among the sources of calibration samples, for the front matter. The Hub has given every dataset an
     owner; what is named without one may be a kind of local files as well, and is told in the table alone."""
     suites = [record.run.suite for record in records.values() if record.kind("calibration")]
@@ -110,7 +145,7 @@ def calibration_datasets(records: tables.Records) -> list[str]:
     return list(dict.fromkeys(one["dataset"] for one in sources if is_hub_id(one.get("dataset"))))
 
 
-def has_vision(records: tables.Records) -> bool:
+def has_vision(records: runs.Records) -> bool:
     """Whether a variant has a vision tower."""
     return any(role["role"] == "visual" for record in records.values() for role in record.kind("role"))
 
@@ -130,19 +165,19 @@ def has_four_bit_activations(record: Record) -> bool:
     return any(role["format"] == _W4A4 for role in record.kind("role"))
 
 
-def footprint(record: Record) -> serve.Footprint | None:
+def server_footprint(record: Record) -> serve.Footprint | None:
     """What sizes a server of a variant; None of a build of before it was recorded."""
     names = [one.name for one in dataclasses.fields(serve.Footprint)]
     found = record.kind("footprint")
     return serve.Footprint(**{name: found[0][name] for name in names}) if found else None
 
 
-def sizes(records: tables.Records) -> pd.DataFrame:
+def sizing_table(records: runs.Records) -> pd.DataFrame:
     """One row a variant and GPU: what `harness serve-command` finds to fit, images served and all else at its defaults;
     GPUs that a variant does not fit have no row."""
     rows = []
     for variant, record in records.items():
-        needed = footprint(record)
+        needed = server_footprint(record)
         for gib in GPUS_GIB if needed else ():
             assert needed is not None
             try:
@@ -160,7 +195,7 @@ def sizes(records: tables.Records) -> pd.DataFrame:
                     "run": record,
                 }
             )
-    return columns.frame_of(rows)
+    return columns.table_of(rows)
 
 
 def _short(digest: str | None) -> str | None:

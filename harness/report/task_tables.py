@@ -17,7 +17,7 @@ import pandas as pd
 from harness.record import stats
 from harness.record.comparable import incomparable
 from harness.record.store import Record
-from harness.report import columns, tables
+from harness.report import columns, runs
 from harness.report.numbers import format_percent
 from harness.suite.names import SOURCE
 from harness.suite.schema import Audit, Suite
@@ -44,17 +44,17 @@ _WORDS = {
 }
 
 
-def newest(records: Sequence[Record], suite: Suite, rows: Sequence[str]) -> dict[str, dict[str, Record]]:
+def newest_by_task(records: Sequence[Record], suite: Suite, rows: Sequence[str]) -> dict[str, dict[str, Record]]:
     """The latest whole run of each row in each task of a suite, in the suite's order."""
     found = {}
     for label in suite.tasks:
         of_task = [record for record in records if (record.run.dataset or {}).get("name") == label]
-        if chosen := tables.newest(of_task, suite.name, "tasks", rows):
+        if chosen := runs.newest_runs(of_task, suite.name, "tasks", rows):
             found[label] = chosen
     return found
 
 
-def scores(by_task: ByTask) -> pd.DataFrame:
+def score_table(by_task: ByTask) -> pd.DataFrame:
     """One row a task, metric and variant: lm-eval's own figure with its standard error, and the paired difference.
 
     `score` is the mean over repetitions of what lm-eval says; its standard error is that of one repetition. The
@@ -86,7 +86,7 @@ def scores(by_task: ByTask) -> pd.DataFrame:
                     "recovery_ratio": None,
                     "flips": None,
                     "run": record,
-                    **tables.served_as(record),
+                    **runs.served_as(record),
                 }
                 if (
                     row != SOURCE
@@ -99,7 +99,7 @@ def scores(by_task: ByTask) -> pd.DataFrame:
     for those in compared.values():
         for one, p_value in zip(those, stats.holm([one["p_value"] for one in those]), strict=True):
             one["p_holm"] = p_value
-    return columns.frame_of([*rows, *(_together(row, those) for row, those in compared.items() if len(those) > 1)])
+    return columns.table_of([*rows, *(_together(row, those) for row, those in compared.items() if len(those) > 1)])
 
 
 def _together(variant: str, compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _together(variant: str, compared: Sequence[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def answers(by_task: ByTask) -> pd.DataFrame:
+def answer_table(by_task: ByTask) -> pd.DataFrame:
     """The audit of generated answers, one row a task and variant: shares of answers that are no answers, the score of
     those that came to an end, and what an answer costs. Correct is what the first metric of an item's task counts;
     seconds are of the whole run, all answers in a batch together."""
@@ -147,7 +147,7 @@ def answers(by_task: ByTask) -> pd.DataFrame:
                     "run": record,
                 }
             )
-    return columns.frame_of(rows)
+    return columns.table_of(rows)
 
 
 def invalid(record: Record, source: Record | None) -> list[str]:
@@ -170,7 +170,7 @@ def invalid(record: Record, source: Record | None) -> list[str]:
     return reasons
 
 
-def reuse_words(records: ByTask) -> Iterator[str]:
+def reused_answers(records: ByTask) -> Iterator[str]:
     """Which runs took answers from earlier ones, a sentence each."""
     for label, rows in records.items():
         for row, record in rows.items():
@@ -229,12 +229,12 @@ def _refusal(records: Mapping[str, Record], row: str) -> str | None:
         return "no record of the source"
     if invalid(source, None):
         return "the source is invalid"
-    found = differing(record, source)
+    found = item_differences(record, source)
     return f"incomparable: {', '.join(found)}" if found else None
 
 
-def differing(record: Record, other: Record, *, over_time: bool = False) -> list[str]:
-    """What forbids comparing two runs of a task item by item, `over_time` as for `results.incomparable`; empty if
+def item_differences(record: Record, other: Record, *, over_time: bool = False) -> list[str]:
+    """What forbids comparing two runs of a task item by item, `over_time` as for `comparable.incomparable`; empty if
     nothing does."""
     if keys := incomparable(other, record, over_time=over_time):
         return keys
@@ -359,7 +359,7 @@ def same_outcomes(record: Record, other: Record) -> bool:
     return all(item["outcomes"] == theirs[_item(item)]["outcomes"] for item in record.kind("item"))
 
 
-def loss(record: Record, other: Record) -> tuple[stats.Estimate, str] | str:
+def score_loss(record: Record, other: Record) -> tuple[stats.Estimate, str] | str:
     """How much worse a run scores than another one of the same items, and in what: the metric that its tasks name
     first. Positive is worse, whichever way lm-eval says that the metric goes (up, where it does not say). Instead of
     those, why there is no such number: tasks of several metrics, or one that is no mean over items. Its interval is

@@ -1,0 +1,88 @@
+"""The first section of a card: a line for every variant."""
+
+from harness.record.stats import Estimate
+from harness.record.store import Record
+from harness.report import columns, speed_tables, task_tables
+from harness.report.evidence import Evidence, row_of
+from harness.report.pieces import Link, paragraphs, reference
+from harness.suite.names import SOURCE
+
+
+def headline(evidence: Evidence, link: Link) -> str:
+    """One line per variant: what it weighs, what it loses, how fast it decodes, each with the run that says so."""
+    lines = []
+    for name, variant in evidence.suite.variants.items():
+        parts = [
+            part(evidence, name) for part in (_size_words, _perplexity_words, _kl_words, _task_words, _decode_words)
+        ]
+        said = "; ".join(
+            f"{words} {' '.join(reference(evidence, link, record) for record in records)}"
+            for words, records in filter(None, parts)
+        )
+        lines.append(f"- **{name}** ({columns.escape(variant.recipe)}): {said or 'not measured yet'}.")
+    marked = any(columns.NO_INTERVAL_MARK in line for line in lines)
+    return paragraphs("\n".join(lines), columns.NO_INTERVAL if marked else None)
+
+
+_Words = tuple[str, tuple[Record, ...]] | None  # what runs say of a variant
+
+
+def _size_words(evidence: Evidence, variant: str) -> _Words:
+    row = row_of(evidence.frames["totals"], variant=variant)
+    if row is None:
+        return None
+    share, output, source = (
+        columns.cell_text(key, row[key]) for key in ("bytes_share", "output_bytes", "source_bytes")
+    )
+    return f"{output} of {source} ({share})", (evidence.records["build"][variant],)
+
+
+def _perplexity_words(evidence: Evidence, variant: str) -> _Words:
+    row = row_of(evidence.frames["perplexity"], variant=variant, protocol=evidence.protocol)
+    base = row_of(evidence.frames["perplexity"], variant=SOURCE, protocol=evidence.protocol)
+    if row is None or evidence.protocol is None:
+        return None
+    runs = (evidence.perplexities[evidence.protocol][variant],)
+    kind = "perplexity" if row["unit"] == "token" else f"{row['unit']} perplexity"
+    words = f"{kind} {columns.cell_text('ppl', row['ppl'])}"
+    loss = row["delta_log_ppl"]
+    if base is None or not isinstance(loss, Estimate):
+        return f"{words} ({f'Δ {loss}' if loss == columns.AT_NOISE else loss})", runs
+    change = columns.cell_text("relative_change_ratio", row["relative_change_ratio"])
+    against = columns.cell_text("ppl", base["ppl"])
+    return f"{words} against {against} ({change}; Δ log-perplexity {columns.cell_text('delta_log_ppl', loss)})", runs
+
+
+def _kl_words(evidence: Evidence, variant: str) -> _Words:
+    row = row_of(evidence.frames["fidelity"], variant=variant)
+    if row is None:
+        return None
+    unit = " nats" if isinstance(row["kl"], Estimate) else ""
+    return f"KL to the source {columns.cell_text('kl', row['kl'])}{unit}", (evidence.records["fidelity"][variant],)
+
+
+def _task_words(evidence: Evidence, variant: str) -> _Words:
+    """All tasks together, or the only one."""
+    rows = [row for row in columns.rows_of(evidence.frames["tasks"]) if row["variant"] == variant]
+    row = next((row for row in rows if row["task"] == task_tables.ALL_TASKS), rows[0] if len(rows) == 1 else None)
+    if row is None or not isinstance(row["delta_score"], Estimate):
+        return None
+    change = columns.cell_text("delta_score", row["delta_score"])
+    return f"tasks {change} ({row['metric'] if len(rows) > 1 else row['task']})", columns.runs_of(row["run"])
+
+
+def _decode_words(evidence: Evidence, variant: str) -> _Words:
+    decoded = evidence.frames["decode"]
+    if decoded.empty:
+        return None
+    row = row_of(speed_tables.single_user(decoded), variant=variant) or row_of(
+        speed_tables.by_depth(decoded), variant=variant
+    )
+    if row is None:
+        return None
+    speed, ratio = columns.cell_text("tokens_per_second", row["tokens_per_second"]), row["speed_ratio"]
+    other = "the source" if row["versus"] == SOURCE else row["versus"]
+    relation = f"{columns.cell_text('speed_ratio', ratio)} × {other}" if isinstance(ratio, Estimate) else ratio
+    record = evidence.records["bench"][variant]
+    caveat = "; no NVFP4 kernel" if (record.run.engine or {}).get("name") == "torch" else ""
+    return f"decode {speed} tok/s at batch 1 ({relation or f'not measured for {other}'}{caveat})", (record,)

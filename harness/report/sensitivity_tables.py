@@ -1,0 +1,78 @@
+"""Records of sensitivity to a table: what each format does to each group of linear layers."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from harness.report import columns, runs
+from harness.report.numbers import format_bytes, format_percent
+
+
+def sensitivity_table(records: runs.Records) -> pd.DataFrame:
+    """What storing a group of linear layers in each format does to the output of its half of a layer.
+
+    One row a group, the one that NVFP4 hurts most first: the layer errors of each format over the layers, the bytes
+    that FP8 takes more than NVFP4 in all of them, and the error that a gigabyte of those would take away.
+    """
+    rows = []
+    for variant, record in records.items():
+        by_role: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for sample in record.kind("sensitivity"):
+            by_role.setdefault(sample["role"], {}).setdefault(sample["format"], []).append(sample)
+        found = []
+        for role, formats in by_role.items():
+            spreads = {form: _spread(samples) for form, samples in formats.items()}
+            row: dict[str, Any] = {"variant": variant, "role": role, "num_layers": len(formats["NVFP4"]), **spreads}
+            row["run"] = record
+            row["fp8_extra_bytes"] = sum(one["extra_bytes"] for one in formats["FP8_DYNAMIC"])
+            saved = sum(
+                nvfp4["layer_error"] - fp8["layer_error"]
+                for nvfp4, fp8 in zip(formats["NVFP4"], formats["FP8_DYNAMIC"], strict=True)
+                if nvfp4["layer_error"] is not None
+            )
+            row["fp8_gain_per_gb"] = saved / row["fp8_extra_bytes"] * 1e9
+            row["num_tokens"] = (record.run.dataset or {}).get("num_tokens")
+            row["dataset"] = (record.run.dataset or {}).get("name")
+            found.append(row)
+        rows += sorted(found, key=_rank)
+    return columns.table_of(rows)
+
+
+def _rank(row: Mapping[str, Any]) -> float:
+    """Falls with the median error in NVFP4; last where there is none."""
+    return -row["NVFP4"].median if row["NVFP4"] else math.inf
+
+
+def _spread(samples: Sequence[Mapping[str, Any]]) -> columns.Spread | None:
+    known = [(one["layer_error"], one["index"]) for one in samples if one["layer_error"] is not None]
+    if not known:
+        return None
+    largest, layer = max(known, key=lambda pair: pair[0])
+    return columns.Spread(statistics.median(error for error, _ in known), largest, layer)
+
+
+def sensitivity_words(frame: pd.DataFrame) -> list[str]:
+    """What the table of sensitivities says, in sentences: where FP8 pays, and how DeltaNet compares with the rest."""
+    rows = [row for row in frame.to_dict("records") if row["NVFP4"] is not None]
+    if not rows:
+        return []
+
+    def median(row: Mapping[Any, Any], form: str = "NVFP4") -> str:
+        return format_percent(row[form].median, ".2g")
+
+    best = max(rows, key=lambda row: row["fp8_gain_per_gb"])
+    words = [
+        f"FP8 gains most for its bytes in {best['role']}: median layer error {median(best)} in NVFP4 and "
+        f"{median(best, 'FP8_DYNAMIC')} in FP8, for {format_bytes(best['fp8_extra_bytes'])} more in "
+        f"{best['num_layers']} {'layer' if best['num_layers'] == 1 else 'layers'}."
+    ]
+    worst = f"NVFP4 costs most in {rows[0]['role']} (median layer error {median(rows[0])})"
+    is_deltanet = [row["role"].startswith("linear_attn.") for row in rows]
+    if len(set(is_deltanet)) == 2:
+        other = rows[is_deltanet.index(not is_deltanet[0])]
+        place = "outside of DeltaNet" if is_deltanet[0] else "in DeltaNet"
+        worst += f", and {place} in {other['role']} ({median(other)})"
+    return [*words, f"{worst}."]
