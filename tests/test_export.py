@@ -33,16 +33,8 @@ from harness.report import build_tables, evidence, speed_tables
 from harness.report.columns import COLUMNS
 from harness.report.evidence import Evidence
 from harness.report.exchange import path_part
-from harness.report.export import (
-    BENCHMARKS,
-    eval_results,
-    export,
-    llama_bench,
-    llama_bench_markdown,
-    model_index,
-    shared_files,
-    variant_files,
-)
+from harness.report.export import export, llama_bench, llama_bench_markdown, shared_files, variant_files
+from harness.report.hub import BENCHMARKS, eval_results, model_index
 from harness.suite.load import load
 from harness.suite.schema import Bench, DemoText, Suite, Task, Variant
 from tests.conftest import DATA
