@@ -57,7 +57,7 @@ def _build(folder: Path, name: str, codes: str) -> None:
 def _run(folder: Path, name: str, codes: str, kill_after: float | None = None) -> tuple[int | None, float]:
     """Builds in a process of its own; returns its exit code and the seconds it took."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__, "harness.stages"])
+    processes.set_forkserver_preload([__name__, "harness.job"])
     process = processes.Process(target=_build, args=(folder, name, codes))
     started = time.perf_counter()
     process.start()

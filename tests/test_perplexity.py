@@ -336,7 +336,7 @@ def test_wikitext_comes_from_a_filled_cache_and_is_the_file_without_its_blank_li
     rows = [line if line.strip() else "" for line in lines]
     fill_cache(tmp_path / "home", "Salesforce/wikitext", "wikitext-2-raw-v1", rows)
     program = (
-        "import sys; from pathlib import Path; from harness.stages import tokenized\n"
+        "import sys; from pathlib import Path; from harness.resolve import tokenized\n"
         "from harness.suite.load import load\n"
         "suite = load(Path(sys.argv[1])); ids, about = tokenized(suite, suite.ppl.text)\n"
         "print(len(ids), about['text_sha256'], about['token_ids_sha256'], about['name'])"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness import stages
+from harness import job
 from harness.cli import main
 from harness.demo import checkpoint_path, corpus
 from harness.engines.protocol import EngineDied
@@ -53,8 +53,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(folder.name)
         return open_engine(name, folder, **options)
 
-    open_engine = stages.open_engine
-    monkeypatch.setattr(stages, "open_engine", counting)
+    open_engine = job.open_engine
+    monkeypatch.setattr(job, "open_engine", counting)
     return found
 
 

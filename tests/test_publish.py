@@ -20,10 +20,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import demo, publish
+from harness import demo
 from harness.cli import main
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint
+from harness.publication import hub as model_hub
+from harness.publication.folder import PUBLISHED, Assembled
+from harness.publication.leaks import of_this_machine
 from harness.quantize.build import build
 from harness.quantize.recipes import recipe_named
 from harness.record.store import Record
@@ -84,7 +87,7 @@ def place(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A copy of the project as the working directory, without a token and online."""
     shutil.copytree(project, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
-    monkeypatch.delenv(publish.TOKEN, raising=False)
+    monkeypatch.delenv(model_hub.TOKEN, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     return tmp_path / "project"
 
@@ -168,12 +171,12 @@ def test_a_dry_run_of_the_embedded_suite_assembles_everything(rehearsed: tuple[P
 def test_what_would_be_uploaded_is_listed_with_its_size_and_the_total(rehearsed: tuple[Path, str]) -> None:
     root, printed = rehearsed
     found = contents(root / "out")
-    listed = json.loads(found.pop(publish.PUBLISHED))
+    listed = json.loads(found.pop(PUBLISHED))
     assert listed["files"] == {name: len(data) for name, data in sorted(found.items())}
     assert listed["artifact_digest"] == json.loads(found["harness-build.json"])["digest"]
     files = re.findall(r"^(\S+) {2,}\d", printed, re.MULTILINE)
-    assert files == [*sorted(found), publish.PUBLISHED, "total"]
-    total = sum(map(len, found.values())) + (root / "out" / publish.PUBLISHED).stat().st_size
+    assert files == [*sorted(found), PUBLISHED, "total"]
+    total = sum(map(len, found.values())) + (root / "out" / PUBLISHED).stat().st_size
     assert re.search(rf"^total +{total / 1e6:.2f} MB$", printed, re.MULTILINE)
 
 
@@ -469,17 +472,17 @@ def test_an_upload_without_a_token_is_refused_before_anything_is_done(
     token: str | None, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if token is not None:
-        monkeypatch.setenv(publish.TOKEN, token)
+        monkeypatch.setenv(model_hub.TOKEN, token)
     assert run() == 2
     told = capsys.readouterr().err
-    assert publish.TOKEN in told and "hf_" not in told
+    assert model_hub.TOKEN in told and "hf_" not in told
     assert not Path("publish").exists()
 
 
 def test_an_upload_is_refused_where_the_hub_is_switched_off(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(publish.TOKEN, TOKEN)
+    monkeypatch.setenv(model_hub.TOKEN, TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert run() == 2
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err and not Path("publish").exists()
@@ -604,7 +607,7 @@ def test_a_path_is_found_however_it_is_written(
     text = f"{place}{after}"
     (folder / "plain.md").write_text(f"first\nsee ({text})\n")
     (folder / "record.jsonl").write_text("{}\n" + json.dumps({"command": [text]}) + "\n")
-    found = list(publish.of_this_machine(folder, ["plain.md", "record.jsonl"], [place], {}))
+    found = list(of_this_machine(folder, ["plain.md", "record.jsonl"], [place], {}))
     assert [one.partition(" holds ")[0] for one in found] == ["plain.md, line 2", "record.jsonl, line 2"]
 
 
@@ -625,13 +628,13 @@ def test_a_path_is_found_however_it_is_written(
 )
 def test_a_path_is_found_where_it_is_one(place: str, text: str, is_found: bool, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text)
-    assert bool(list(publish.of_this_machine(tmp_path, ["a.txt"], [Path(place)], {}))) == is_found
+    assert bool(list(of_this_machine(tmp_path, ["a.txt"], [Path(place)], {}))) == is_found
 
 
 def test_settings_that_are_no_secrets_may_be_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("true en_US.UTF-8 0123456789")
     environment = {"TOKENIZERS_PARALLELISM": "true", "LANG": "en_US.UTF-8", "HF_TOKEN": "0123456789"}
-    (found,) = publish.of_this_machine(tmp_path, ["a.txt"], [], environment)
+    (found,) = of_this_machine(tmp_path, ["a.txt"], [], environment)
     assert "HF_TOKEN" in found
 
 
@@ -642,14 +645,14 @@ def test_settings_that_are_no_secrets_may_be_said(tmp_path: Path) -> None:
 def server(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub on this machine that this process uploads to, with the right token."""
     with hub(TOKEN) as running:
-        monkeypatch.setenv(publish.TOKEN, TOKEN)
+        monkeypatch.setenv(model_hub.TOKEN, TOKEN)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         yield running
 
 
 @pytest.fixture
-def assembled(tmp_path: Path) -> publish.Assembled:
+def assembled(tmp_path: Path) -> Assembled:
     """A folder to upload, of small files and a large one."""
     files = {
         "README.md": b"---\nlicense: mit\n---\n",
@@ -660,14 +663,14 @@ def assembled(tmp_path: Path) -> publish.Assembled:
         (tmp_path / "assembled" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "assembled" / name).write_bytes(data)
     sizes = {name: len(data) for name, data in files.items()}
-    return publish.Assembled(tmp_path / "assembled", "0" * 64, sizes, (), ())
+    return Assembled(tmp_path / "assembled", "0" * 64, sizes, (), ())
 
 
-def upload(assembled: publish.Assembled, *, public: bool = False) -> publish.Uploaded:
-    return publish.upload(assembled, REPO, "tiny a16", TOKEN, public=public, bars=False)
+def upload(assembled: Assembled, *, public: bool = False) -> model_hub.Uploaded:
+    return model_hub.upload(assembled.folder, assembled.files, REPO, "tiny a16", TOKEN, public=public, bars=False)
 
 
-def refusal(assembled: publish.Assembled) -> str:
+def refusal(assembled: Assembled) -> str:
     """What an upload is refused with: a sentence and a remedy without the token."""
     with pytest.raises(UserError) as caught:
         upload(assembled)
@@ -749,19 +752,19 @@ def test_a_refused_folder_is_not_uploaded(server: Hub, place: Path) -> None:
     ],
 )
 def test_a_hub_that_hangs_dies_or_fails_is_a_sentence_and_the_next_upload_succeeds(
-    end: str, trouble: str | int, says: str, server: Hub, assembled: publish.Assembled, monkeypatch: pytest.MonkeyPatch
+    end: str, trouble: str | int, says: str, server: Hub, assembled: Assembled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publish, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(model_hub, "_PATIENCE_SECONDS", 0.5)
     server.trouble = {end: trouble}
     told = refusal(assembled)
     assert says in told and server.url in told
     server.trouble = {}
-    monkeypatch.setattr(publish, "_PATIENCE_SECONDS", 30.0)
+    monkeypatch.setattr(model_hub, "_PATIENCE_SECONDS", 30.0)
     upload(assembled)
     assert uploaded(server) == contents(assembled.folder)
 
 
-def test_a_second_upload_sends_no_weights_again(server: Hub, assembled: publish.Assembled) -> None:
+def test_a_second_upload_sends_no_weights_again(server: Hub, assembled: Assembled) -> None:
     first, second = upload(assembled, public=True), upload(assembled, public=True)
     assert len(server.stored) == 1
     assert not (first.private or second.private or server.repositories[REPO].private)
@@ -769,34 +772,34 @@ def test_a_second_upload_sends_no_weights_again(server: Hub, assembled: publish.
 
 
 def test_a_card_without_metadata_is_refused_by_the_hub_before_anything_is_sent(
-    server: Hub, assembled: publish.Assembled
+    server: Hub, assembled: Assembled
 ) -> None:
     (assembled.folder / "README.md").write_text("# no metadata")
     assert "Invalid metadata in README.md. - no metadata" in refusal(assembled)
     assert server.stored == [] and uploaded(server) == {}
 
 
-def test_a_public_repository_gets_nothing_unless_it_is_said(server: Hub, assembled: publish.Assembled) -> None:
+def test_a_public_repository_gets_nothing_unless_it_is_said(server: Hub, assembled: Assembled) -> None:
     server.repositories[REPO] = Repository(private=False)
     assert "is public" in refusal(assembled)
     assert uploaded(server) == {} and not [one for one in server.requests if "preupload" in one]
     assert not upload(assembled, public=True).private
 
 
-def test_what_the_repository_holds_besides_is_left_there_and_named(server: Hub, assembled: publish.Assembled) -> None:
+def test_what_the_repository_holds_besides_is_left_there_and_named(server: Hub, assembled: Assembled) -> None:
     server.repositories[REPO] = Repository(private=True, files={"old.safetensors": b"old"})
     found = upload(assembled, public=True)
     assert found.others == ("old.safetensors",) and found.private
     assert uploaded(server) == {**contents(assembled.folder), "old.safetensors": b"old"}
 
 
-def test_files_that_the_repository_ignores_are_missed(server: Hub, assembled: publish.Assembled) -> None:
+def test_files_that_the_repository_ignores_are_missed(server: Hub, assembled: Assembled) -> None:
     server.repositories[REPO] = Repository(private=True, ignored=("results/",))
     assert "lacks 1 of the files, such as results/a/b.jsonl" in refusal(assembled)
 
 
 def test_a_hub_that_is_not_there_is_a_sentence(
-    server: Hub, assembled: publish.Assembled, monkeypatch: pytest.MonkeyPatch
+    server: Hub, assembled: Assembled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with hub(TOKEN) as gone:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", gone.url)

@@ -16,13 +16,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harness import serve
-from harness.arguments import parser
-from harness.cli import main
+from harness.cli import main, parser
 from harness.errors import UserError
 from harness.model.qwen35 import ModelConfig
 from harness.quantize.plan import Plan
 from harness.quantize.recipes import recipe_named
-from harness.stages import footprint, plan_source
+from harness.resolve import plan_source, serving_footprint
 from harness.suite.names import is_hub_id
 
 DATA = Path(__file__).parent / "data"
@@ -38,14 +37,14 @@ def test_the_sizes_of_a_published_card_come_out_within_five_percent(utilization:
     """9B in W4A4 on an RTX 5090 with 64 users. The card's vLLM, 0.18, let every token take a place in each of the four
     groups of layers that share a block, so what it calls a token is four of ours."""
     config, plan = planned()
-    sizing = serve.size(footprint(config, plan.counts), gpu_gib=RTX_5090_GIB, utilization=utilization)
+    sizing = serve.size(serving_footprint(config, plan.counts), gpu_gib=RTX_5090_GIB, utilization=utilization)
     assert sizing.cache_bytes / (4 * sizing.kv_bytes_per_token) == pytest.approx(published, rel=0.05)
 
 
 def test_the_sizing_is_arithmetic() -> None:
     config, plan = planned()
     sizing = serve.size(
-        footprint(config, plan.counts), gpu_gib=32, utilization=0.5, overhead_gb=1.0, users=3, images=False
+        serving_footprint(config, plan.counts), gpu_gib=32, utilization=0.5, overhead_gb=1.0, users=3, images=False
     )
     vision = sum(count.output_bytes for count in plan.counts if count.role == "visual")
     assert sizing.gpu_bytes == 16 * 2**30
@@ -59,14 +58,14 @@ def test_the_sizing_is_arithmetic() -> None:
 
 def test_no_sequence_is_longer_than_the_model_was_made_for() -> None:
     config, plan = planned()
-    assert serve.size(footprint(config, plan.counts), gpu_gib=96).max_model_len == 262_144
+    assert serve.size(serving_footprint(config, plan.counts), gpu_gib=96).max_model_len == 262_144
 
 
 def test_gpus_that_share_layers_add_their_memory() -> None:
     config, plan = planned("qwen3.6-35b-a3b")
     with pytest.raises(UserError, match=r"leave no room for a sequence in .*90% of 1 × 24 GiB"):
-        serve.size(footprint(config, plan.counts), gpu_gib=24)
-    both = serve.size(footprint(config, plan.counts), gpu_gib=24, num_gpus=2)
+        serve.size(serving_footprint(config, plan.counts), gpu_gib=24)
+    both = serve.size(serving_footprint(config, plan.counts), gpu_gib=24, num_gpus=2)
     assert "--tensor-parallel-size" in serve.arguments(both, name="x", num_gpus=2)
 
 
@@ -161,7 +160,7 @@ def test_the_command_prints_everything_to_serve_a_variant(tmp_path: Path, capsys
 
 def test_the_options_help_names_the_defaults_that_sizing_has(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["serve-command", "--variant", "x", "--gpu-memory", "32"]
-    options = parser().parse_args(asked)
+    options = parser(asked).parse_args(asked)
     defaults = {name: one.default for name, one in inspect.signature(serve.size).parameters.items()}
     assert (options.utilization, options.users) == (defaults["utilization"], defaults["users"])
     with pytest.raises(SystemExit):

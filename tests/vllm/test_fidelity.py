@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import fidelity, stages
+from harness.commands.fidelity import compare_with_source, disjoint_windows, fidelity_work
 from harness.engines.protocol import open_engine
+from harness.job import Job
 from harness.measure import fidelity as divergence
 from harness.report import fidelity_tables
+from harness.resolve import suite_source
 from harness.suite.load import load
 from harness.suite.schema import Suite
 
@@ -34,8 +36,8 @@ def suite() -> Suite:
 def test_a_variant_in_vllm_is_compared_with_a_pack_and_its_divergence_is_above_the_noise(
     suite: Suite, tmp_path: Path
 ) -> None:
-    job = stages.Job(suite, ROOT / "artifacts", tmp_path, lambda *_: None, ("test",), "0" * 8)
-    measured = fidelity.compare(job, fidelity.prepare(job, None), LIMIT)
+    job = Job(suite, ROOT / "artifacts", tmp_path, lambda *_: None, ("test",), "0" * 8)
+    measured = compare_with_source(job, fidelity_work(job, None), LIMIT)
     assert measured.failures == {}
     assert list(measured.records) == ["w4a4", "noise-restart", "noise-batch", "noise-engine"]
     kl = {row: fidelity_tables.mean_kl(record).value for row, record in measured.records.items()}
@@ -50,8 +52,8 @@ def test_a_variant_in_vllm_is_compared_with_a_pack_and_its_divergence_is_above_t
         assert record.run.dataset["distribution"] == "32 named tokens"
         assert [window["num_scored"] for window in record.kind("window")] == [255] * LIMIT
 
-    source, folder = stages.suite_source(suite), job.artifact("w4a4")
-    windows = fidelity.cut(fidelity.prepare(job, ["w4a4"]).ids, 256)[:LIMIT]
+    source, folder = suite_source(suite), job.artifact("w4a4")
+    windows = disjoint_windows(fidelity_work(job, ["w4a4"]).ids, 256)[:LIMIT]
     engines = [open_engine("torch", one, dtype="bfloat16") for one in (source, folder)]
     chunks = divergence.chunks_of(engines, windows, 4)
     whole = sum(sample["kl_nats"] for _, sample in divergence.measure(chunks, windows, ["w4a4"])) / (255 * LIMIT)
@@ -59,7 +61,7 @@ def test_a_variant_in_vllm_is_compared_with_a_pack_and_its_divergence_is_above_t
 
 
 def test_vllm_names_the_tokens_that_its_whole_distributions_do(suite: Suite) -> None:
-    engine = open_engine("vllm", stages.suite_source(suite), dtype="bfloat16", options=suite.vllm_options())
+    engine = open_engine("vllm", suite_source(suite), dtype="bfloat16", options=suite.vllm_options())
     windows = [list(range(10, 40)), list(range(50, 70))]
     for window, table, top in zip(
         windows, engine.log_probs(windows, 2), engine.top_log_probs(windows, 2, 5), strict=True

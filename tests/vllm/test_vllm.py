@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import stages
 from harness.demo import checkpoint_path, corpus
 from harness.engines.emulation import input_rounding
 from harness.engines.protocol import Decoded, Engine, EngineInfo, open_engine
 from harness.engines.vllm_engine import VllmEngine
 from harness.formats import fp8, nvfp4
 from harness.formats.config import FP8_DYNAMIC, Format, QuantizationConfig, parse, quantization_config
+from harness.job import Job
 from harness.measure import perplexity
+from harness.resolve import find_source
 from harness.suite.load import load
 from harness.suite.names import SOURCE
 from tests.vllm.ties import parted
@@ -44,9 +45,9 @@ def folder_of(suite: str, variant: str) -> Path:
     """The artifact, built by the harness if it is not there; the source's own folder for the source."""
     loaded = load(SUITES[suite])
     if variant == SOURCE:
-        return stages.find_source(loaded.source_location())
-    job = stages.Job(loaded, ROOT / "artifacts", ROOT / ".nox/vllm-records", lambda *_: None, ("test",), "0" * 8)
-    return stages.build_variant(job, variant).folder
+        return find_source(loaded.source_location())
+    job = Job(loaded, ROOT / "artifacts", ROOT / ".nox/vllm-records", lambda *_: None, ("test",), "0" * 8)
+    return job.build(variant).folder
 
 
 @cache

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from harness import cli, fidelity, stages
+from harness import cli
+from harness.commands.fidelity import compare_with_source, disjoint_windows, fidelity_work
 from harness.demo import SUITE
 from harness.engines.protocol import open_engine
 from harness.errors import UserError
+from harness.job import Job
 from harness.measure import fidelity as divergence
 from harness.record import store
 from harness.suite.load import load
@@ -37,15 +39,15 @@ def suite() -> Suite:
     )
 
 
-def job_of(suite: Suite, place: Path, results_dir: Path) -> stages.Job:
-    return stages.Job(suite, place / "artifacts", results_dir, lambda *_: None, ("harness", "fidelity"), "0" * 8)
+def job_of(suite: Suite, place: Path, results_dir: Path) -> Job:
+    return Job(suite, place / "artifacts", results_dir, lambda *_: None, ("harness", "fidelity"), "0" * 8)
 
 
 def test_one_pass_gives_what_plain_engines_give_to_the_last_bit(suite: Suite, place: Path, tmp_path: Path) -> None:
     job = job_of(suite, place, tmp_path)
-    work = fidelity.prepare(job, None)
-    measured = fidelity.compare(job, work, LIMIT)
-    windows = fidelity.cut(work.ids, WINDOW)[:LIMIT]
+    work = fidelity_work(job, None)
+    measured = compare_with_source(job, work, LIMIT)
+    windows = disjoint_windows(work.ids, WINDOW)[:LIMIT]
     engines = [open_engine("torch", model.folder, dtype="float32", device="cpu") for model in work.models[:2]]
     chunks = divergence.chunks_of(engines, windows, 2)
     wanted = [sample for _, sample in divergence.measure(chunks, windows, ["nvfp4a16"])]
@@ -58,7 +60,7 @@ def test_one_pass_gives_what_plain_engines_give_to_the_last_bit(suite: Suite, pl
 
 
 def test_the_source_beside_itself_has_rows_of_its_own(suite: Suite, place: Path, tmp_path: Path) -> None:
-    measured = fidelity.compare(job := job_of(suite, place, tmp_path), fidelity.prepare(job, None), 2)
+    measured = compare_with_source(job := job_of(suite, place, tmp_path), fidelity_work(job, None), 2)
     assert list(measured.records) == ["nvfp4a16", *NOISE[:2]]
     assert all(window["kl_nats"] == 0 for window in measured.records["noise-restart"].kind("window"))
     assert max(window["kl_nats"] for window in measured.records["noise-batch"].kind("window")) < 1e-7
@@ -67,7 +69,7 @@ def test_the_source_beside_itself_has_rows_of_its_own(suite: Suite, place: Path,
 
 
 def test_a_single_variant_is_measured_without_the_noise(suite: Suite, place: Path, tmp_path: Path) -> None:
-    measured = fidelity.compare(job := job_of(suite, place, tmp_path), fidelity.prepare(job, ["nvfp4a16"]), 1)
+    measured = compare_with_source(job := job_of(suite, place, tmp_path), fidelity_work(job, ["nvfp4a16"]), 1)
     assert list(measured.records) == ["nvfp4a16"]
 
 
@@ -76,7 +78,7 @@ def test_noise_can_be_that_of_another_engine(suite: Suite, place: Path, tmp_path
     assert suite.fidelity is not None
     suite = replace(suite, fidelity=replace(suite.fidelity, noise_engine="streamed", named_tokens=8))
     job = job_of(suite, place, tmp_path)
-    measured = fidelity.compare(job, fidelity.prepare(job, ["source"]), 2)
+    measured = compare_with_source(job, fidelity_work(job, ["source"]), 2)
     record = measured.records["noise-engine"]
     assert record.run.dataset is not None
     assert record.run.dataset["distribution"] == "8 named tokens"
@@ -84,14 +86,14 @@ def test_noise_can_be_that_of_another_engine(suite: Suite, place: Path, tmp_path
 
 
 def test_windows_are_disjoint_and_a_last_one_of_a_single_token_is_left_out() -> None:
-    assert fidelity.cut(range(7), 3) == [[0, 1, 2], [3, 4, 5]]
-    assert fidelity.cut(range(8), 3) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert disjoint_windows(range(7), 3) == [[0, 1, 2], [3, 4, 5]]
+    assert disjoint_windows(range(8), 3) == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
 def test_an_interrupted_comparison_goes_on_where_it_was(suite: Suite, place: Path, tmp_path: Path) -> None:
     job = job_of(suite, place, tmp_path)
-    work = fidelity.prepare(job, ["nvfp4a16"])
-    whole = fidelity.compare(job, work, 2).records["nvfp4a16"].kind("window")
+    work = fidelity_work(job, ["nvfp4a16"])
+    whole = compare_with_source(job, work, 2).records["nvfp4a16"].kind("window")
     told: list[int] = []
 
     def interrupt(done: int, total: int, description: str, note: str = "", /) -> None:
@@ -101,14 +103,14 @@ def test_an_interrupted_comparison_goes_on_where_it_was(suite: Suite, place: Pat
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fidelity.compare(replace(job, progress=interrupt), work, 2)
+        compare_with_source(replace(job, progress=interrupt), work, 2)
     assert told[0] == 0
     at = max(told)
     told.clear()
     told.append(-1)  # so that it is not interrupted again
     seen: list[int] = []
     again = replace(job, progress=lambda done, total, what, note="", /: seen.append(done) if "layers" in what else None)
-    assert fidelity.compare(again, work, 2).records["nvfp4a16"].kind("window") == whole
+    assert compare_with_source(again, work, 2).records["nvfp4a16"].kind("window") == whole
     assert seen[0] > 0, "layers that were done are not done again"
     assert seen[0] <= at
 

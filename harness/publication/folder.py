@@ -16,51 +16,39 @@ what belongs to this machine, and only then does it get its name. An upload is o
 """
 
 import json
-import logging
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
-
-from harness import __version__, serve
+from harness import __version__
 from harness.audit.verify import verify
 from harness.errors import UserError
+from harness.job import Job
 from harness.model.checkpoint import open_checkpoint, read_json
+from harness.publication.leaks import of_this_machine
 from harness.quantize.artifact import MANIFEST, altered
-from harness.quantize.recipes import Recipe, recipe_named
 from harness.record import baselines
 from harness.record.store import Record, Skipped
 from harness.report import card, claims, export, gate
 from harness.report.evidence import Evidence, gather
 from harness.report.trace import trace
-from harness.stages import Job, chosen_variants, suite_source
+from harness.resolve import chosen_variants
 from harness.suite.load import narrowed
 from harness.suite.names import SOURCE, row_parts
 
 PUBLISHED = "harness-publish.json"
 """The file in a folder that says what was put there to be published; a folder with it is ours."""
 
-TOKEN = "HF_TOKEN"
-"""The variable that holds the token; it is read from the environment and kept nowhere."""
 
 _RESULTS = "results"
 _EXPORTS = "results/exports"
 _EVAL_RESULTS = ".eval_results/"  # where the Hub looks for scores (https://huggingface.co/docs/hub/eval-results)
 _LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-_PATIENCE_SECONDS = 120.0  # for an answer of the Hub, which by itself would be waited for without end
-_NAMES_A_SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY")
-_SHORTEST_SECRET = 8
-_LONGEST_REASON = 400
 
 
 @dataclass(frozen=True)
@@ -78,41 +66,6 @@ class Assembled:
     def exit_code(self) -> int:
         """Of a command: 0 for a folder that is there, 1 for findings, 3 for what could not be judged."""
         return 0 if self.files else 1 if self.findings else 3
-
-
-@dataclass(frozen=True)
-class Uploaded:
-    """A commit on the Hub. `others` are files of the repository that are not of this upload, and were left there."""
-
-    url: str
-    private: bool
-    others: tuple[str, ...]
-
-
-def check_repo(repo: str) -> None:
-    """`UserError` for what is no owner and name of a repository."""
-    try:
-        validate_repo_id(repo)
-        reason = None if repo.count("/") == 1 else "it has no owner"
-    except HFValidationError as error:
-        reason = str(error).rstrip(".")
-    if reason:
-        raise UserError(f"'{repo}' is no repository of the Hub: {reason}.", "Write --repo owner/name.")
-
-
-def token_of(environment: Mapping[str, str]) -> str:
-    """The token to upload with; `UserError` where there is none, or no way to the Hub."""
-    if huggingface_hub.is_offline_mode():
-        raise UserError("HF_HUB_OFFLINE is set, and an upload needs the Hub.", "Unset it, or give --dry-run.")
-    token = environment.get(TOKEN, "").strip()
-    if not token:
-        raise UserError(
-            f"An upload needs a token, and {TOKEN} is not set.",
-            f"Put a token with write access into the environment as {TOKEN}, or give --dry-run.",
-        )
-    if not re.fullmatch("[!-~]+", token):
-        raise UserError(f"{TOKEN} holds characters that no token has.", "Copy the token again.")
-    return token
 
 
 # -- Checks ------------------------------------------------------------------------------------------------------
@@ -183,17 +136,12 @@ class _Artifact:
     files: tuple[str, ...]
 
 
-def _recipe(job: Job, variant: str) -> Recipe:
-    wanted = job.suite.variants[variant]
-    return recipe_named(wanted.recipe).with_method(wanted.scales, wanted.codes)
-
-
 def _artifact(job: Job, variant: str) -> _Artifact:
     """What the build of an artifact wrote down; `UserError` where it is not built, or built of something else."""
-    folder, source = job.artifact(variant), suite_source(job.suite)
+    folder, source = job.artifact(variant), job.source
     if not (folder / MANIFEST).is_file() or not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no built artifact of '{variant}'.", "Build it: run `nox -s build`.")
-    manifest, recipe = read_json(folder / MANIFEST), _recipe(job, variant)
+    manifest, recipe = read_json(folder / MANIFEST), job.recipe(variant)
     source_digest = open_checkpoint(source).fingerprint()
     identity, files, digest = (manifest.get(key) for key in ("identity", "files", "digest"))
     if not (
@@ -225,7 +173,7 @@ def _is_entry(name: str, written: object) -> bool:
 
 def _check_files(job: Job, artifact: _Artifact, variant: str) -> None:
     """`UserError` for an artifact that is not what its build wrote."""
-    found = altered(artifact.folder, artifact.source, _recipe(job, variant), job.progress)
+    found = altered(artifact.folder, artifact.source, job.recipe(variant), job.progress)
     if found:
         more = f", nor are {len(found) - 1} more" if len(found) > 1 else ""
         raise UserError(
@@ -365,114 +313,7 @@ def _write_list(made: Path, listed: Mapping[str, Any]) -> int:
     return (made / PUBLISHED).write_bytes((json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-# -- What is nobody's business -----------------------------------------------------------------------------------
-
-
 def _places(job: Job, artifact: _Artifact) -> list[Path]:
     """The folders of this machine that a command has to do with."""
     given = (Path.home(), Path.cwd(), artifact.folder, artifact.source, job.artifacts, job.results, job.suite.folder)
     return list(dict.fromkeys(place for path in given for place in (path.absolute(), path.resolve())))
-
-
-def of_this_machine(
-    folder: Path, files: Iterable[str], places: Iterable[Path], environment: Mapping[str, str]
-) -> Iterator[str]:
-    """Where a file of `folder` holds one of the paths `places`, or the value of a variable whose name is that of a
-    secret: a sentence for each, which does not repeat a secret. Weights are not looked at."""
-    wanted = [(str(place), str(place), True) for place in places if len(place.parts) > 1]
-    for name, value in sorted(environment.items()):
-        if _NAMES_A_SECRET.search(name.upper()) and len(value) >= _SHORTEST_SECRET:
-            wanted.append((f"the value of the variable {name}", value, False))
-    for file in sorted(files):
-        if file.endswith(".safetensors"):
-            continue
-        data = (folder / file).read_bytes()
-        for what, text, is_path in wanted:
-            if (place := _position(data, text, is_path)) is not None:
-                line = data.count(b"\n", 0, place) + 1
-                yield f"{file}, line {line} holds {what}: that is of this machine alone"
-
-
-def _position(data: bytes, text: str, is_path: bool) -> int | None:
-    """Where a text first stands, as it is, as JSON has it or as a link has it; None if it does not. A path stands where
-    it is not inside another, nor the start of a longer name; one of a single name may be a word, and counts where
-    something follows it. The cache of a container, as the commands to serve a variant mount it, is of no machine."""
-    ways = (way.encode(errors="surrogateescape") for way in dict.fromkeys((text, json.dumps(text)[1:-1], quote(text))))
-    start = rb"(?<![\w.~-])(?!(?<=:)" + re.escape(serve.CONTAINER_CACHE.encode()) + rb"\b)"
-    end = rb"/[\w.]" if text.count("/") == 1 else rb"(?![\w-])"
-    for way in ways:
-        if way in data:  # the expression is slow, and seldom needed
-            if not is_path:
-                return data.index(way)
-            if found := re.search(start + re.escape(way) + end, data):
-                return found.start()
-    return None
-
-
-# -- The upload --------------------------------------------------------------------------------------------------
-
-
-def upload(assembled: Assembled, repo: str, message: str, token: str, *, public: bool, bars: bool) -> Uploaded:
-    """Uploads a folder as one commit to the repository `repo`, which is made where there is none, private unless it is
-    to be `public`. What was uploaded before a failure is not sent again. `bars`: the Hub's client may draw on stderr.
-
-    `UserError` for whatever goes wrong, in one sentence without the token; and for a repository that is public when
-    nobody said so.
-    """
-    # It logs what it tries again, and what the Hub writes into headers; what counts is raised.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if not bars:
-        disable_progress_bars()
-    client = huggingface_hub.get_session()
-    make, hooks = type(client), client.event_hooks
-    huggingface_hub.set_client_factory(
-        lambda: make(event_hooks=hooks, follow_redirects=True, timeout=_PATIENCE_SECONDS)
-    )
-    api = huggingface_hub.HfApi(token=token)
-    try:
-        api.create_repo(repo, private=not public, exist_ok=True)
-        private = bool(api.repo_info(repo).private)
-        if not private and not public:
-            raise UserError(f"The repository '{repo}' is public.", "Give --public to publish there, or another --repo.")
-        operations = [
-            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=assembled.folder / name)
-            for name in assembled.files
-        ]
-        commit = api.create_commit(repo, operations, commit_message=message)
-        entries = api.list_repo_tree(repo, recursive=True, revision=commit.oid)
-        sizes = {one.path: one.size for one in entries if isinstance(one, huggingface_hub.RepoFile)}
-    except UserError:
-        raise
-    except Exception as error:
-        # The library raises its own, its HTTP client's and the operating system's errors; all mean: not done.
-        raise UserError(
-            f"{api.endpoint} did not take the upload to '{repo}': {_reason(error, token)}.", _remedy(error)
-        ) from None
-    if missing := [name for name, size in assembled.files.items() if sizes.get(name) != size]:
-        raise UserError(
-            f"{commit.commit_url} lacks {len(missing)} of the files, such as {missing[0]}.",
-            "Look for a .gitignore in the repository, and run the same command again.",
-        )
-    others = sorted(sizes.keys() - assembled.files.keys() - {".gitattributes"})
-    return Uploaded(str(commit.commit_url), private, tuple(others))
-
-
-def _reason(error: BaseException | None, token: str) -> str:
-    """What an error of the library says, on one line and without the token, which a server may have sent back."""
-    told: list[str] = []
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            status = error.response
-            told.append(f"{status.status_code} {error.server_message or status.reason_phrase}")
-            break
-        told.append(str(error) or type(error).__name__)
-        error = error.__cause__
-    words = ": ".join(dict.fromkeys(" ".join(one.split()) for one in told))
-    return words.replace(token, "…")[:_LONGEST_REASON].rstrip(".")
-
-
-def _remedy(error: BaseException) -> str:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if status in (401, 403):
-        return f"Put a token into {TOKEN} that may write to that repository."
-    return "Run the same command again: what is there is not sent again."

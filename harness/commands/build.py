@@ -1,0 +1,124 @@
+"""`harness build`: builds the variants of a suite, or one checkpoint by one recipe."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.options import add_method, add_variants_and_places, open_job
+from harness.commands.output import print_json, progress_bars
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.quantize.artifact import Artifact
+
+
+HELP = "Build variants as compressed-tensors checkpoints."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the subcommand is asked."""
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="build this checkpoint instead of a suite's")
+    parser.add_argument("--recipe", help="with SOURCE")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="with SOURCE: the new folder")
+    parser.add_argument("--calibration", type=Path, metavar="F", help="with SOURCE: a TOML file of samples")
+    add_method(parser)
+    add_variants_and_places(parser)
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    from harness.report.numbers import format_bytes
+
+    built = _built_variants(options, given) if options.source is None else [_built_source(options)]
+    if options.json:
+        print_json([_built_as_json(one) for one in built])
+        return 0
+    for one in built:
+        total = sum(count.output_bytes for count in one.counts)
+        how = "reused" if one.reused else f"built in {sum(seconds for _, seconds in one.stage_seconds):.1f} s"
+        print(f"{one.folder}  {format_bytes(total)}  {how}  digest {one.digest[:12]}")
+        for line in _calibration_lines(one):
+            print(f"  {line}")
+    return 0
+
+
+def _built_variants(options: argparse.Namespace, given: Sequence[str]) -> list[Artifact]:
+    """The suite's variants, or the named ones."""
+    if options.recipe or options.out or options.calibration or options.scales or options.codes:
+        raise UserError(
+            "--recipe, --scales, --codes, --calibration and --out go with a SOURCE.",
+            "Name one, or build a suite's variants without them.",
+        )
+    from harness.resolve import chosen_variants
+
+    with open_job(options, given) as job:
+        return [job.build(name) for name in chosen_variants(job.suite, options.variant, with_source=False)]
+
+
+def _built_source(options: argparse.Namespace) -> Artifact:
+    """One checkpoint by one recipe, without a suite."""
+    if options.suite or options.variant:
+        raise UserError("--suite and --variant do not go with a SOURCE.", "Leave them out, or leave SOURCE out.")
+    if not (options.recipe and options.out):
+        raise UserError("SOURCE needs --recipe and --out.", "For example: --recipe rtn-a16 --out my-model-nvfp4.")
+
+    from harness.quantize.recipes import recipe_named
+    from harness.resolve import find_source, read_calibration
+    from harness.suite.load import load_calibration
+
+    recipe = recipe_named(options.recipe).with_method(options.scales, options.codes)
+    with progress_bars() as progress:
+        source, calibration = find_source(options.source), None
+        if options.calibration and not recipe.needs_calibration:
+            raise UserError(f"Recipe '{recipe.name}' looks at no data.", "Leave --calibration out.")
+        if options.calibration:
+            calibration = read_calibration(*load_calibration(options.calibration), source, progress)
+
+        from harness.quantize.build import build
+
+        return build(source, recipe, options.out, progress, calibration)
+
+
+def _built_as_json(artifact: Artifact) -> dict[str, Any]:
+    from harness.record.provenance import peak_rss_bytes
+
+    return {
+        "folder": str(artifact.folder),
+        "digest": artifact.digest,
+        "reused": artifact.reused,
+        "output_bytes": sum(count.output_bytes for count in artifact.counts),
+        "stage_seconds": dict(artifact.stage_seconds),
+        "num_calibration_tokens": artifact.num_calibration_tokens,
+        "planned_memory_bytes": artifact.planned_memory_bytes,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_vram_bytes": artifact.peak_vram_bytes,
+        "layers": list(artifact.layers),
+    }
+
+
+def _calibration_lines(artifact: Artifact) -> Iterator[str]:
+    """What calibration has to say of a new artifact."""
+    from harness.record.provenance import peak_rss_bytes
+    from harness.report.numbers import format_bytes
+
+    if not artifact.layers or artifact.planned_memory_bytes is None:
+        return
+    seconds = sum(layer["seconds"]["total"] for layer in artifact.layers)
+    tokens = artifact.num_calibration_tokens
+    yield (
+        f"{tokens:,} calibration tokens through {len(artifact.layers)} layers: "
+        f"{seconds / len(artifact.layers):.1f} s and {tokens * len(artifact.layers) / seconds:,.0f} tokens/s a layer"
+    )
+    if (peak := peak_rss_bytes()) is not None:
+        yield f"peak memory {format_bytes(peak)} of {format_bytes(artifact.planned_memory_bytes)} planned"
+    groups = [group for layer in artifact.layers for group in layer["groups"] if group["rtn_error"]]
+    if groups:
+        share = sum(group["error"] for group in groups) / sum(group["rtn_error"] for group in groups)
+        yield f"output error of the layers on their calibration inputs: {share:.2f} of round-to-nearest's"
+        if damped := [group for group in groups if group["damping"] > min(g["damping"] for g in groups)]:
+            yield f"more damping was needed in {len(damped)} groups, such as {damped[0]['group']}"
+    for layer in artifact.layers:
+        if unreached := [str(expert) for expert, count in enumerate(layer["routed"] or ()) if count == 0]:
+            yield f"layer {layer['index']}: no token was routed to experts {', '.join(unreached)}"

@@ -1,0 +1,42 @@
+"""`harness demo synthesize`"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.commands.options import whole_number
+from harness.commands.output import progress_bars
+
+HELP = "The embedded models and synthetic checkpoints."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the subcommand is asked."""
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+    text = "Write a checkpoint of random weights in a configuration's true shapes."
+    synthesize = kinds.add_parser("synthesize", help=text, description=text)
+    synthesize.add_argument("config", type=Path, metavar="CONFIG", help="a config.json")
+    synthesize.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    synthesize.add_argument("--layers", type=whole_number, metavar="N", help="instead of the configuration's")
+    synthesize.add_argument("--vocabulary", type=whole_number, metavar="N", help="instead of the configuration's")
+    synthesize.add_argument("--seed", type=int, default=0, metavar="S", help="(0)")
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    from harness.demo.synthesize import synthesize
+    from harness.model.checkpoint import read_json
+    from harness.report.numbers import format_bytes
+
+    with progress_bars() as progress:
+        total = synthesize(
+            read_json(options.config),
+            options.out,
+            num_layers=options.layers,
+            vocab_size=options.vocabulary,
+            seed=options.seed,
+            progress=progress,
+        )
+    print(f"{options.out}  {format_bytes(total)} of random weights")
+    return 0

@@ -1,0 +1,40 @@
+"""`harness export`"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.commands.options import add_json, add_suite_and_results, load_suite
+from harness.commands.output import print_json, stored_records
+from harness.errors import UserError
+
+HELP = "Write what the records say in the formats that other tools read."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the subcommand is asked."""
+    add_suite_and_results(parser)
+    parser.add_argument("--variant", action="append", metavar="V", help="only this variant (may be repeated)")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder; other files in it stay")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    from harness.report import card
+    from harness.report.evidence import gather
+    from harness.report.export import export
+
+    suite = load_suite(options)
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"{options.out} is not a folder.", "Give another --out.")
+    evidence = gather(suite, stored_records(options.results)[0], options.results.as_posix())
+    files = export(evidence, options.variant or list(suite.variants))
+    written = card.write_files(files, options.out)
+    if options.json:
+        print_json({"out": options.out.as_posix(), "files": sorted(files), "written": sorted(written)})
+    else:
+        lines = [f"written: {(options.out / path).as_posix()}" for path in sorted(written)]
+        print("\n".join(lines) or f"up to date: {len(files):,} files in {options.out.as_posix()}")
+    return 0

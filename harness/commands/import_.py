@@ -1,0 +1,76 @@
+"""`harness import`"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.commands.options import add_places, open_job, whole_number
+from harness.commands.output import print_json
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.job import Job
+    from harness.measure.vllm_bench import BatchShape
+    from harness.record.store import Record
+
+
+HELP = "Take what `vllm bench` wrote on another machine into the records."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the subcommand is asked."""
+    parser.add_argument("file", metavar="FILE", type=Path, help="JSON of vllm bench serve, latency or throughput")
+    parser.add_argument("--variant", metavar="V", required=True, help="that it was run on")
+    parser.add_argument("--machine", metavar="NAME", required=True, help="a name for the machine that ran it")
+    parser.add_argument("--vllm-version", metavar="X", default="unknown", help="that ran it")
+    for name in ("--batch", "--prompt-tokens", "--new-tokens"):
+        parser.add_argument(name, type=whole_number, metavar="N", help="of vllm bench latency, whose file has it not")
+    add_places(parser)
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Makes a record of what `vllm bench` wrote, and prints its speeds."""
+    sizes = (options.batch, options.prompt_tokens, options.new_tokens)
+    if any(sizes) and not all(sizes):
+        raise UserError("--batch, --prompt-tokens and --new-tokens go together.", "Give all of them.")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", options.machine):
+        raise UserError(f"--machine '{options.machine}' is no name.", "Use lower-case letters, digits, '.' and '-'.")
+
+    from harness.measure.vllm_bench import BatchShape
+    from harness.report import columns, speed_tables
+
+    shape = BatchShape(*sizes) if all(sizes) else None
+    with open_job(options, given) as job:
+        record = _imported(job, options.variant, options.file, shape, options.machine, options.vllm_version)
+    frame = speed_tables.served_table({options.variant: record})
+    if options.json:
+        print_json({"record": str(record.path), "tables": [columns.json_rows(frame)]})
+    else:
+        print(f"{columns.terminal_table(frame)}\n\nRecord: {record.path}")
+    return 0
+
+
+def _imported(job: Job, variant: str, path: Path, shape: BatchShape | None, machine: str, version: str) -> Record:
+    """The record of a run of `vllm bench` on another machine, which is named by the user's word."""
+    from harness.engines.protocol import EngineInfo
+    from harness.job import Model
+    from harness.measure import vllm_bench
+    from harness.resolve import chosen_variants
+
+    chosen_variants(job.suite, [variant], with_source=True)
+    found = vllm_bench.read(path, shape)
+    run = job.new_run("served", vllm_bench.VERSION, Model(variant, job.source, None))
+    engine = EngineInfo(
+        name="vllm bench",
+        version=version,
+        device="unknown",
+        dtype="unknown",
+        requested={"benchmark": found.benchmark, "model": found.model, **found.settings},
+    )
+    elsewhere = {"name": machine, "cpu": "unknown", "cores": None, "gpu": None, "os": None}
+    return job.store(replace(run, engine=engine.as_dict(), machine=elsewhere, packages={}), found.samples)

@@ -1,0 +1,79 @@
+"""`harness publish`"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from harness.commands.options import add_places, open_job, suite_file
+from harness.commands.output import print_json, stored_records, table
+
+HELP = "Assemble the upload folder of a variant, check it, and upload it to the model hub."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the subcommand is asked."""
+    parser.add_argument("--variant", metavar="V", required=True)
+    parser.add_argument("--repo", metavar="ID", required=True, help="owner/name; made private where there is none")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder (publish/SUITE/VARIANT)")
+    parser.add_argument("--dry-run", action="store_true", help="upload nothing; without it HF_TOKEN must be set")
+    parser.add_argument("--public", action="store_true", help="make a new repository public, or upload to one that is")
+    parser.add_argument(
+        "--allow-inconclusive", action="store_true", help="go on where the gate cannot tell, or has nothing to compare"
+    )
+    add_places(parser)
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    from harness.publication import hub
+
+    hub.check_repo(options.repo)
+    token = None if options.dry_run else hub.token_of(os.environ)
+
+    from harness.publication.folder import assemble
+    from harness.report.numbers import format_bytes
+
+    with open_job(options, given) as job:
+        suite, variant = job.suite.name, options.variant
+        out = options.out or Path("publish") / suite / variant
+        made = assemble(
+            job,
+            suite_file(options),
+            variant,
+            options.repo,
+            out,
+            *stored_records(options.results),
+            allow_undecided=options.allow_inconclusive,
+        )
+    told = (*made.findings, *made.undecided)
+    if not options.json:
+        rows = [(name, format_bytes(size)) for name, size in made.files.items()]
+        if rows:
+            print(table(("file", "size"), [*rows, ("total", format_bytes(sum(made.files.values())))]))
+        print(*(f"  {one}" for one in told), f"{out}: {'assembled' if rows else 'REFUSED'}", sep="\n")
+        if made.exit_code == 3:
+            print("Measure what the gate asks for, or give --allow-inconclusive.")
+    uploaded = None
+    if token is not None and made.exit_code == 0:
+        message = f"{suite} {variant}, artifact {made.artifact_digest[:12]}"
+        uploaded = hub.upload(
+            made.folder,
+            made.files,
+            options.repo,
+            message,
+            token,
+            public=options.public,
+            bars=sys.stderr.isatty() and not options.json,
+        )
+    if options.json:
+        about = {"suite": suite, "variant": variant, "repo": options.repo}
+        print_json({**about, **asdict(made), "folder": str(out), "uploaded": uploaded and asdict(uploaded)})
+    elif uploaded:
+        print(f"{uploaded.url}  {'private' if uploaded.private else 'public'}")
+        if uploaded.others:
+            print(f"  not of this upload, and left there: {', '.join(uploaded.others)}")
+    return made.exit_code

@@ -1,0 +1,54 @@
+"""`harness repair`: mends what needs no quantizing anew."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from harness.commands.options import add_json, positive_number
+from harness.commands.output import print_findings, print_json, progress_bars, table
+
+HELP = "Mend in a quantized checkpoint what needs no quantizing anew."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the subcommand is asked."""
+    parser.add_argument("folder", metavar="DIR", type=Path, help="is only read")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the new folder")
+    parser.add_argument("--source", metavar="SOURCE", help="gives missing 16-bit tensors and tokenizer files")
+    parser.add_argument(
+        "--max-error", type=positive_number, metavar="X", help="most that a layer may lose of its norm (0.05)"
+    )
+    add_json(parser)
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    from harness.audit.repair import MAX_RELATIVE_ERROR, repair
+    from harness.resolve import find_source
+
+    source = find_source(options.source) if options.source else None
+    largest = options.max_error or MAX_RELATIVE_ERROR
+    with progress_bars() as progress:
+        outcome = repair(options.folder, options.out, source, max_relative_error=largest, progress=progress)
+    if options.json:
+        print_json({"passed": outcome.passed, **asdict(outcome), "out": str(outcome.out)})
+        return 0 if outcome.passed else 1
+    if outcome.scales:
+        rows = [
+            (one.fused, one.suffix, " ".join(f"{g:.5g}" for g in one.before), f"{one.shared:.5g}", error)
+            for one in outcome.scales
+            for error in [f"{one.relative_error:.4f}" + (" refused" if one in outcome.refused else "")]
+        ]
+        print(f"{table(('layer that vLLM fuses', 'scale', 'before', 'shared', 'error added'), rows)}\n")
+    for kind, names in (("tensors", outcome.tensors), ("files", outcome.files)):
+        if names:
+            print(f"{len(names):,} {kind} from the source: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
+    if outcome.refused:
+        print(f"{len(outcome.refused):,} layers would lose more than {largest:g} of their norm: nothing is written.")
+    else:
+        print(f"{outcome.out}: written" if outcome.written else "There is nothing to mend, and nothing is written.")
+    print_findings(outcome.verification.findings)
+    print("passed" if outcome.passed else "FAILED")
+    return 0 if outcome.passed else 1

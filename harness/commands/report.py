@@ -1,0 +1,63 @@
+"""`harness report`"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.commands.options import add_json, add_suite_and_results, load_suite
+from harness.commands.output import print_json, stored_records
+from harness.errors import UserError
+
+HELP = "Write the card, figures and marked tables, if the records support its claims."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the subcommand is asked."""
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (README.md)")
+    add_suite_and_results(parser)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything is stale")
+    parser.add_argument("--overwrite", action="store_true", help="replace marked tables that were edited by hand too")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    from harness.report import blocks, card, claims
+
+    suite = load_suite(options)
+    records, skipped = stored_records(options.results)
+    named = [Path(page) for page in options.pages] or [page for page in (Path("README.md"),) if page.exists()]
+    pages = {}
+    for page in named:
+        try:
+            pages[page.as_posix()] = page.read_bytes()
+        except OSError as error:
+            raise UserError(f"{page} cannot be read ({error.strerror}).", "Name a Markdown file.") from error
+    edits = [
+        f"{page}, line {block.line}: the block '{block.name}' was edited by hand."
+        for page, data in pages.items()
+        for block in blocks.edited(page, data, suite.name)
+    ]
+    if edits and not options.check and not options.overwrite:
+        raise UserError(" ".join(edits), "Move your words out of it, or lose them by --overwrite.")
+    word = "stale" if options.check else "written"
+    said = claims.claims_of(suite, records, skipped)
+    if unsupported := [claim for claim in said if not claim.supported]:
+        print(*(f"harness: {claim.reason}." for claim in unsupported), f"  {claims.REMEDY}", sep="\n", file=sys.stderr)
+        if options.json:
+            print_json({"files": [], word: [], "edited": edits, "claims": claims.rows(said)})
+        return 1
+    rendered = card.generated_files(suite, records, results_dir=options.results.as_posix(), pages=pages)
+    root = Path.cwd()
+    changed = card.stale_files(rendered, root) if options.check else card.write_files(rendered, root)
+    if options.json:
+        print_json({"files": sorted(rendered), word: changed, "edited": edits, "claims": claims.rows(said)})
+    else:
+        if options.check:
+            print(*edits, sep="\n", end="\n" if edits else "")
+        print("\n".join(f"{word}: {path}" for path in changed) or f"up to date: {', '.join(sorted(rendered))}")
+    if options.check and changed and not options.json:
+        print("Run `nox -s report` and commit what it writes.")
+    return 1 if options.check and (changed or edits) else 0

@@ -1,0 +1,68 @@
+"""`harness sensitivity`: what each format would cost each projection of each layer."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.commands.options import add_places, open_job
+from harness.commands.output import print_json
+from harness.suite.names import SOURCE
+
+if TYPE_CHECKING:
+    from harness.job import Job
+    from harness.record.store import Record
+
+
+HELP = "What each format would cost each projection of each layer."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the subcommand is asked."""
+    add_places(parser)
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Measures the source's layers and prints a table of where bytes pay."""
+    from harness.report import columns, sensitivity_tables
+
+    with open_job(options, given) as job:
+        record = _measured(job)
+    frame = sensitivity_tables.sensitivity_table({SOURCE: record})
+    words = sensitivity_tables.sensitivity_words(frame)
+    if options.json:
+        print_json({"records": {SOURCE: str(record.path)}, "tables": [columns.json_rows(frame)], "summary": words})
+        return 0
+    print(f"\n{columns.terminal_table(frame)}\n", *words, sep="\n")
+    print(f"\nRecords:\n  {record.path}")
+    return 0
+
+
+def _measured(job: Job) -> Record:
+    """What each format would cost each group of the source's layers, on the suite's calibration samples."""
+    from harness.job import Model, fingerprint
+    from harness.resolve import required
+
+    required(job.suite, "calibration", job.suite.calibration)
+
+    from harness.model.checkpoint import open_checkpoint
+    from harness.quantize import sensitivity
+
+    source, calibration = job.source, job.calibration
+    assert calibration is not None
+    dataset = {
+        "name": ", ".join(one["name"] for one in calibration.samples.manifest["sources"]),
+        "token_ids_sha256": calibration.samples.digest,
+        "num_samples": len(calibration.samples.samples),
+        "num_tokens": calibration.samples.num_tokens,
+    }
+    model = Model(SOURCE, source, fingerprint(source))
+    run = job.new_run("sensitivity", sensitivity.VERSION, model, dataset=dataset)
+    run = replace(run, engine=sensitivity.computed_by(calibration).as_dict())
+    job.artifacts.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=job.artifacts) as scratch:
+        return job.store(run, sensitivity.measure(open_checkpoint(source), calibration, Path(scratch), job.progress))

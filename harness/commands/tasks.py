@@ -1,0 +1,183 @@
+"""`harness tasks`: the suite's tasks, checked before any model is loaded, then every model through all of them while
+it is in memory.
+
+A run is one task on one model, so a task that is added later needs only its own runs. Answers lie in journals beside
+the artifacts; a command that was interrupted finds them there and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.measuring import add_fresh, add_measuring, measuring_job, print_measured, print_models
+from harness.errors import UserError, did_you_mean
+from harness.suite.names import SOURCE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from harness.job import Job, Model
+    from harness.measure.tasks import Loaded
+    from harness.record.store import Record
+    from harness.suite.schema import Suite, Task
+
+HELP = "Task evals by lm-eval of the source and its variants, item by item."
+
+_JOURNALS = ".answers"  # no variant can be called so
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what a measure is asked, and which tasks."""
+    add_measuring(parser)
+    parser.add_argument("--task", action="append", metavar="T", help="only this task (may be repeated)")
+    add_fresh(parser)
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Puts the suite's models to its tasks and prints their scores, beside the source's stored runs where this command
+    did not run the source."""
+    from harness.report import task_tables
+
+    with measuring_job(options, given) as job:
+        work = _prepared(job, options.variant, options.task)
+        print_models(options, work.models)
+        found = _answered(job, work, limit=options.limit, fresh=options.fresh)
+        stored = task_tables.newest_by_task(job.stored(), job.suite, (SOURCE,))
+        shown = {label: {**stored.get(label, {}), **rows} for label, rows in found.records.items()}
+    invalid = [
+        f"{row}, {label} is invalid: {reason}."
+        for label, rows in found.records.items()
+        for row, record in rows.items()
+        for reason in task_tables.invalid(record, shown[label].get(SOURCE))
+    ]
+    frames = (task_tables.score_table(shown), task_tables.answer_table(shown))
+    notes = task_tables.reused_answers(found.records)
+    return print_measured(options, found.records, frames, found.failures, notes=notes, invalid=invalid)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The models to run, and the tasks by their names in the suite."""
+
+    models: list[Model]
+    loaded: Mapping[str, Loaded]
+
+    def of(self, model: Model) -> list[Loaded]:
+        """The tasks that a model is put to: in a setup only those that name it."""
+        return [one for one in self.loaded.values() if model.setup is None or model.setup in (one.wanted.setups or ())]
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """Records by task and row, and the reasons of the rows that failed."""
+
+    records: dict[str, dict[str, Record]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def _prepared(job: Job, variants: Sequence[str] | None, named_tasks: Sequence[str] | None) -> _Work:
+    """The tasks of the suite, or the named ones, ready to run, and the models, built where missing. `UserError` for
+    anything wrong with a task, before a variant is built for it."""
+    from harness.resolve import check_engine, chosen_setups, chosen_variants, max_length
+
+    suite = job.suite
+    if not suite.tasks:
+        raise UserError(f"Suite '{suite.name}' has no [tasks.NAME] table.", "Add one, or measure another suite.")
+    for name in named_tasks or ():
+        if name not in suite.tasks:
+            raise UserError(f"Suite '{suite.name}' has no task '{name}'.", did_you_mean(name, suite.tasks))
+    names = chosen_variants(suite, variants, with_source=True)
+    check_engine(suite)
+    wanted = {name: task for name, task in suite.tasks.items() if not named_tasks or name in named_tasks}
+
+    from harness.measure import tasks
+    from harness.measure.lm import Texts
+
+    # All of them before the source, which may be a download of many gigabytes.
+    taken = [tasks.take(name, task, _place(suite, task)) for name, task in wanted.items()]
+    texts = Texts(job.source)
+    loaded = {}
+    for done, one in enumerate(taken):
+        job.progress(done, len(taken), "prompts", one.label)
+        longest = max_length(suite, one.wanted.max_length, one.wanted.setups)
+        loaded[one.label] = tasks.load(one, texts, longest, suite.engine.name)
+    job.progress(len(taken), len(taken), "prompts")
+    setups = dict.fromkeys(setup for task in wanted.values() for setup in chosen_setups(suite, task.setups))
+    return _Work(job.models(names, list(setups)), loaded)
+
+
+def _place(suite: Suite, task: Task) -> str | Path:
+    """lm-eval's name of a task, or its file; as with sources, what is a file is told by how it is written."""
+    from harness import demo
+    from harness.resolve import DEMO
+
+    if task.task.startswith(DEMO):
+        return demo.task_file(task.task.removeprefix(DEMO))
+    return suite.path(task.task) if task.task.startswith((".", "/", "~")) else task.task
+
+
+def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> _Answered:
+    """One run a task and row. An engine that dies takes its own row with it, and what it answered stays."""
+    from harness.job import failure_in
+    from harness.measure import tasks
+    from harness.measure.answers import Journal
+    from harness.record.store import RunWriter, read
+
+    found = _Answered()
+    for model in work.models:
+        with (
+            job.noted_failures("tasks", tasks.VERSION, model, None, found.failures),
+            job.engine(model, "score") as engine,
+        ):
+            for loaded in work.of(model):
+                run = job.new_run("tasks", tasks.VERSION, model, engine=engine, dataset=_dataset(loaded))
+                assert run.engine is not None
+                identity = _identity(model, run.engine, loaded)
+                with (
+                    RunWriter(job.results, run) as writer,
+                    failure_in(writer),
+                    Journal(job.artifact(_JOURNALS), f"{model.row}-{loaded.label}", identity, fresh=fresh) as journal,
+                ):
+                    samples = tasks.measure(
+                        loaded,
+                        engine,
+                        journal,
+                        limit=limit,
+                        progress=job.named_progress(f"{model.row}, {loaded.label}"),
+                    )
+                    num_items = 0
+                    for sample in samples:
+                        writer.sample(sample)
+                        num_items += sample["kind"] == "item"
+                    missing = loaded.num_docs * loaded.wanted.repeats - num_items
+                    record = read(writer.finish(num_missing=missing))
+                found.records.setdefault(loaded.label, {})[model.row] = record
+    return found
+
+
+def _dataset(loaded: Loaded) -> dict[str, Any]:
+    """What a run's header says of the task."""
+    return {
+        "name": loaded.label,
+        "num_docs": loaded.num_docs,
+        "settings": {**asdict(loaded.wanted), "setups": None},
+        **loaded.identity,
+    }
+
+
+def _identity(model: Model, engine: Mapping[str, Any], loaded: Loaded) -> dict[str, Any]:
+    """Whose answers a journal holds: this checkpoint's, by this engine, to this version of a task."""
+    from harness.measure.tasks import VERSION
+    from harness.record.provenance import code_digest
+
+    return {
+        "measure_version": VERSION,
+        "artifact_digest": model.digest,
+        "engine": {key: engine[key] for key in ("name", "version", "device", "dtype", "served_as")},
+        "options": {key: value for key, value in engine["requested"].items() if key != "folder"},
+        "code": code_digest(),
+        "task": loaded.identity,
+    }

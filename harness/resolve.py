@@ -1,0 +1,237 @@
+"""What the names in a suite mean: its source, its texts, its calibration samples, its variants and setups.
+
+A name that means nothing is a `UserError`, before a model is loaded or anything is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from harness import demo
+from harness.engines.protocol import ENGINES
+from harness.errors import UserError, did_you_mean
+from harness.serve import Footprint
+from harness.suite.names import SOURCE
+from harness.suite.schema import DatasetText, DemoText, FileText, Suite, Text
+
+if TYPE_CHECKING:
+    from harness.demo import corpus
+    from harness.model.census import RoleCount, SourceTensor
+    from harness.model.qwen35 import ModelConfig
+    from harness.progress import Progress
+    from harness.quantize.layerwise import Calibration
+    from harness.quantize.plan import Plan
+    from harness.quantize.recipes import Recipe
+    from harness.suite import schema as suites
+
+T = TypeVar("T")
+
+DEMO = "demo:"
+"""How the name of something embedded begins: `demo:dense`."""
+_NUM_CALIBRATION_DOCUMENTS = 1000
+
+
+# -- The source ----------------------------------------------------------------------------------------------------
+
+
+def find_source(location: str, revision: str | None = None, *, config_only: bool = False) -> Path:
+    """The folder of a source: an embedded model (`demo:dense`), a folder or a hub id."""
+    if location.startswith(DEMO):
+        return demo.checkpoint_path(location.removeprefix(DEMO))
+    from harness.model.sources import locate
+
+    return locate(location, revision, config_only=config_only)
+
+
+def suite_source(suite: Suite) -> Path:
+    """The folder of the suite's source, downloaded first where it is on the Hub."""
+    return find_source(suite.source_location(), suite.source.revision)
+
+
+def source_config(source: Path) -> ModelConfig:
+    """The configuration of the model in a source folder."""
+    from harness.model.checkpoint import read_json
+    from harness.model.qwen35 import parse_config
+
+    return parse_config(read_json(source / "config.json"), str(source))
+
+
+def plan_source(location: str, recipe: Recipe | None, revision: str | None = None) -> tuple[ModelConfig, Plan]:
+    """The plan of a recipe for a `config.json`, a folder or a hub id. Weights are not read: where shards lie
+    beside the configuration their headers say what there is, else the configuration does, without an MTP head."""
+    from harness.model.checkpoint import read_json
+    from harness.model.qwen35 import parse_config
+    from harness.quantize.plan import plan
+
+    path = Path(location)
+    if path.is_file():
+        config_file, folder = path, None
+    else:
+        folder = find_source(location, revision, config_only=True)
+        config_file = folder / "config.json"
+    config_json = read_json(config_file)
+    config = parse_config(config_json, str(config_file))
+    if "quantization_config" in config_json:
+        raise UserError(f"{location} is quantized already.", "Plan from its 16-bit source.")
+    tensors = _census(folder, config)
+    unknown = [tensor.name for tensor in tensors if tensor.role is None]
+    if unknown:
+        raise UserError(
+            f"{location} has {len(unknown)} tensors that its architecture has not, such as {unknown[0]}.",
+            "Plan from the published layout of the model.",
+        )
+    return config, plan(config, tensors, recipe)
+
+
+def _census(folder: Path | None, config: ModelConfig) -> tuple[SourceTensor, ...]:
+    from harness.formats.config import num_bytes
+    from harness.model.census import source_tensors
+    from harness.model.checkpoint import SINGLE, open_checkpoint, read_index
+    from harness.model.qwen35 import expected_tensors
+
+    with_mtp = False
+    if folder is not None:
+        index = read_index(folder) or {}
+        if all((folder / shard).exists() for shard in set(index.values()) or {SINGLE}):
+            entries = open_checkpoint(folder).tensors.values()
+            return source_tensors((entry.name, entry.shape, entry.num_bytes) for entry in entries)
+        with_mtp = any(name.startswith("mtp.") for name in index)
+    tensors = expected_tensors(config, with_mtp=with_mtp)
+    return source_tensors((name, shape, num_bytes("BF16", shape)) for name, shape in tensors)
+
+
+def serving_footprint(config: ModelConfig, counts: Sequence[RoleCount]) -> Footprint:
+    """What a variant of these roles takes of a GPU that serves it."""
+    from harness.model.census import kv_bytes_per_token, state_bytes
+
+    return Footprint(
+        weight_bytes=sum(count.output_bytes for count in counts),
+        visual_bytes=sum(count.output_bytes for count in counts if count.role == "visual"),
+        state_bytes=state_bytes(config),
+        kv_bytes_per_token=kv_bytes_per_token(config),
+        max_positions=config.max_position_embeddings,
+    )
+
+
+# -- Texts and calibration samples ---------------------------------------------------------------------------------
+
+
+def read_text(suite: Suite, text: Text, *, as_lines: bool = False) -> tuple[dict[str, Any], str]:
+    """What identifies a text of the suite, and the text. `as_lines`: the rows of a dataset end as they do in its file,
+    as `texts.load_text` says."""
+    from harness.measure.texts import load_text
+
+    match text:
+        case DemoText(split):
+            from harness.demo import corpus
+
+            known = {"heldout": corpus.heldout_text}
+            if split not in known:
+                raise UserError(f"The embedded corpus has no text '{split}'.", did_you_mean(split, known))
+            name, content = f"{DEMO}{split}", known[split]()
+        case FileText(path):
+            name, content = Path(path).name, load_text(path=suite.path(path))
+        case DatasetText():
+            name = "/".join(part for part in (text.dataset, text.config, text.split) if part)
+            content = load_text(**vars(text), as_lines=as_lines)
+    return {"name": name, "text_sha256": hashlib.sha256(content.encode()).hexdigest()}, content
+
+
+def tokenized(suite: Suite, text: Text) -> tuple[list[int], dict[str, Any]]:
+    """The token ids of a text by the source's tokenizer, and what identifies them."""
+    from harness.measure import perplexity
+
+    about, content = read_text(suite, text)
+    ids = perplexity.tokenize(suite_source(suite), content)
+    return ids, {**about, "token_ids_sha256": perplexity.token_ids_digest(ids), "num_tokens": len(ids)}
+
+
+def read_calibration(wanted: suites.Calibration, folder: Path, source: Path, progress: Progress) -> Calibration:
+    """The token ids of a calibration table whose relative paths start at `folder`, by the tokenizer of `source`."""
+    from harness.quantize import samples
+    from harness.quantize.layerwise import Calibration
+
+    embedded: dict[str, Any] = {
+        "train": partial(_demo_documents, "train"),
+        "validation": partial(_demo_documents, "validation"),
+    }
+    read = samples.read(wanted, source, folder, embedded, progress)
+    return Calibration(read, wanted.batch_tokens, round(wanted.hidden_memory_gb * 1e9))
+
+
+def _demo_documents(split: corpus.Split) -> Iterator[str]:
+    from harness.demo import corpus
+
+    for document in corpus.documents(split, num_documents=_NUM_CALIBRATION_DOCUMENTS):
+        yield document.text + corpus.END_OF_TEXT
+
+
+# -- Rows: variants and setups -------------------------------------------------------------------------------------
+
+
+def required(suite: Suite, table: str, value: T | None) -> T:
+    """A table of the suite that a command cannot do without; `UserError` where the suite has none."""
+    if value is None:
+        raise UserError(f"Suite '{suite.name}' has no [{table}] table.", "Add it, or measure another suite.")
+    return value
+
+
+def chosen_variants(suite: Suite, names: Sequence[str] | None, *, with_source: bool) -> list[str]:
+    """The variants that a command is about: the named ones, or all of the suite, the source first."""
+    known = [SOURCE, *suite.variants] if with_source else list(suite.variants)
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"Suite '{suite.name}' has no variant '{name}'.", did_you_mean(name, known))
+    return [name for name in known if not names or name in names]
+
+
+def chosen_setups(suite: Suite, setups: Sequence[str] | None) -> list[str | None]:
+    """The setups to measure in; None, the suite's own options, comes first. Setups are options of vLLM: another engine
+    measures the variants as they are."""
+    return [None, *(setups or ())] if suite.engine.name == "vllm" else [None]
+
+
+def with_engine(suite: Suite, name: str | None, dtype: str | None) -> Suite:
+    """The suite with another engine or type of activations, where a command names one."""
+    engine = suite.engine
+    return replace(suite, engine=replace(engine, name=name or engine.name, dtype=dtype or engine.dtype))
+
+
+def check_engine(suite: Suite) -> None:
+    """`UserError` where the harness cannot start the suite's engine."""
+    engine = suite.engine.name
+    if engine not in ENGINES:
+        raise UserError(f"There is no engine '{engine}'.", did_you_mean(engine, ENGINES))
+    if engine == "server":
+        raise UserError("A server is no engine that a suite starts.", "Measure it by `harness bench --server URL`.")
+
+
+def max_length(suite: Suite, asked: int | None, setups: Sequence[str] | None) -> int:
+    """The most tokens of a sequence: the least of what the model, the engine in each setup and the suite say."""
+    said = [source_config(suite_source(suite)).max_position_embeddings, asked]
+    if suite.engine.name == "vllm":
+        said += [suite.vllm_options(setup).get("max_model_len") for setup in chosen_setups(suite, setups)]
+    known = [length for length in said if length is not None]
+    if not known:
+        raise UserError(
+            f"The configuration of suite '{suite.name}'s source does not say how many tokens it takes.",
+            "Set max_length.",
+        )
+    return min(known)
+
+
+def check_lengths(suite: Suite, measure: str, setups: Sequence[str | None], longest: int) -> None:
+    """`UserError` where vLLM is set to take fewer tokens of a sequence than the measure gives it."""
+    for setup in setups if suite.engine.name == "vllm" else ():
+        most = suite.vllm_options(setup).get("max_model_len")
+        if most is not None and most < longest:
+            where = "[engine.vllm]" if setup is None else f"[setups.{setup}]"
+            raise UserError(
+                f"Suite '{suite.name}' has max_model_len = {most:,} in {where}, and {measure} needs {longest:,}.",
+                "Raise it, or measure shorter pieces.",
+            )
