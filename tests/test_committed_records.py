@@ -35,9 +35,9 @@ def suite(name: str) -> Suite:
 
 def rows(gathered: evidence.Evidence, name: str) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Each row of a frame, and the samples of the file that its run is in."""
-    frame = gathered.frames[name]
-    assert not frame.empty
-    for row in frame.to_dict("records"):
+    frame = gathered.tables[name]
+    assert frame
+    for row in frame.rows:
         record = row["run"]
         lines = (ROOT / gathered.record_path(record)).read_text().splitlines()
         header, *samples, end = map(json.loads, lines)
@@ -123,10 +123,10 @@ def test_round_trips_and_errors_are_those_of_the_files(found: evidence.Evidence)
 
 
 def test_scores_are_lm_evals_own(found: evidence.Evidence) -> None:
-    frame = found.frames["tasks"]
-    single = frame[frame["task"] != "all tasks"]
-    assert not single.empty
-    for row in single.to_dict("records"):
+    frame = found.tables["tasks"]
+    single = [row for row in frame.rows if row["task"] != "all tasks"]
+    assert single
+    for row in single:
         lines = (ROOT / found.record_path(row["run"])).read_text().splitlines()
         results = [one for one in map(json.loads, lines) if one.get("kind") == "result"]
         task = row["task"].partition(": ")[2]

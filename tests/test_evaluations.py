@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +17,8 @@ from scipy import stats as scipy_stats
 from harness.record import stats
 from harness.record.comparable import COMPARABLE
 from harness.record.store import Record, RunWriter, read
-from harness.report import columns, task_tables
+from harness.report import tables, task_tables
+from harness.report.tables import Table
 from harness.suite.schema import Source, Suite, Task, Variant
 from tests.records import AUDIT, ENGINE, TASK, answer, choice, make_run, mean_results, result, tasks_record
 
@@ -44,8 +44,8 @@ def pair(
     return {"sums": {"source": tasks_record("source", source), "nvfp4": tasks_record("nvfp4", variant, **header)}}
 
 
-def row(frame: pd.DataFrame, **wanted: object) -> dict[str, Any]:
-    found = [one for one in frame.to_dict("records") if all(one[key] == value for key, value in wanted.items())]
+def row(frame: Table, **wanted: object) -> dict[str, Any]:
+    found = [one for one in frame.rows if all(one[key] == value for key, value in wanted.items())]
     assert len(found) == 1
     return {str(key): value for key, value in found[0].items()}
 
@@ -211,7 +211,7 @@ def test_what_is_no_mean_of_its_items_is_shown_and_not_compared(
         }
     }
     frame = task_tables.score_table(by_task)
-    assert [one["score"] for one in frame.to_dict("records")] == list(values)
+    assert [one["score"] for one in frame.rows] == list(values)
     cells = row(frame, variant="nvfp4")
     assert cells["delta_score"] is None and cells["flips"] is None
 
@@ -242,7 +242,7 @@ def test_a_group_shows_its_tasks_by_name_and_its_own_figure_without_a_difference
         "nvfp4": group("nvfp4", {"easy": [1, 0], "hard": [0, 1, 0, 0]}, 2 / 6),
     }
     frame = task_tables.score_table({"facts": records})
-    variant = [one for one in frame.to_dict("records") if one["variant"] == "nvfp4"]
+    variant = [one for one in frame.rows if one["variant"] == "nvfp4"]
     assert [one["task"] for one in variant] == ["facts: easy", "facts: hard", "facts: all", "all tasks"]
     assert [one["score"] for one in variant] == [0.5, 0.25, pytest.approx(1 / 3), None]
     assert [one["num_items"] for one in variant] == [2, 4, 4, 6]
@@ -516,7 +516,7 @@ def test_answers_that_have_no_score_of_their_own_are_neither_right_nor_wrong(out
 
 def test_a_run_of_choices_has_no_audit() -> None:
     facts = {name: tasks_record(name, [choice(0, 1), choice(1, 0)]) for name in ("source", "nvfp4")}
-    assert task_tables.answer_table({"facts": facts}).empty
+    assert not task_tables.answer_table({"facts": facts})
     assert task_tables.invalid(facts["nvfp4"], facts["source"]) == []
     both = task_tables.answer_table({"facts": facts, **pair(answered([1]), answered([1]))})
     assert set(both["task"]) == {"sums"} and list(both["variant"]) == ["source", "nvfp4"]
@@ -578,14 +578,14 @@ def test_the_store_takes_these_records_as_they_are(tmp_path: Path) -> None:
         stored = read(writer.finish())
     assert stored.samples == record.samples
     frames = [task_tables.score_table({"sums": {"source": one}}) for one in (record, stored)]
-    assert columns.json_rows(frames[0].drop(columns="run")) == columns.json_rows(frames[1].drop(columns="run"))
+    assert tables.json_rows(frames[0].without("run")) == tables.json_rows(frames[1].without("run"))
 
 
 def test_tables_say_what_was_measured_in_words_and_figures() -> None:
     by_task = pair(answered([1, 1, 1, 0]), answered([1, 0, 1, 0], num_tokens=15))
     scores, audit = (
-        columns.terminal_table(task_tables.score_table(by_task)),
-        columns.terminal_table(task_tables.answer_table(by_task)),
+        tables.terminal_table(task_tables.score_table(by_task)),
+        tables.terminal_table(task_tables.answer_table(by_task)),
     )
     assert scores.splitlines()[0] == "task sums · items 4 · repetitions 1"
     for figure in ("0.7500", "0.5000", "-0.2500 [", "1 / 0", "0.2500", METRIC):
@@ -596,8 +596,8 @@ def test_tables_say_what_was_measured_in_words_and_figures() -> None:
 
 def test_a_refusal_stands_in_the_table_in_its_own_words() -> None:
     by_task = pair(answered([1, 1]), answered([1]))
-    assert "incomparable: items" in columns.terminal_table(task_tables.score_table(by_task))
-    assert table_cells(columns.markdown_table(task_tables.score_table(by_task), link), "Δ to source [95 %]") == [
+    assert "incomparable: items" in tables.terminal_table(task_tables.score_table(by_task))
+    assert table_cells(tables.markdown_table(task_tables.score_table(by_task), link), "Δ to source [95 %]") == [
         "—",
         "incomparable: items",
     ]
@@ -613,27 +613,27 @@ def test_names_that_would_break_a_table_are_escaped() -> None:
     ]
     records = {name: tasks_record(name, items, engine={**ENGINE, "served_as": hostile}) for name in ("source", "nvfp4")}
     frame = task_tables.score_table({hostile: records})
-    text = columns.markdown_table(frame, link)
+    text = tables.markdown_table(frame, link)
     assert table_cells(text, "task") == [*[f"{literal}: {literal}", f"{literal}: plain"] * 2, "all tasks"]
     assert table_cells(text, "metric") == [*[f"{literal},none"] * 4, "mean of 2"]
     assert table_cells(text, "served as") == [*[literal] * 4, "—"]
     assert sum(line.startswith("|") for line in text.splitlines()) == 2 + 4 + 1  # heading, rule, rows
-    alone = columns.markdown_table(task_tables.answer_table({hostile: records}), link)
+    alone = tables.markdown_table(task_tables.answer_table({hostile: records}), link)
     assert alone.splitlines()[0] == f"task {literal} · items 4"
     for record in records.values():
         assert f"[{record.run.run_id}](../{record.path.name})" in text and f"({link(record)})" in alone
     for one in (frame, task_tables.answer_table({hostile: records})):
-        assert hostile.split("\n")[0] in columns.terminal_table(one)
+        assert hostile.split("\n")[0] in tables.terminal_table(one)
 
 
 def test_rows_are_json_with_estimates_as_objects() -> None:
     by_task = pair(answered([1, 1]), answered([1, 0]))
     for frame in (task_tables.score_table(by_task), task_tables.answer_table(by_task)):
-        rows = columns.json_rows(frame)
+        rows = tables.json_rows(frame)
         assert json.loads(json.dumps(rows)) == rows
-    assert set(columns.json_rows(task_tables.score_table(by_task))[1]["delta_score"]) >= {"value", "low", "high", "num"}
+    assert set(tables.json_rows(task_tables.score_table(by_task))[1]["delta_score"]) >= {"value", "low", "high", "num"}
 
 
 def test_no_records_give_empty_tables() -> None:
-    assert task_tables.score_table({}).empty and task_tables.answer_table({}).empty
+    assert not task_tables.score_table({}) and not task_tables.answer_table({})
     assert list(task_tables.reused_answers({})) == []

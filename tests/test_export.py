@@ -184,12 +184,11 @@ def test_every_export_of_the_committed_records_conforms_to_its_format(name: str)
         assert f"{variant}/model-index.yaml" in files
     logs = [json.loads(data) for path, data in files.items() if AGGREGATE.search(path)]
     scored = sorted((one["evaluation_id"].split("/")[0], one["model_info"]["id"]) for one in logs)
-    audit = gathered.frames["answers"]
-    invalid = audit[audit["verdict"] != "valid"]
+    invalid = {(row["task"], row["variant"]) for row in gathered.tables["answers"].rows if row["verdict"] != "valid"}
     ours = {
         *((label, row) for label, runs in gathered.tasks.items() for row in runs),
         *((f"perplexity-{protocol}", row) for protocol, runs in gathered.perplexities.items() for row in runs),
-    } - set(zip(invalid["task"], invalid["variant"], strict=True))
+    } - invalid
     assert scored == sorted((label, f"{name}/{row}") for label, row in ours)
 
 
@@ -472,9 +471,9 @@ def test_pandas_reads_every_frame_back(suite: Suite) -> None:
     gathered = of(suite, demo_records())
     files = export(gathered, ["nvfp4a16"])
     table = pd.read_csv(io.BytesIO(files["csv/perplexity.csv"]), dtype={"run": str})
-    frame = gathered.frames["perplexity"]
+    frame = gathered.tables["perplexity"]
     assert table["variant"].tolist() == ["source", "nvfp4a16"]
-    assert table["ppl"].tolist() == pytest.approx(frame["ppl"].tolist(), rel=1e-7)
+    assert table["ppl"].tolist() == pytest.approx(frame["ppl"], rel=1e-7)
     loss = frame["delta_log_ppl"][1]
     for column, value in (("", loss.value), ("_low", loss.low), ("_high", loss.high)):
         unknown, found = table[f"delta_log_ppl{column}"]
@@ -486,7 +485,7 @@ def test_columns_are_called_as_in_the_tables(suite: Suite) -> None:
     gathered = of(suite, [*demo_records(), gsm8k("source", [1, 1]), gsm8k("nvfp4a16", [1, 0])])
     files = export(gathered, ["nvfp4a16"])
     tables = {path: data for path, data in files.items() if path.startswith("csv/")}
-    assert {f"csv/{name}.csv" for name, frame in gathered.frames.items() if not frame.empty} == set(tables)
+    assert {f"csv/{name}.csv" for name, frame in gathered.tables.items() if frame} == set(tables)
     for path, data in tables.items():
         for column in csv.DictReader(io.StringIO(data.decode())).fieldnames or ():
             assert {column, re.sub("_(low|high|reason|largest|layer)$", "", column)} & COLUMNS.keys(), (path, column)
@@ -539,9 +538,9 @@ def test_a_decode_is_called_as_on_the_card_and_one_token_is_no_depth(suite: Suit
     whole = replace(suite, bench=bench)
     samples = [sample for prompt in (1, 4096) for sample in at_depth([162.0, 163.0, 164.0], prompt)]
     gathered = of(whole, [make_record("bench", "w4a4", samples, suite=whole.resolved())])
-    card = speed_tables.by_depth(gathered.frames["decode"])
+    card = speed_tables.by_depth(gathered.tables["decode"])
     speeds = llama_bench(gathered, ["w4a4"])
-    assert [speed.test for speed in speeds] == card["test"].tolist() == ["tg32", "tg32 @ d4096"]
+    assert [speed.test for speed in speeds] == card["test"] == ["tg32", "tg32 @ d4096"]
     assert [speed.n_depth for speed in speeds] == [0, 4096]
 
 

@@ -1,12 +1,12 @@
 """Tables of fidelity from hand-made records: sums by hand, numpy's percentiles, and what counts as noise."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from harness.record import stats
 from harness.record.store import Record
-from harness.report import columns, fidelity_tables
+from harness.report import fidelity_tables, tables
+from harness.report.tables import Table
 from tests.records import ENGINE, FIDELITY, fidelity_record, fidelity_windows, make_record, windows
 
 SPREAD = [0.8, 1.0, 1.2, 0.9, 1.1, 1.0]
@@ -20,8 +20,8 @@ def noise(nats: float, name: str = "noise-batch", loss: float = 0.0, **header: o
     return {name: fidelity_record(name, fidelity_windows([nats] * 3, loss), **header)}
 
 
-def row(frame: pd.DataFrame, variant: str) -> dict[str, object]:
-    (found,) = frame[frame["variant"] == variant].to_dict("records")
+def row(frame: Table, variant: str) -> dict[str, object]:
+    (found,) = [one for one in frame.rows if one["variant"] == variant]
     return found
 
 
@@ -56,7 +56,7 @@ def test_percentiles_are_numpys_over_all_tokens() -> None:
 def test_what_changed_of_the_probability_that_came_is_a_root_mean_square() -> None:
     found = row(fidelity_tables.divergence_table({"w4a4": fidelity_record("w4a4", fidelity_windows([0.01]))}), "w4a4")
     assert found["rms_dp"] == pytest.approx(0.01)
-    assert "1 %" in columns.cell_text("rms_dp", found["rms_dp"])
+    assert "1 %" in tables.cell_text("rms_dp", found["rms_dp"])
 
 
 def test_agreement_is_a_share_of_predictions() -> None:
@@ -64,12 +64,12 @@ def test_agreement_is_a_share_of_predictions() -> None:
     agreement = row(fidelity_tables.divergence_table(records), "w4a4")["agreement"]
     assert isinstance(agreement, stats.Estimate)
     assert agreement.value == pytest.approx(0.5, abs=1e-3)
-    assert columns.cell_text("agreement", agreement).startswith("50.0")
+    assert tables.cell_text("agreement", agreement).startswith("50.0")
 
 
 def test_bands_tell_whether_the_divergence_grows_with_the_window() -> None:
     frame = fidelity_tables.band_table({"w4a4": fidelity_record("w4a4", fidelity_windows(of_mean(0.01)))})
-    assert frame["before"].tolist() == ["1 – 511", "512 – 1,024"]  # of 1,025 tokens
+    assert frame["before"] == ["1 – 511", "512 – 1,024"]  # of 1,025 tokens
     first, second = frame["kl"]
     assert second.value == pytest.approx(2 * first.value)
 
@@ -79,12 +79,12 @@ def test_the_last_band_ends_where_the_longest_window_does(num_tokens: int, last:
     samples = fidelity_windows([0.01, 0.02], num_tokens=num_tokens)
     shorter = {**samples[1], "num_tokens": 7, "num_scored": 6, "bands": [{**samples[1]["bands"][0], "num_scored": 6}]}
     frame = fidelity_tables.band_table({"w4a4": fidelity_record("w4a4", [samples[0], shorter])})
-    assert frame["before"].tolist() == ["1 – 511", last]
+    assert frame["before"] == ["1 – 511", last]
 
 
 def test_windows_of_one_band_have_no_table_of_bands() -> None:
     samples = [{**one, "bands": one["bands"][:1]} for one in fidelity_windows([0.01])]
-    assert fidelity_tables.band_table({"w4a4": fidelity_record("w4a4", samples)}).empty
+    assert not fidelity_tables.band_table({"w4a4": fidelity_record("w4a4", samples)})
 
 
 def test_a_divergence_within_the_noise_is_printed_so_and_one_above_it_is_not() -> None:

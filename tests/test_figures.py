@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from harness.record.store import Record
-from harness.report import columns, figure_data, figures, plots
+from harness.report import figure_data, figures, plots, tables
 from harness.report.evidence import Evidence, gather
 from harness.suite.load import load
 from harness.suite.schema import Suite
@@ -260,7 +260,7 @@ def words_of(figure: Figure) -> list[str]:
 def test_the_divergence_has_each_variants_bytes_and_kl_and_the_source_at_zero(tmp_path: Path) -> None:
     evidence = evidence_of(suite_of(tmp_path, ["a", "b"]), many_records(["a", "b"], alike=False))
     axes = drawn("divergence", figures.plotted_by_name(evidence)["divergence"]).axes[0]
-    rows = evidence.frames["fidelity"].to_dict("records")
+    rows = evidence.tables["fidelity"].rows
     assert markers(axes) == [
         (18.0, 0.0),
         *((megabytes, row["kl"].value) for megabytes, row in zip((11.0, 12.0), rows, strict=True)),
@@ -326,9 +326,9 @@ def test_the_losses_are_those_of_the_tables_by_protocol_and_from_the_fidelity(tm
     evidence = evidence_of(suite_of(tmp_path, ["a", "b"]), many_records(["a", "b"], alike=False))
     plotted = figures.plotted_by_name(evidence)["losses"]
     figure = drawn("losses", plotted)
-    wanted = [
-        row["delta_log_ppl"] for row in evidence.frames["perplexity"].to_dict("records") if row["variant"] != "source"
-    ] + list(evidence.frames["fidelity"]["kl_log_ppl"])
+    wanted = [row["delta_log_ppl"] for row in evidence.tables["perplexity"].rows if row["variant"] != "source"] + list(
+        evidence.tables["fidelity"]["kl_log_ppl"]
+    )
     axes = figure.axes[0]
     assert [x for x, _ in markers(axes)] == [one.value for one in wanted]
     assert intervals(axes) == [(one.low, one.high) for one in wanted if one.low is not None]
@@ -365,7 +365,7 @@ def test_the_decode_figure_says_what_the_table_says_with_its_mark(tmp_path: Path
     evidence = evidence_of(suite_of(tmp_path, ["a"]), [slow])
     plotted = figures.plotted_by_name(evidence)["decode"]
     assert plotted.groups[0].marks[0].words == "7.93 †, 71.3 % of 11.13"
-    cells = {cell.strip() for cell in columns.markdown_table(evidence.frames["decode"], lambda _: "").split("|")}
+    cells = {cell.strip() for cell in tables.markdown_table(evidence.tables["decode"], lambda _: "").split("|")}
     assert {"7.93 †", "71.3 %", "11.13"} <= cells
     said = " ".join(" ".join(words_of(drawn("decode", plotted))).split())
     assert "† no interval" in said
@@ -404,7 +404,7 @@ def test_the_batch_curves_are_the_tables_speeds_in_total_and_for_each_user(tmp_p
     plotted = figures.plotted_by_name(evidence)["batch"]
     panels = drawn("batch", plotted).axes
     for axes, key in zip(panels, ("tokens_per_second", "user_tokens_per_second"), strict=True):
-        rows = [row for row in evidence.frames["decode"].to_dict("records") if row["prompt_tokens"] == 128]
+        rows = [row for row in evidence.tables["decode"].rows if row["prompt_tokens"] == 128]
         assert [y for _, y in markers(axes)] == [row[key].value for row in rows]
         sizes = [x for x, _ in markers(axes)]
         assert np.log2(sizes) == pytest.approx([math.log2(row["batch"]) for row in rows], abs=0.06)
@@ -414,7 +414,7 @@ def test_the_batch_curves_are_the_tables_speeds_in_total_and_for_each_user(tmp_p
 def test_the_depths_are_the_bands_of_the_table(tmp_path: Path) -> None:
     evidence = evidence_of(suite_of(tmp_path, ["a", "b"]), many_records(["a", "b"], alike=False))
     axes = drawn("depth", figures.plotted_by_name(evidence)["depth"]).axes[0]
-    rows = evidence.frames["bands"].to_dict("records")
+    rows = evidence.tables["bands"].rows
     assert [y for _, y in markers(axes)] == [row["kl"].value for row in rows]
     assert [round(x) for x, _ in markers(axes)] == [0, 1, 0, 1]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1 – 511", "512 – 1,024"]

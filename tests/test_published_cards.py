@@ -19,7 +19,7 @@ import harness
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import recipe_named
 from harness.record.store import Record
-from harness.report import build_tables, card, columns, perplexity_tables, speed_tables
+from harness.report import build_tables, card, columns, perplexity_tables, speed_tables, tables
 from harness.report.trace import trace
 from harness.suite.load import load
 from harness.suite.schema import Suite
@@ -270,8 +270,8 @@ def test_every_number_of_a_card_and_of_its_variants_cards_comes_out_of_its_recor
 
 
 def cell(frame: Any, key: str, **wanted: object) -> str:
-    (row,) = [one for one in frame.to_dict("records") if all(one[name] == value for name, value in wanted.items())]
-    return columns.cell_text(key, row[key])
+    (row,) = [one for one in frame.rows if all(one[name] == value for name, value in wanted.items())]
+    return tables.cell_text(key, row[key])
 
 
 def test_the_mixed_cards_perplexities_are_reproduced_and_their_differences_have_no_interval(published: CardOf) -> None:
@@ -293,7 +293,7 @@ def test_a_perplexity_that_is_spread_evenly_over_its_581_windows_has_no_interval
         row: make_record("ppl", row, windows(ppl), dataset={**DATASET, "num_tokens": NUM_TOKENS})
         for row, ppl in PPL.items()
     }
-    text = columns.terminal_table(perplexity_tables.perplexity_table({"wikitext2-512": records}))
+    text = tables.terminal_table(perplexity_tables.perplexity_table({"wikitext2-512": records}))
     assert "windows 581 · scored tokens 296,472" in text and "+0.0180 †" in text and columns.NO_INTERVAL in text
 
 
@@ -312,8 +312,8 @@ def test_the_mixed_cards_speeds_are_reproduced_below_their_ceilings(published: C
 
 def test_the_mixed_cards_mtp_row_has_its_acceptance_and_its_speed_beside_that_without_drafts(published: CardOf) -> None:
     frame = speed_tables.in_setups(speed_tables.decode_table(published(MIXED).measured["bench"]))
-    (row,) = frame.to_dict("records")
-    shown = {str(key): columns.cell_text(str(key), value) for key, value in row.items()}
+    (row,) = frame.rows
+    shown = {str(key): tables.cell_text(str(key), value) for key, value in row.items()}
     assert (shown["variant"], shown["tokens_per_second"]) == ("mixed-fp8-rtn+mtp1", "156.9 †")
     assert (shown["acceptance_share"], shown["mean_accepted_length"]) == ("90.8 %", "1.91")
     assert (shown["speed_ratio"], shown["setup_ratio"]) == (f"{156.9 / 170.3:.3f} †", f"{156.9 / 163.4:.3f} †")
@@ -340,7 +340,7 @@ def test_the_27b_cards_speeds_by_depth_are_reproduced_beside_the_usual_checkpoin
     assert cell(frame, "speed_change_ratio", **where) == change
     assert cell(frame, "speed_ratio", **where) == f"{float(included) / float(usual):.3f} †"
     assert cell(frame, "speed_ratio", variant="w4a4-rtn", test=test) == "—"
-    assert columns.table_headings(frame)["speed_ratio"] == "÷ w4a4-rtn [95 %]"
+    assert tables.headings_of(frame)["speed_ratio"] == "÷ w4a4-rtn [95 %]"
 
 
 def test_the_27b_cards_speeds_stand_on_its_own_card_under_the_name_of_what_they_are_divided_by(
@@ -402,7 +402,7 @@ def test_the_9b_cards_caches_are_reproduced_under_the_setups_that_they_are_of(pu
 def test_the_calibration_sets_of_the_cards_are_reproduced(published: CardOf) -> None:
     sources = build_tables.calibration_table(published(W4A4_9B).measured["build"])
     shown = [
-        [columns.cell_text(key, row[key]) for key in ("num_samples", "max_tokens")] for _, row in sources.iterrows()
+        [tables.cell_text(key, row[key]) for key in ("num_samples", "max_tokens")] for _, row in sources.iterrows()
     ]
     assert shown == [["256", "8,192"]] * 4
     method = build_tables.method_table(published(W4A4_35B).measured["build"])
@@ -411,7 +411,7 @@ def test_the_calibration_sets_of_the_cards_are_reproduced(published: CardOf) -> 
 
 def test_the_experts_and_the_vision_tower_of_the_35b_heretic_card_are_reproduced(published: CardOf) -> None:
     frame = build_tables.role_table(published(W4A4_35B).measured["build"])
-    rows = {row["role"]: row for row in frame.to_dict("records")}
+    rows = {row["role"]: row for row in frame.rows}
     assert (rows["visual"]["num_tensors"], rows["visual"]["format"]) == (333, "kept")
     experts = [row for role, row in rows.items() if role.startswith("mlp.experts.")]
     assert {row["format"] for row in experts} == {"NVFP4"}
@@ -435,11 +435,11 @@ def test_rounded_sizes_of_cards_are_whole_gib_rounded_up_as_du_counts(
     published: CardOf, name: str, variant: str, before: int | None, after: int
 ) -> None:
     totals = build_tables.total_table({variant: published(name).measured["build"][variant]})
-    (row,) = totals.to_dict("records")
+    (row,) = totals.rows
     assert math.ceil(row["output_bytes"] / GIB) == after
     assert before is None or math.ceil(row["source_bytes"] / GIB) == before
     # The tables count 10^9 bytes, to a hundredth.
-    assert columns.cell_text("output_bytes", row["output_bytes"]) == f"{row['output_bytes'] / 1e9:.2f} GB"
+    assert tables.cell_text("output_bytes", row["output_bytes"]) == f"{row['output_bytes'] / 1e9:.2f} GB"
     assert f"{row['output_bytes'] / 1e9:.2f} GB" in published(name).text
 
 

@@ -9,7 +9,16 @@ import pytest
 
 from harness.record import stats
 from harness.record.store import Record
-from harness.report import build_tables, columns, numbers, perplexity_tables, runs, sensitivity_tables, speed_tables
+from harness.report import (
+    build_tables,
+    columns,
+    numbers,
+    perplexity_tables,
+    runs,
+    sensitivity_tables,
+    speed_tables,
+    tables,
+)
 from tests.records import (
     BUILD,
     DATASET,
@@ -52,7 +61,7 @@ def link(record: Record) -> str:
 
 
 def row(frame: Any, **wanted: object) -> dict[str, Any]:
-    found = [one for one in frame.to_dict("records") if all(one[key] == value for key, value in wanted.items())]
+    found = [one for one in frame.rows if all(one[key] == value for key, value in wanted.items())]
     assert len(found) == 1
     return dict(found[0])
 
@@ -67,7 +76,7 @@ def test_the_published_perplexities_give_the_published_loss() -> None:
     assert loss["delta_ppl"] == pytest.approx(0.1458)
     assert loss["relative_change_ratio"] == pytest.approx(8.1939 / 8.0481 - 1)
     assert loss["delta_log_ppl"].value == pytest.approx(math.log(8.1939 / 8.0481))
-    text = columns.terminal_table(frame)
+    text = tables.terminal_table(frame)
     for figure in ("8.0481", "8.1939", "+0.1458", "+1.81 %", "+0.0180", "297,053", "581", "296,472"):
         assert figure in text
 
@@ -153,7 +162,7 @@ def test_a_loss_of_at_most_the_floor_is_said_to_be_noise() -> None:
         cells = row(frame, variant="nvfp4")
         assert cells["delta_log_ppl"] == "≤ noise"
         assert cells["delta_ppl"] is cells["relative_change_ratio"] is cells["standard_errors"] is None
-        assert cells["ppl"] is not None and "≤ noise" in columns.terminal_table(frame)
+        assert cells["ppl"] is not None and "≤ noise" in tables.terminal_table(frame)
     refused = ppl_pair(8.0, 8.1, dataset={**DATASET, "token_ids_sha256": "f" * 64})
     assert row(perplexity(refused, floor=1.0), variant="nvfp4")["delta_log_ppl"].startswith("incomparable")
 
@@ -189,7 +198,7 @@ def test_by_words_everything_is_per_word_and_paired_by_document() -> None:
     cells = row(frame, variant="nvfp4")
     assert cells["delta_log_ppl"] == stats.paired_mean_difference([20, 40, 80], [21, 42, 84], [10, 20, 40])
     assert (cells["num_words"], cells["num_documents"], cells["num_windows"], cells["num_scored"]) == (70, 3, 4, 90)
-    caption = columns.terminal_table(frame).splitlines()[0]
+    caption = tables.terminal_table(frame).splitlines()[0]
     assert "PPL per word" in caption and "words 70 · documents 3" in caption
     other = {**WORDS, "documents": {**PAGES, "num_words": [10, 20, 41]}}
     found["nvfp4"] = make_record("ppl", "nvfp4", pages(21, 42, 52, 32), dataset=other)
@@ -246,12 +255,12 @@ def test_speed_is_the_median_over_repetitions_without_warm_ups() -> None:
     assert variant["tokens_per_second"].value == pytest.approx(163.4)
     assert variant["speed_ratio"].value == pytest.approx(163.4 / 170.3)
     assert source["num_repetitions"] == 7 and source["new_tokens"] == 128
-    assert "170.3" in columns.terminal_table(frame) and "163.4" in columns.terminal_table(frame)
+    assert "170.3" in tables.terminal_table(frame) and "163.4" in tables.terminal_table(frame)
 
 
 def test_the_published_speed_up_is_reproduced() -> None:
     frame = speed_tables.decode_table(bench_pair(decodes(1 / 7.93, repetitions=7), decodes(1 / 11.98, repetitions=7)))
-    assert columns.cell_text("speed_ratio", row(frame, variant="nvfp4")["speed_ratio"]).startswith("1.511")
+    assert tables.cell_text("speed_ratio", row(frame, variant="nvfp4")["speed_ratio"]).startswith("1.511")
 
 
 def test_a_batch_makes_tokens_for_every_user() -> None:
@@ -280,7 +289,7 @@ def test_the_ceiling_is_bandwidth_over_bytes_per_token_at_batch_one() -> None:
 def test_an_unknown_bandwidth_gives_a_dash_and_no_guess() -> None:
     frame = speed_tables.decode_table(bench_pair(decodes(0.01), decodes(0.01)))
     assert row(frame, variant="source")["ceiling_tokens_per_second"] is None
-    header, _, source = columns.markdown_table(frame, link).splitlines()[2:5]
+    header, _, source = tables.markdown_table(frame, link).splitlines()[2:5]
     column = header.split("|").index(next(cell for cell in header.split("|") if "ceiling, tok/s" in cell))
     assert source.split("|")[column].strip() == "—"
 
@@ -300,18 +309,16 @@ def test_a_batch_size_that_the_source_lacks_has_no_ratio() -> None:
 def test_few_repetitions_give_a_value_that_is_marked_as_one_without_an_interval() -> None:
     frame = speed_tables.decode_table(bench_pair(decodes(0.01, repetitions=3), decodes(0.02, repetitions=3)))
     cells = row(frame, variant="nvfp4")
-    assert columns.cell_text("tokens_per_second", cells["tokens_per_second"]) == "50.00 †"
-    assert columns.cell_text("speed_ratio", cells["speed_ratio"]) == "0.500 †"
-    assert columns.json_rows(frame)[1]["speed_ratio"]["low"] is None and "†" not in json.dumps(columns.json_rows(frame))
-    for text in (columns.terminal_table(frame), columns.markdown_table(frame, link)):
+    assert tables.cell_text("tokens_per_second", cells["tokens_per_second"]) == "50.00 †"
+    assert tables.cell_text("speed_ratio", cells["speed_ratio"]) == "0.500 †"
+    assert tables.json_rows(frame)[1]["speed_ratio"]["low"] is None and "†" not in json.dumps(tables.json_rows(frame))
+    for text in (tables.terminal_table(frame), tables.markdown_table(frame, link)):
         assert text.endswith(f"\n\n{columns.NO_INTERVAL}") and text.count(columns.NO_INTERVAL) == 1
 
 
 def test_what_has_an_interval_or_is_no_estimate_has_no_mark() -> None:
     spread = bench_pair(decodes(0.01, repetitions=7), decodes(0.02, repetitions=7), engine=KNOWN)
-    assert "†" not in columns.terminal_table(
-        speed_tables.decode_table(spread)
-    )  # ceilings, shares and counts among them
+    assert "†" not in tables.terminal_table(speed_tables.decode_table(spread))  # ceilings, shares and counts among them
     for frame in (
         perplexity(ppl_pair(8.0, 8.1), floor=1.0),  # below the floor
         perplexity(ppl_pair(8.0, 8.1, dataset={**DATASET, "token_ids_sha256": "f" * 64})),  # refused
@@ -319,7 +326,7 @@ def test_what_has_an_interval_or_is_no_estimate_has_no_mark() -> None:
         build_tables.role_table({"nvfp4": make_record("build", "nvfp4", BUILD)}),
         sensitivity_tables.sensitivity_table({"source": make_record("sensitivity", "source", SENSITIVITY)}),
     ):
-        assert "†" not in columns.terminal_table(frame) and columns.table_note(frame) is None
+        assert "†" not in tables.terminal_table(frame)
 
 
 @pytest.mark.parametrize(
@@ -333,21 +340,21 @@ def test_what_has_an_interval_or_is_no_estimate_has_no_mark() -> None:
 def test_a_speed_and_its_interval_have_the_same_decimals(
     value: float, low: float | None, high: float | None, shown: str
 ) -> None:
-    assert columns.cell_text("tokens_per_second", stats.Estimate(value, low, high, 6, "by hand")) == shown
+    assert tables.cell_text("tokens_per_second", stats.Estimate(value, low, high, 6, "by hand")) == shown
 
 
 @pytest.mark.parametrize(
     ("value", "shown"), [(7.93, "7.93"), (11.9, "11.90"), (170.3, "170.3"), (156.94, "156.9"), (2383.0, "2383")]
 )
 def test_speeds_are_printed_as_cards_print_them(value: float, shown: str) -> None:
-    assert columns.cell_text("ceiling_tokens_per_second", value) == shown
+    assert tables.cell_text("ceiling_tokens_per_second", value) == shown
 
 
 @pytest.mark.parametrize(("before", "after", "change"), [(7.93, 11.98, "+51 %"), (100, 99.9, "+0 %"), (10, 5, "-50 %")])
 def test_a_ratio_of_speeds_is_also_a_change(before: float, after: float, change: str) -> None:
     cells = row(speed_tables.decode_table(bench_pair(decodes(1 / before), decodes(1 / after))), variant="nvfp4")
     assert cells["speed_change_ratio"] == cells["speed_ratio"].value - 1
-    assert columns.cell_text("speed_change_ratio", cells["speed_change_ratio"]) == change
+    assert tables.cell_text("speed_change_ratio", cells["speed_change_ratio"]) == change
 
 
 def test_speeds_can_be_divided_by_those_of_another_row_and_the_heading_names_it() -> None:
@@ -364,14 +371,14 @@ def test_speeds_can_be_divided_by_those_of_another_row_and_the_heading_names_it(
         pytest.approx(1.5),
     ]
     for text in (
-        columns.terminal_table(frame),
-        columns.markdown_table(speed_tables.prefill_table(records, "w4a4"), link),
+        tables.terminal_table(frame),
+        tables.markdown_table(speed_tables.prefill_table(records, "w4a4"), link),
     ):
         assert "÷ w4a4 [95 %]" in text and "source [95 %]" not in text and "versus" not in text
-    assert {one["versus"] for one in columns.json_rows(frame)} == {"w4a4"}
+    assert {one["versus"] for one in tables.json_rows(frame)} == {"w4a4"}
     del records["w4a4"]
     assert set(speed_tables.decode_table(records, "w4a4")["speed_ratio"]) == {"no record of w4a4"}
-    assert "÷ source [95 %]" in columns.terminal_table(speed_tables.decode_table(records))
+    assert "÷ source [95 %]" in tables.terminal_table(speed_tables.decode_table(records))
     decoded, prefilled = speed_tables.bench_tables(records, "w4a4-deltanet")
     assert row(decoded, variant="source")["speed_ratio"].value == pytest.approx(100 / 180)
     assert row(prefilled, variant="source")["versus"] == "w4a4-deltanet"
@@ -430,7 +437,7 @@ def test_a_decode_frame_is_told_apart_into_one_user_depths_batches_and_setups() 
     assert set(setups["acceptance_share"]) == {0.8}
     for one in (single, depths, curve):
         assert not {"setup_ratio", "acceptance_share", "mean_accepted_length"} & set(one.columns)
-    assert "user_tokens_per_second" in curve and "user_tokens_per_second" not in single
+    assert "user_tokens_per_second" in curve.columns and "user_tokens_per_second" not in single.columns
 
 
 def test_every_row_of_a_decode_frame_is_in_one_of_its_parts_whatever_the_suite_asked_for() -> None:
@@ -443,8 +450,8 @@ def test_every_row_of_a_decode_frame_is_in_one_of_its_parts_whatever_the_suite_a
         {**BENCH, "prompt_tokens": 5, "depths": [4096]},
     ):
         frame = measured_everywhere(bench)
-        assert not frame.empty
-        seen = [id(one) for part in parts for one in part(frame).get("tokens_per_second", ())]
+        assert frame
+        seen = [id(one) for part in parts for one in part(frame)["tokens_per_second"]]
         assert set(seen) == {id(one) for one in frame["tokens_per_second"]} and len(frame) == 10
     own = measured_everywhere({**BENCH, "depths": [128], "depth_tokens": 129})
     assert list(speed_tables.by_depth(own)["test"]) == ["tg128 @ d128"] * 2
@@ -453,11 +460,7 @@ def test_every_row_of_a_decode_frame_is_in_one_of_its_parts_whatever_the_suite_a
 
 def test_a_suite_of_batch_one_has_no_batch_curve_and_drafts_without_a_setup_are_shown() -> None:
     frame = speed_tables.decode_table({"source": make_record("bench", "source", shaped(128, 129, **DRAFTS))})
-    assert (
-        speed_tables.batch_curve(frame).empty
-        and speed_tables.by_depth(frame).empty
-        and speed_tables.in_setups(frame).empty
-    )
+    assert not (speed_tables.batch_curve(frame) or speed_tables.by_depth(frame) or speed_tables.in_setups(frame))
     assert list(speed_tables.single_user(frame)["mean_accepted_length"]) == [1.8]
 
 
@@ -468,7 +471,7 @@ def test_kernels_stand_beside_the_layers_that_they_computed() -> None:
         "silent": make_record("bench", "silent", decodes(0.01), engine={**ENGINE, "kernels": {}}),
     }
     frame = speed_tables.kernel_table(records)
-    found = [(one["variant"], one["kernel"], one["computes"]) for one in columns.json_rows(frame)]
+    found = [(one["variant"], one["kernel"], one["computes"]) for one in tables.json_rows(frame)]
     assert found == [("w4a4", "Marlin", "mlp.down_proj, mlp.up_proj"), ("w4a4", "FLASH_ATTN", "self_attn.attn")]
 
 
@@ -499,7 +502,7 @@ def test_sizes_add_up() -> None:
 
 def test_the_published_sizes_give_the_published_share() -> None:
     role = {**BUILD[0], "source_bytes": 18_820_000_000, "output_bytes": 11_200_000_000}
-    text = columns.terminal_table(build_tables.role_table({"nvfp4": make_record("build", "nvfp4", [role])}))
+    text = tables.terminal_table(build_tables.role_table({"nvfp4": make_record("build", "nvfp4", [role])}))
     for figure in ("18.82 GB", "11.20 GB", "59.5 %"):
         assert figure in text
 
@@ -507,8 +510,8 @@ def test_the_published_sizes_give_the_published_share() -> None:
 def test_an_exact_round_trip_has_no_signal_to_noise_ratio() -> None:
     exact = {**VERIFY[0], "role": "norm", "max_abs_error": 0.0, "snr_db": None}
     frame = build_tables.roundtrip_table({"nvfp4": make_record("verify", "nvfp4", [*VERIFY, exact])})
-    assert columns.cell_text("snr_db", row(frame, role="mlp.up_proj")["snr_db"]) == "20.6"
-    assert columns.cell_text("snr_db", row(frame, role="norm")["snr_db"]) == "—"
+    assert tables.cell_text("snr_db", row(frame, role="mlp.up_proj")["snr_db"]) == "20.6"
+    assert tables.cell_text("snr_db", row(frame, role="norm")["snr_db"]) == "—"
 
 
 # -- Sensitivity -------------------------------------------------------------------------------------------------
@@ -521,8 +524,8 @@ def test_sensitivities_are_medians_over_layers_the_worst_group_first() -> None:
     assert deltanet["NVFP4"] == columns.Spread(median=0.03, largest=0.04, layer=1)
     assert (deltanet["num_layers"], deltanet["fp8_extra_bytes"]) == (3, 3000)
     assert deltanet["fp8_gain_per_gb"] == pytest.approx((0.02 + 0.04 + 0.03 - 3 * 0.001) / 3000 * 1e9)
-    assert "3 % (layer 1: 4 %)" in columns.terminal_table(frame)
-    assert json.loads(json.dumps(columns.json_rows(frame)))[0]["NVFP4"] == {"median": 0.05, "largest": 0.05, "layer": 3}
+    assert "3 % (layer 1: 4 %)" in tables.terminal_table(frame)
+    assert json.loads(json.dumps(tables.json_rows(frame)))[0]["NVFP4"] == {"median": 0.05, "largest": 0.05, "layer": 3}
 
 
 def test_sentences_say_where_fp8_pays_and_how_deltanet_compares() -> None:
@@ -540,7 +543,7 @@ def test_a_group_without_outputs_is_a_dash_and_last() -> None:
     samples = [*sensitivities("mlp.gate_up_proj", {0: (None, None, None)}), *SENSITIVITY]
     frame = sensitivity_tables.sensitivity_table({"source": make_record("sensitivity", "source", samples)})
     assert list(frame["role"])[-1] == "mlp.gate_up_proj"
-    assert columns.cell_text("NVFP4", frame["NVFP4"].iloc[-1]) == "—"
+    assert tables.cell_text("NVFP4", frame["NVFP4"][-1]) == "—"
     assert len(sensitivity_tables.sensitivity_words(frame)) == 2
     nothing = sensitivity_tables.sensitivity_table({"source": make_record("sensitivity", "source", samples[:3])})
     assert sensitivity_tables.sensitivity_words(nothing) == []
@@ -583,20 +586,20 @@ def test_variants_come_in_the_order_asked_for() -> None:
 
 def test_what_all_rows_share_stands_in_the_caption_and_what_differs_in_columns() -> None:
     pair = ppl_pair(8.0, 8.1)
-    caption, _, header = columns.terminal_table(perplexity(pair)).splitlines()[:3]
+    caption, _, header = tables.terminal_table(perplexity(pair)).splitlines()[:3]
     assert caption == (
         "protocol wikitext2-512 · PPL per token · dataset demo:heldout · tokens 297,053 · windows 581 · "
         "scored tokens 296,472"
     )
     assert "protocol" not in header
     both = perplexity_tables.perplexity_table({"wikitext2-512": pair, "gptq-2048": pair})
-    caption, _, header = columns.terminal_table(both).splitlines()[:3]
+    caption, _, header = tables.terminal_table(both).splitlines()[:3]
     assert "protocol" not in caption and "protocol" in header
 
 
 def test_markdown_links_every_row_to_its_run() -> None:
     pair = ppl_pair(8.0, 8.1)
-    text = columns.markdown_table(perplexity(pair), link)
+    text = tables.markdown_table(perplexity(pair), link)
     for record in pair.values():
         assert f"[{record.run.run_id}](../{record.path.name})" in text
 
@@ -604,15 +607,13 @@ def test_markdown_links_every_row_to_its_run() -> None:
 def test_text_that_would_break_a_table_is_escaped() -> None:
     hostile = "a|b\n*c* <d> [e](f) _g_ h_i `j`"
     finding = {"kind": "finding", "severity": "error", "tensor": hostile, "problem": "p", "consequence": "c"}
-    text = columns.markdown_table(
-        build_tables.finding_table({"nvfp4": make_record("verify", "nvfp4", [finding])}), link
-    )
+    text = tables.markdown_table(build_tables.finding_table({"nvfp4": make_record("verify", "nvfp4", [finding])}), link)
     assert r"a\|b \*c\* \<d\> \[e\](f) \_g\_ h_i \`j\`" in text
     assert len(text.splitlines()) == 2 + 3
 
 
 def test_rows_are_json_with_estimates_as_objects() -> None:
-    rows = columns.json_rows(perplexity(ppl_pair(8.0, 8.1)))
+    rows = tables.json_rows(perplexity(ppl_pair(8.0, 8.1)))
     assert json.loads(json.dumps(rows)) == rows
     assert rows[0]["delta_log_ppl"] is None
     assert set(rows[1]["delta_log_ppl"]) == {"value", "low", "high", "num", "method", "standard_error", "degrees"}
@@ -623,13 +624,13 @@ def test_rows_are_json_with_estimates_as_objects() -> None:
 def test_bench_runs_give_their_tables_and_no_empty_one(samples: list[dict[str, Any]], count: int) -> None:
     made = speed_tables.bench_tables({"source": make_record("bench", "source", samples)})
     assert len(made) == count
-    assert all(columns.terminal_table(table) for table in made)
+    assert all(tables.terminal_table(table) for table in made)
 
 
 def test_the_runs_table_names_engine_machine_versions_and_commit() -> None:
     gpu = {"name": "NVIDIA H200", "count": 1, "memory_bytes": 1, "driver": "570.86"}
     machine = {"name": "nvidia-h200-1x", "cpu": "x", "cores": 16, "gpu": gpu, "os": "Linux"}
-    text = columns.terminal_table(
+    text = tables.terminal_table(
         runs.run_table([make_record("ppl", "source", windows(8.0), machine=machine, git=None)])
     )
     for words in ("torch (transformers 5.17.0, torch 2.13.0), bfloat16 on cpu", "1 × NVIDIA H200, driver 570.86"):
@@ -647,6 +648,4 @@ def test_bytes_are_decimal(num_bytes: float, words: str) -> None:
 def test_paths_in_records_do_not_matter_to_a_frame() -> None:
     record = make_record("ppl", "source", windows(8.0))
     moved = Record(Path("/elsewhere/m") / record.path.name, record.run, record.samples, record.end)
-    assert columns.terminal_table(perplexity({"source": record})) == columns.terminal_table(
-        perplexity({"source": moved})
-    )
+    assert tables.terminal_table(perplexity({"source": record})) == tables.terminal_table(perplexity({"source": moved}))

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     from harness.record import baselines
-    from harness.report import columns, gate, gate_output
+    from harness.report import gate, gate_output, tables
 
     if options.update_baseline != (options.reason is not None):
         raise UserError("--update-baseline and --reason go together.", "A baseline is changed for a reason: give both.")
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         print_json({"suite": suite.name, "judgements": gate_output.verdict_rows(judgements)})
     else:
         print(
-            f"{columns.terminal_table(gate_output.verdict_table(judgements))}\n\n{gate_output.verdict_counts(judgements)}"
+            f"{tables.terminal_table(gate_output.verdict_table(judgements))}\n\n{gate_output.verdict_counts(judgements)}"
         )
     if options.junit:
         options.junit.write_text(gate_output.junit(suite.name, judgements), encoding="utf-8")

@@ -42,16 +42,16 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         raise UserError(f"--machine '{options.machine}' is no name.", "Use lower-case letters, digits, '.' and '-'.")
 
     from harness.measure.vllm_bench import BatchShape
-    from harness.report import columns, speed_tables
+    from harness.report import speed_tables, tables
 
     shape = BatchShape(*sizes) if all(sizes) else None
     with open_job(options, given) as job:
         record = _imported(job, options.variant, options.file, shape, options.machine, options.vllm_version)
     frame = speed_tables.served_table({options.variant: record})
     if options.json:
-        print_json({"record": str(record.path), "tables": [columns.json_rows(frame)]})
+        print_json({"record": str(record.path), "tables": [tables.json_rows(frame)]})
     else:
-        print(f"{columns.terminal_table(frame)}\n\nRecord: {record.path}")
+        print(f"{tables.terminal_table(frame)}\n\nRecord: {record.path}")
     return 0
 
 

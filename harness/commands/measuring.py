@@ -13,10 +13,9 @@ from harness.commands.options import add_variants_and_places, open_job, whole_nu
 from harness.commands.output import print_json
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-
     from harness.job import Job, Model
     from harness.record.store import Record
+    from harness.report.tables import Table
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +61,7 @@ def print_models(options: argparse.Namespace, models: Sequence[Model]) -> None:
 def print_measured(
     options: argparse.Namespace,
     records: Mapping[str, Record] | Mapping[str, Mapping[str, Record]],
-    frames: Sequence[DataFrame],
+    frames: Sequence[Table],
     failures: Mapping[str, str],
     *,
     notes: Iterable[str] = (),
@@ -70,11 +69,11 @@ def print_measured(
 ) -> int:
     """Prints the tables of a measure, the files of its records (by row, or by protocol or task and row), what must be
     said of them and what failed; returns the exit code. `invalid` is None for a measure that has no audit."""
-    from harness.report import columns, runs
+    from harness.report import runs, tables
 
     by_name = {name: one if isinstance(one, Mapping) else {name: one} for name, one in records.items()}
     flat = [(row, record) for rows in by_name.values() for row, record in rows.items()]
-    filled = [frame for frame in frames if not frame.empty]
+    filled = [frame for frame in frames if frame]
     warnings = runs.engine_warnings([record for _, record in flat])
     code = 1 if failures or invalid else 0
     if options.json:
@@ -82,12 +81,12 @@ def print_measured(
             name: {row: str(record.path) for row, record in one.items()} if isinstance(one, Mapping) else str(one.path)
             for name, one in records.items()
         }
-        shown = [columns.json_rows(frame) for frame in filled]
+        shown = [tables.json_rows(frame) for frame in filled]
         found = {"records": files, "tables": shown, "warnings": warnings, "failures": dict(failures)}
         print_json(found if invalid is None else {**found, "invalid": list(invalid)})
         return code
     for frame in filled:
-        print(f"\n{columns.terminal_table(frame)}")
+        print(f"\n{tables.terminal_table(frame)}")
     for line in notes:
         print(line)
     if flat:

@@ -28,16 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Measures the source's layers and prints a table of where bytes pay."""
-    from harness.report import columns, sensitivity_tables
+    from harness.report import sensitivity_tables, tables
 
     with open_job(options, given) as job:
         record = _measured(job)
     frame = sensitivity_tables.sensitivity_table({SOURCE: record})
     words = sensitivity_tables.sensitivity_words(frame)
     if options.json:
-        print_json({"records": {SOURCE: str(record.path)}, "tables": [columns.json_rows(frame)], "summary": words})
+        print_json({"records": {SOURCE: str(record.path)}, "tables": [tables.json_rows(frame)], "summary": words})
         return 0
-    print(f"\n{columns.terminal_table(frame)}\n", *words, sep="\n")
+    print(f"\n{tables.terminal_table(frame)}\n", *words, sep="\n")
     print(f"\nRecords:\n  {record.path}")
     return 0
 

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
-
 from harness import serve
 from harness.errors import UserError
 from harness.record.store import Record
-from harness.report import columns, runs
+from harness.report import runs
+from harness.report.tables import Table, table_of
 from harness.suite.names import SOURCE, is_hub_id
 
 GPUS_GIB = (16, 24, 32, 96)
@@ -21,7 +20,7 @@ KEPT = "kept"
 _W4A4 = "NVFP4"
 
 
-def total_table(records: runs.Records) -> pd.DataFrame:
+def total_table(records: runs.Records) -> Table:
     """One row a variant: how many of the source's tensors were quantized, and the bytes of all before and after."""
     rows = []
     for variant, record in records.items():
@@ -38,10 +37,10 @@ def total_table(records: runs.Records) -> pd.DataFrame:
                 "run": record,
             }
         )
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
-def role_table(records: runs.Records) -> pd.DataFrame:
+def role_table(records: runs.Records) -> Table:
     """What was quantized and what was kept: per role the format, the tensors, and the bytes before and after."""
     rows = []
     for variant, record in records.items():
@@ -51,12 +50,12 @@ def role_table(records: runs.Records) -> pd.DataFrame:
         for role in (*roles, total):
             share = role["output_bytes"] / role["source_bytes"] if role["source_bytes"] else None
             rows.append({"variant": variant, **role, "bytes_share": share, "run": record})
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
-def roundtrip_table(records: runs.Records) -> pd.DataFrame:
+def roundtrip_table(records: runs.Records) -> Table:
     """How far the decoded weights are from the source's, per role."""
-    return columns.table_of(
+    return table_of(
         [
             {"variant": variant, **role, "run": record}
             for variant, record in records.items()
@@ -65,9 +64,9 @@ def roundtrip_table(records: runs.Records) -> pd.DataFrame:
     )
 
 
-def finding_table(records: runs.Records) -> pd.DataFrame:
+def finding_table(records: runs.Records) -> Table:
     """What `harness verify` objects to; empty is good."""
-    return columns.table_of(
+    return table_of(
         [
             {"variant": variant, **finding, "run": record}
             for variant, record in records.items()
@@ -89,7 +88,7 @@ def _sum(record: Record, key: str) -> int:
     return sum(role[key] for role in record.kind("role"))
 
 
-def method_table(records: runs.Records) -> pd.DataFrame:
+def method_table(records: runs.Records) -> Table:
     """One row a variant: recipe, how scales and codes were chosen, the formats, and what identifies all that went in.
     Builds of before the method was recorded show a dash."""
     rows = []
@@ -113,17 +112,17 @@ def method_table(records: runs.Records) -> pd.DataFrame:
                 "run": record,
             }
         )
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
-def calibration_table(records: runs.Records) -> pd.DataFrame:
+def calibration_table(records: runs.Records) -> Table:
     """One row a source of calibration samples, as the suite of the builds names it; those of the first calibrated
     variant, since a suite has one set."""
     record = next((one for one in records.values() if one.kind("calibration")), None)
     if record is None:
-        return columns.table_of([])
+        return table_of([])
     sources = (record.run.suite.get("calibration") or {}).get("sources", ())
-    return columns.table_of(
+    return table_of(
         [
             {
                 "dataset": _named(source),
@@ -172,7 +171,7 @@ def server_footprint(record: Record) -> serve.Footprint | None:
     return serve.Footprint(**{name: found[0][name] for name in names}) if found else None
 
 
-def sizing_table(records: runs.Records) -> pd.DataFrame:
+def sizing_table(records: runs.Records) -> Table:
     """One row a variant and GPU: what `harness serve-command` finds to fit, images served and all else at its defaults;
     GPUs that a variant does not fit have no row."""
     rows = []
@@ -195,7 +194,7 @@ def sizing_table(records: runs.Records) -> pd.DataFrame:
                     "run": record,
                 }
             )
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
 def _short(digest: str | None) -> str | None:

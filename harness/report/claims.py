@@ -360,7 +360,7 @@ def _recovery(facts: _Facts, mention: Mention, row: str, versus: str) -> list[_F
     measured = task_tables.newest_by_task(facts.records, facts.suite, (SOURCE, row))
     frame = task_tables.score_table({label: measured[label] for label in labels})
     # Adjusted p-values are of the metric that a task names first.
-    compared = [one for one in frame.to_dict("records") if one["variant"] == row and one.get("p_holm") is not None]
+    compared = [one for one in frame.rows if one["variant"] == row and one.get("p_holm") is not None]
     shares = [one["recovery_ratio"] for one in compared]
     if not shares or None in shares:
         return [_Finding(False, f"{row}: not every task has a score of which a share could be left", runs)]

@@ -1,24 +1,11 @@
-"""How values look: a column for every kind of value, and one way to print any frame.
-
-A frame holds values, not text: numbers, `Estimate`s with their interval, the `Record` (or several) in the column `run`.
-`markdown`, `text` and `rows` turn a frame into a card's table, a terminal's table or JSON; how a column looks is
-written once, in `COLUMNS`. Columns that describe the measurement (protocol, number of tokens ...) move into the
-caption where all rows agree, and stay columns where they do not, so that nothing is hidden by tidiness. A row that all
-others are divided by is in neither: the headings name it.
-
-An estimate without an interval carries a mark wherever it stands, and a line below the table says what it means.
-"""
+"""How values look: a column for each kind of value, in the order in which columns stand in a table."""
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
-from tabulate import tabulate
-
 from harness.record.stats import Estimate
-from harness.record.store import Record
 from harness.report.numbers import format_bytes, format_estimate, format_percent
 
 AT_NOISE = "≤ noise"
@@ -36,12 +23,6 @@ class Spread:
     median: float
     largest: float
     layer: int
-
-
-def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows as a frame of objects (None stays None), with the columns that they have in the order of `COLUMNS`."""
-    columns = [key for key in COLUMNS if any(key in row for row in rows)]
-    return pd.DataFrame([[row.get(key) for key in columns] for row in rows], columns=columns, dtype=object)
 
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
@@ -223,88 +204,9 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def markdown_table(frame: pd.DataFrame, link: Callable[[Record], str]) -> str:
-    """A caption and a Markdown table, runs as links. `link` gives a record's URL from where the text will stand."""
-
-    def cell(key: str, value: object) -> str:
-        if runs := runs_of(value):
-            return " ".join(f"[{one.run.run_id}]({link(one)})" for one in runs)
-        return escape(value) if isinstance(value, str) else cell_text(key, value)
-
-    return _laid_out(frame, cell, "pipe")
-
-
-def terminal_table(frame: pd.DataFrame) -> str:
-    """The same caption and table for a terminal, runs by their id."""
-    return _laid_out(frame, cell_text, "simple")
-
-
-def json_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The frame's rows as JSON values: estimates as objects, runs by their id."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, Estimate | Spread):
-            return asdict(value)
-        if isinstance(value, tuple):
-            return [one.run.run_id for one in runs_of(value)]
-        return value.run.run_id if isinstance(value, Record) else value
-
-    return [{str(key): plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
-
-
-def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a frame with their values as they are."""
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
-
-
-def runs_of(value: object) -> tuple[Record, ...]:
-    """The runs of a cell of the column `run`: one, or several that a row takes together; none of another cell."""
-    if isinstance(value, Record):
-        return (value,)
-    return value if isinstance(value, tuple) else ()
-
-
 def escape(words: str) -> str:
     """Text that Markdown would read as markup or as the end of a table cell, made literal.
 
     An underscore inside a word is literal already, and tensor names are full of them.
     """
     return re.sub(r"([\\`*|<>&\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
-
-
-def cell_text(key: str, value: object) -> str:
-    """A cell: a dash for what is unknown or does not apply, a refusal in its own words, else the column's format,
-    marked where an estimate has no interval."""
-    if runs := runs_of(value):
-        return " ".join(one.run.run_id for one in runs)
-    if value is None or isinstance(value, str):
-        return value or "—"
-    words = COLUMNS[key].show(value)
-    return f"{words} {NO_INTERVAL_MARK}" if lacks_interval(value) else words
-
-
-def table_headings(frame: pd.DataFrame) -> dict[str, str]:
-    """The heading of every column that a frame shows, by key."""
-    named = {key: next(iter(frame[key]), "") for key in frame.columns if COLUMNS[key].named_in_headings}
-    return {key: COLUMNS[key].heading.format_map(named) for key in frame.columns if not COLUMNS[key].named_in_headings}
-
-
-def table_note(frame: pd.DataFrame) -> str | None:
-    """What the marks in a frame's cells mean; None where there are none."""
-    return NO_INTERVAL if any(map(lacks_interval, frame.to_numpy().ravel())) else None
-
-
-def _laid_out(frame: pd.DataFrame, cell: Callable[[str, object], str], table_format: str) -> str:
-    heading = table_headings(frame)
-    cells = {key: [cell(key, value) for value in frame[key]] for key in heading}
-    constant = [key for key in cells if COLUMNS[key].describes and len(set(cells[key])) == 1]
-    caption = " · ".join(f"{heading[key]} {cells[key][0]}" for key in constant)
-    columns = [key for key in cells if key not in constant]
-    table = tabulate(
-        list(zip(*(cells[key] for key in columns), strict=True)),
-        headers=[heading[key] for key in columns],
-        colalign=["right" if COLUMNS[key].numeric else "left" for key in columns],
-        disable_numparse=True,
-        tablefmt=table_format,
-    )
-    return "\n\n".join(part for part in (caption, table, table_note(frame)) if part)

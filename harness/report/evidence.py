@@ -5,14 +5,10 @@ once. Cards, pages, figures and exports all look at the same one.
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import pandas as pd
 
 from harness.record.store import Record
 from harness.report import (
     build_tables,
-    columns,
     fidelity_tables,
     perplexity_tables,
     runs,
@@ -20,6 +16,7 @@ from harness.report import (
     speed_tables,
     task_tables,
 )
+from harness.report.tables import Table
 from harness.suite.names import NOISE, SOURCE
 from harness.suite.schema import Suite
 
@@ -36,7 +33,7 @@ class Evidence:
     records: Mapping[str, runs.Records]  # measure -> variant -> record; all but perplexities and tasks
     perplexities: runs.ByProtocol  # protocol -> variant -> record
     tasks: task_tables.ByTask  # task -> variant -> record
-    frames: Mapping[str, pd.DataFrame]
+    tables: Mapping[str, Table]
     repo: str | None = None  # the id on the hub, of a card that is published
 
     @property
@@ -66,7 +63,7 @@ def gather(suite: Suite, records: Sequence[Record], results_dir: str, repo: str 
     perplexities = runs.newest_by_protocol(records, suite.name, protocols, variants)
     tasks = task_tables.newest_by_task(records, suite, variants)
     versus = suite.bench.versus if suite.bench else SOURCE
-    frames = {
+    tables = {
         "totals": build_tables.total_table(chosen["build"]),
         "size": build_tables.role_table(chosen["build"]),
         "method": build_tables.method_table(chosen["build"]),
@@ -88,11 +85,5 @@ def gather(suite: Suite, records: Sequence[Record], results_dir: str, repo: str 
         "tasks": task_tables.score_table(tasks),
         "answers": task_tables.answer_table(tasks),
     }
-    evidence = Evidence(suite, results_dir, chosen, perplexities, tasks, frames, repo)
-    return replace(evidence, frames={**frames, "runs": runs.run_table(evidence.chosen)})
-
-
-def row_of(frame: pd.DataFrame, **wanted: object) -> dict[str, Any] | None:
-    """The first row with the wanted values, if there is one."""
-    rows = columns.rows_of(frame)
-    return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
+    evidence = Evidence(suite, results_dir, chosen, perplexities, tasks, tables, repo)
+    return replace(evidence, tables={**tables, "runs": runs.run_table(evidence.chosen)})

@@ -43,6 +43,7 @@ from harness.report.exchange import (
 )
 from harness.report.hub import eval_results, model_index
 from harness.report.lm_eval_files import lm_eval_files
+from harness.report.tables import Table
 from harness.suite.names import NOISE, SOURCE, row_parts
 
 
@@ -105,12 +106,12 @@ def _tables(evidence: Evidence, rows: Sequence[str]) -> dict[str, bytes]:
     its median, `<key>_largest` and `<key>_layer`.
     """
     files = {}
-    for name, frame in evidence.frames.items():
-        if "variant" in frame.columns:
-            frame = frame[frame["variant"].isin((*rows, *NOISE))]
-        if frame.empty:
+    for name, table in evidence.tables.items():
+        if "variant" in table.columns:
+            table = Table(table.columns, tuple(row for row in table.rows if row["variant"] in (*rows, *NOISE)))
+        if not table:
             continue
-        cells = [part for key in frame.columns for part in _spread_out(str(key), list(frame[key])).items()]
+        cells = [part for column in table.columns for part in _spread_out(column, table[column]).items()]
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow([key for key, _ in cells])

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from harness.record import stats
 from harness.record.comparable import incomparable
@@ -19,6 +18,7 @@ from harness.record.packed import unpack
 from harness.record.stats import Estimate
 from harness.record.store import Record
 from harness.report import columns, runs
+from harness.report.tables import Table, table_of
 from harness.suite.names import NOISE, SOURCE
 
 PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p95": 95, "kl_p99": 99, "kl_p999": 99.9, "kl_max": 100}
@@ -35,7 +35,7 @@ class Floor:
     log_ppl_nats: float
 
 
-def divergence_table(records: runs.Records) -> pd.DataFrame:
+def divergence_table(records: runs.Records) -> Table:
     """One row a variant: the mean divergence per token, its percentiles over tokens, how often both find the same token
     the likeliest, the root mean square of what the probability of the token that came has changed by, and what it
     all makes of log-perplexity in these windows. Intervals are bootstraps over blocks of windows."""
@@ -61,10 +61,10 @@ def divergence_table(records: runs.Records) -> pd.DataFrame:
                 **runs.served_as(record),
             }
         )
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
-def band_table(records: runs.Records) -> pd.DataFrame:
+def band_table(records: runs.Records) -> Table:
     """The same by the number of tokens before the predicted one, one row a variant and band, without the rows of noise;
     empty where all windows lie in the first band. The last band ends where the longest window does."""
     rows = []
@@ -91,8 +91,8 @@ def band_table(records: runs.Records) -> pd.DataFrame:
                     "run": record,
                 }
             )
-    frame = columns.table_of(rows)
-    return frame if rows and frame["before"].nunique() > 1 else columns.table_of([])
+    frame = table_of(rows)
+    return frame if len({row["before"] for row in rows}) > 1 else table_of([])
 
 
 def _numbers(first: int, last: int) -> str:

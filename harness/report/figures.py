@@ -11,7 +11,6 @@ from harness.record.stats import Estimate
 from harness.record.store import Record
 from harness.report import (
     build_tables,
-    columns,
     drawings,
     fidelity_tables,
     figure_data,
@@ -21,7 +20,8 @@ from harness.report import (
     runs,
     speed_tables,
 )
-from harness.report.evidence import Evidence, row_of
+from harness.report.evidence import Evidence
+from harness.report.tables import cell_text
 from harness.suite.names import NOISE, SOURCE, row_parts
 
 _Rows = list[dict[str, Any]]
@@ -73,9 +73,9 @@ def _overview(evidence: Evidence) -> figure_data.Overview | None:
     looks = _looks(evidence)
     rows = []
     for variant in (SOURCE, *evidence.suite.variants):
-        ppl = row_of(evidence.frames["perplexity"], variant=variant, protocol=evidence.protocol) or {}
+        ppl = evidence.tables["perplexity"].row(variant=variant, protocol=evidence.protocol) or {}
         loss = ppl.get("delta_log_ppl")
-        speed = row_of(evidence.frames["decode"], variant=variant, batch=1)
+        speed = evidence.tables["decode"].row(variant=variant, batch=1)
         steps: list[float] = []
         if speed and not isinstance(speed["speed_ratio"], str):
             shape = (1, int(str(speed["prompt_tokens"])), int(str(speed["new_tokens"])))
@@ -136,7 +136,7 @@ def _losses(evidence: Evidence) -> figure_data.Forest | None:
         for row in _rows(evidence, "fidelity", _of_rows(evidence, "fidelity"))
     ]
     if compared:
-        window = evidence.frames["fidelity"]["window"].iloc[0]
+        window = evidence.tables["fidelity"]["window"][0]
         told = f", windows of {window:,}" if window else ""
         groups.append(figure_data.MarkGroup(f"fidelity{told}, per token", tuple(compared)))
     groups = [group for group in groups if any(mark.value for mark in group.marks)]
@@ -160,9 +160,7 @@ def _decode(evidence: Evidence) -> figure_data.Forest | None:
                 if variant in refused:
                     marks.append(figure_data.Mark(variant, looks[variant], None, refused[variant]))
                     continue
-                words, share, most = (
-                    columns.cell_text(key, row[key]) for key in (_SPEEDS[0], "ceiling_share", _SPEEDS[1])
-                )
+                words, share, most = (cell_text(key, row[key]) for key in (_SPEEDS[0], "ceiling_share", _SPEEDS[1]))
                 if ceiling is not None:
                     words += f", {share} of {most}"
                 marks.append(figure_data.Mark(variant, looks[variant], speed, words, ceiling))
@@ -207,7 +205,7 @@ def _depth(evidence: Evidence) -> figure_data.Bands | None:
 
 def _sensitivity(evidence: Evidence) -> figure_data.Sensitivity | None:
     """Groups in the order of the table."""
-    order = {role: place for place, role in enumerate(evidence.frames["sensitivity"].get("role", ()))}
+    order = {role: place for place, role in enumerate(evidence.tables["sensitivity"]["role"])}
     samples = [one for record in evidence.records["sensitivity"].values() for one in record.kind("sensitivity")]
     cells = [figure_data.Cell(one["index"], one["role"], one["format"], one["layer_error"]) for one in samples]
     cells.sort(key=lambda cell: (order[cell.role], cell.layer))
@@ -245,10 +243,9 @@ def _of_rows(evidence: Evidence, measure: str) -> dict[str, Record]:
     return {name: record for name, record in evidence.records[measure].items() if name not in NOISE}
 
 
-def _rows(evidence: Evidence, frame: str, records: Mapping[str, Record]) -> _Rows:
-    """The rows of a frame that are of these records."""
-    rows = [{str(key): value for key, value in row.items()} for row in evidence.frames[frame].to_dict("records")]
-    return [row for row in rows if row["variant"] in records]
+def _rows(evidence: Evidence, table: str, records: Mapping[str, Record]) -> _Rows:
+    """The rows of a table that are of these records."""
+    return [row for row in evidence.tables[table].rows if row["variant"] in records]
 
 
 def _refused(records: Mapping[str, Record]) -> dict[str, str]:
@@ -268,7 +265,7 @@ def _note(refused: Mapping[str, str]) -> str:
 def _estimate(row: Mapping[str, Any], key: str) -> tuple[Estimate | None, str]:
     """A cell as a forest shows it: the estimate if it is one, and how tables print it."""
     value = row[key]
-    return (value if isinstance(value, Estimate) else None), columns.cell_text(key, value)
+    return (value if isinstance(value, Estimate) else None), cell_text(key, value)
 
 
 def _curves(

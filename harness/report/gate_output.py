@@ -6,16 +6,14 @@ from dataclasses import asdict
 from typing import Any
 from xml.etree import ElementTree
 
-import pandas as pd
-
-from harness.report import columns
 from harness.report.gate import EXIT_CODES, Judgement
+from harness.report.tables import Table, cell_text, markdown_table, table_of
 from harness.suite.metrics import METRICS
 
 
-def verdict_table(judgements: Sequence[Judgement]) -> pd.DataFrame:
+def verdict_table(judgements: Sequence[Judgement]) -> Table:
     """One row a rule."""
-    return columns.table_of(
+    return table_of(
         [
             {
                 "rule": one.name,
@@ -43,7 +41,7 @@ def verdict_rows(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
 
 def step_summary(suite: str, judgements: Sequence[Judgement]) -> str:
     """Markdown for the page of a CI run."""
-    table = columns.markdown_table(verdict_table(judgements), lambda record: record.path.as_posix())
+    table = markdown_table(verdict_table(judgements), lambda record: record.path.as_posix())
     return f"### harness gate: {suite}\n\n{verdict_counts(judgements)}\n\n{table}\n"
 
 
@@ -74,8 +72,8 @@ def _case(suite: str, judgement: Judgement, tag: str | None) -> ElementTree.Elem
     margin = "" if judgement.rule.margin is None else f", margin {judgement.rule.margin:g}"  # which makes it unique
     name, reason = (_NO_XML.sub("\ufffd", text) for text in (judgement.name + margin, judgement.reason))
     case = ElementTree.Element("testcase", {"classname": f"harness.gate.{suite}", "name": name})
-    loss = columns.cell_text("loss", judgement.loss)
-    said = f"{judgement.verdict}: {reason}\nloss {loss}, margin {columns.cell_text('margin', judgement.rule.margin)}"
+    loss = cell_text("loss", judgement.loss)
+    said = f"{judgement.verdict}: {reason}\nloss {loss}, margin {cell_text('margin', judgement.rule.margin)}"
     if tag is None:
         ElementTree.SubElement(case, "system-out").text = said
     else:

@@ -3,8 +3,9 @@
 from harness.record.stats import Estimate
 from harness.record.store import Record
 from harness.report import columns, speed_tables, task_tables
-from harness.report.evidence import Evidence, row_of
+from harness.report.evidence import Evidence
 from harness.report.pieces import Link, paragraphs, reference
+from harness.report.tables import cell_text, runs_of
 from harness.suite.names import SOURCE
 
 
@@ -28,61 +29,57 @@ _Words = tuple[str, tuple[Record, ...]] | None  # what runs say of a variant
 
 
 def _size_words(evidence: Evidence, variant: str) -> _Words:
-    row = row_of(evidence.frames["totals"], variant=variant)
+    row = evidence.tables["totals"].row(variant=variant)
     if row is None:
         return None
-    share, output, source = (
-        columns.cell_text(key, row[key]) for key in ("bytes_share", "output_bytes", "source_bytes")
-    )
+    share, output, source = (cell_text(key, row[key]) for key in ("bytes_share", "output_bytes", "source_bytes"))
     return f"{output} of {source} ({share})", (evidence.records["build"][variant],)
 
 
 def _perplexity_words(evidence: Evidence, variant: str) -> _Words:
-    row = row_of(evidence.frames["perplexity"], variant=variant, protocol=evidence.protocol)
-    base = row_of(evidence.frames["perplexity"], variant=SOURCE, protocol=evidence.protocol)
+    row = evidence.tables["perplexity"].row(variant=variant, protocol=evidence.protocol)
+    base = evidence.tables["perplexity"].row(variant=SOURCE, protocol=evidence.protocol)
     if row is None or evidence.protocol is None:
         return None
     runs = (evidence.perplexities[evidence.protocol][variant],)
     kind = "perplexity" if row["unit"] == "token" else f"{row['unit']} perplexity"
-    words = f"{kind} {columns.cell_text('ppl', row['ppl'])}"
+    words = f"{kind} {cell_text('ppl', row['ppl'])}"
     loss = row["delta_log_ppl"]
     if base is None or not isinstance(loss, Estimate):
         return f"{words} ({f'Δ {loss}' if loss == columns.AT_NOISE else loss})", runs
-    change = columns.cell_text("relative_change_ratio", row["relative_change_ratio"])
-    against = columns.cell_text("ppl", base["ppl"])
-    return f"{words} against {against} ({change}; Δ log-perplexity {columns.cell_text('delta_log_ppl', loss)})", runs
+    change = cell_text("relative_change_ratio", row["relative_change_ratio"])
+    against = cell_text("ppl", base["ppl"])
+    return f"{words} against {against} ({change}; Δ log-perplexity {cell_text('delta_log_ppl', loss)})", runs
 
 
 def _kl_words(evidence: Evidence, variant: str) -> _Words:
-    row = row_of(evidence.frames["fidelity"], variant=variant)
+    row = evidence.tables["fidelity"].row(variant=variant)
     if row is None:
         return None
     unit = " nats" if isinstance(row["kl"], Estimate) else ""
-    return f"KL to the source {columns.cell_text('kl', row['kl'])}{unit}", (evidence.records["fidelity"][variant],)
+    return f"KL to the source {cell_text('kl', row['kl'])}{unit}", (evidence.records["fidelity"][variant],)
 
 
 def _task_words(evidence: Evidence, variant: str) -> _Words:
     """All tasks together, or the only one."""
-    rows = [row for row in columns.rows_of(evidence.frames["tasks"]) if row["variant"] == variant]
+    rows = [row for row in evidence.tables["tasks"].rows if row["variant"] == variant]
     row = next((row for row in rows if row["task"] == task_tables.ALL_TASKS), rows[0] if len(rows) == 1 else None)
     if row is None or not isinstance(row["delta_score"], Estimate):
         return None
-    change = columns.cell_text("delta_score", row["delta_score"])
-    return f"tasks {change} ({row['metric'] if len(rows) > 1 else row['task']})", columns.runs_of(row["run"])
+    change = cell_text("delta_score", row["delta_score"])
+    return f"tasks {change} ({row['metric'] if len(rows) > 1 else row['task']})", runs_of(row["run"])
 
 
 def _decode_words(evidence: Evidence, variant: str) -> _Words:
-    decoded = evidence.frames["decode"]
-    if decoded.empty:
+    decoded = evidence.tables["decode"]
+    if not decoded:
         return None
-    row = row_of(speed_tables.single_user(decoded), variant=variant) or row_of(
-        speed_tables.by_depth(decoded), variant=variant
-    )
+    row = speed_tables.single_user(decoded).row(variant=variant) or speed_tables.by_depth(decoded).row(variant=variant)
     if row is None:
         return None
-    speed, ratio = columns.cell_text("tokens_per_second", row["tokens_per_second"]), row["speed_ratio"]
+    speed, ratio = cell_text("tokens_per_second", row["tokens_per_second"]), row["speed_ratio"]
     other = "the source" if row["versus"] == SOURCE else row["versus"]
-    relation = f"{columns.cell_text('speed_ratio', ratio)} × {other}" if isinstance(ratio, Estimate) else ratio
+    relation = f"{cell_text('speed_ratio', ratio)} × {other}" if isinstance(ratio, Estimate) else ratio
     record = evidence.records["bench"][variant]
     caveat = "; no NVFP4 kernel" if (record.run.engine or {}).get("name") == "torch" else ""
     return f"decode {speed} tok/s at batch 1 ({relation or f'not measured for {other}'}{caveat})", (record,)

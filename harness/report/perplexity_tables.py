@@ -4,14 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import pandas as pd
-
 from harness.record import stats
 from harness.report import columns, runs
+from harness.report.tables import Table, table_of
 from harness.suite.names import SOURCE
 
 
-def perplexity_table(by_protocol: runs.ByProtocol, floor: float | None = None) -> pd.DataFrame:
+def perplexity_table(by_protocol: runs.ByProtocol, floor: float | None = None) -> Table:
     """Perplexity = exp(sum of nll / scored tokens), and what each variant loses against the source.
 
     The loss is the paired difference of log-perplexities in nats, with its interval over blocks of neighbouring
@@ -51,7 +50,7 @@ def perplexity_table(by_protocol: runs.ByProtocol, floor: float | None = None) -
                 least = None if floor is None else floor * tokens_per_unit
                 row |= _lost(clusters, runs.clusters_of(records[SOURCE]), block, least)
             rows.append(row)
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
 def _lost(

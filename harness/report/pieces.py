@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-import pandas as pd
-
 from harness.record.store import Record
-from harness.report import columns, figures
+from harness.report import figures
 from harness.report.evidence import Evidence
+from harness.report.tables import Table, markdown_table
 from harness.suite.names import SOURCE, row_name
 from harness.suite.schema import Suite
 
@@ -25,13 +24,13 @@ def image(evidence: Evidence, link: Link, name: str) -> str | None:
     return f"[![{figures.FIGURES[name]}]({link(f'{path}.png')})]({link(f'{path}.svg')})"
 
 
-def table(evidence: Evidence, link: Link, frame: pd.DataFrame) -> str:
-    return columns.markdown_table(frame, lambda record: link(evidence.record_path(record)))
+def table(evidence: Evidence, link: Link, frame: Table) -> str:
+    return markdown_table(frame, lambda record: link(evidence.record_path(record)))
 
 
-def part(evidence: Evidence, link: Link, title: str, frame: pd.DataFrame, figure: str | None = None) -> str | None:
+def part(evidence: Evidence, link: Link, title: str, frame: Table, figure: str | None = None) -> str | None:
     """A table under a title of its own, with its figure; None where it has no rows."""
-    if frame.empty:
+    if not frame:
         return None
     return paragraphs(f"**{title}**", figure and image(evidence, link, figure), table(evidence, link, frame))
 

@@ -4,12 +4,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import pandas as pd
-
 from harness.record import stats
 from harness.record.comparable import incomparable
 from harness.record.store import Record
-from harness.report import columns
+from harness.report.tables import Table, table_of
 from harness.suite.names import SOURCE
 
 Records = Mapping[str, Record]  # variant -> the run that speaks for it, of one measure
@@ -100,7 +98,7 @@ def clustering(record: Record) -> tuple[str, int]:
     return "windows", stats.block_length(len(record.kind("window")))
 
 
-def run_table(records: Sequence[Record]) -> pd.DataFrame:
+def run_table(records: Sequence[Record]) -> Table:
     """Where every number comes from: the run, its engine, machine, versions and commit."""
     rows = []
     for record in records:
@@ -125,7 +123,7 @@ def run_table(records: Sequence[Record]) -> pd.DataFrame:
                 "run": record,
             }
         )
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
 def engine_warnings(records: Iterable[Record]) -> list[str]:

@@ -16,10 +16,10 @@ from harness.suite.schema import Suite
 
 
 def _size(evidence: Evidence, link: Link) -> str:
-    totals = evidence.frames["totals"]
+    totals = evidence.tables["totals"]
     return paragraphs(
-        None if totals.empty else table(evidence, link, totals),
-        None if totals.empty else f"**By role**\n\n{_roles(evidence, link)}",
+        None if not totals else table(evidence, link, totals),
+        None if not totals else f"**By role**\n\n{_roles(evidence, link)}",
         no_record(evidence, "build"),
     )
 
@@ -47,11 +47,11 @@ def _roles(evidence: Evidence, link: Link) -> str:
 
 
 def _method(evidence: Evidence, link: Link) -> str:
-    frame, sources = evidence.frames["method"], evidence.frames["calibration"]
+    frame, sources = evidence.tables["method"], evidence.tables["calibration"]
     return paragraphs(
-        None if frame.empty else table(evidence, link, frame),
+        None if not frame else table(evidence, link, frame),
         None
-        if frame.empty
+        if not frame
         else "Scales and codes say how the 8-bit scale of each block of 16 weights and the 4-bit codes under it were "
         "chosen: `absmax` and `rtn` round to nearest without data, `search` and `weighted-search` try scales, `gptq` "
         "corrects each column for what the ones before it lost. Digests are the first digits of SHA-256.",
@@ -62,21 +62,21 @@ def _method(evidence: Evidence, link: Link) -> str:
 
 
 def _roundtrip(evidence: Evidence, link: Link) -> str:
-    frame, findings = evidence.frames["roundtrip"], evidence.frames["findings"]
+    frame, findings = evidence.tables["roundtrip"], evidence.tables["findings"]
     clean = [name for name, record in evidence.records["verify"].items() if not record.kind("finding")]
     return paragraphs(
-        None if frame.empty else table(evidence, link, frame),
+        None if not frame else table(evidence, link, frame),
         f"`harness verify` finds nothing to object to in {', '.join(f'`{name}`' for name in clean)}."
         if clean
         else None,
-        None if findings.empty else table(evidence, link, findings),
+        None if not findings else table(evidence, link, findings),
         no_record(evidence, "verify"),
     )
 
 
 def _sensitivity(evidence: Evidence, link: Link) -> str:
-    frame = evidence.frames["sensitivity"]
-    if frame.empty:
+    frame = evidence.tables["sensitivity"]
+    if not frame:
         return paragraphs(no_record(evidence, "sensitivity"))
     record = evidence.records["sensitivity"][SOURCE]
     return paragraphs(
@@ -94,8 +94,8 @@ def _sensitivity(evidence: Evidence, link: Link) -> str:
 def _perplexity(evidence: Evidence, link: Link) -> str:
     if evidence.suite.ppl is None:
         return "The suite measures no perplexity."
-    frame = evidence.frames["perplexity"]
-    if frame.empty:
+    frame = evidence.tables["perplexity"]
+    if not frame:
         return "No record yet: run `nox -s ppl`."
     units = set(frame["unit"])
     return paragraphs(
@@ -132,8 +132,8 @@ def _rows_of_perplexity(suite: Suite) -> list[str]:
 def _fidelity(evidence: Evidence, link: Link) -> str:
     if evidence.suite.fidelity is None:
         return "The suite measures no fidelity."
-    frame, bands = evidence.frames["fidelity"], evidence.frames["bands"]
-    if frame.empty:
+    frame, bands = evidence.tables["fidelity"], evidence.tables["bands"]
+    if not frame:
         return paragraphs(no_record(evidence, "fidelity"))
     noise = evidence.records["fidelity"].keys() & set(NOISE)
     return paragraphs(
@@ -161,11 +161,11 @@ def _tasks(evidence: Evidence, link: Link) -> str:
         if variant not in evidence.tasks.get(label, {})
     ]
     no_record = f"No record yet of {', '.join(missing)}: run `nox -s tasks`." if evidence.tasks else None
-    if evidence.frames["tasks"].empty:
+    if not evidence.tables["tasks"]:
         return "No record yet: run `nox -s tasks`."
-    answers = evidence.frames["answers"]
+    answers = evidence.tables["answers"]
     return paragraphs(
-        table(evidence, link, evidence.frames["tasks"]),
+        table(evidence, link, evidence.tables["tasks"]),
         "Scores, their names (metric, filter) and standard errors are lm-eval's own. Δ is paired: variant and source "
         "answered the same prompts. Its interval is Tango's for answers that are right or wrong, and otherwise a "
         f"bootstrap over documents ({RESAMPLES:,} resamples). Lost and won count the items that only the source, and "
@@ -173,7 +173,7 @@ def _tasks(evidence: Evidence, link: Link) -> str:
         "over all tasks.",
         part(evidence, link, "Generated answers", answers),
         None
-        if answers.empty
+        if not answers
         else "Cut off: answers that came to the most new tokens that they may have. Unclosed: thoughts without their "
         "end. Not found: answers in which the task's filters see none. A run with too many of these is invalid and "
         "compared with nothing. Seconds are those of the whole run, answers of a batch together.",
@@ -182,8 +182,8 @@ def _tasks(evidence: Evidence, link: Link) -> str:
 
 
 def _decode(evidence: Evidence, link: Link) -> str:
-    frame = evidence.frames["decode"]
-    if frame.empty:
+    frame = evidence.tables["decode"]
+    if not frame:
         return paragraphs(no_record(evidence, "bench"))
     return paragraphs(
         part(evidence, link, "One user", speed_tables.single_user(frame), "decode"),
@@ -195,7 +195,7 @@ def _decode(evidence: Evidence, link: Link) -> str:
         "over repetitions, by the exact Mann-Whitney test); it is not the quotient of the two medians "
         "beside it. The ceiling is memory bandwidth over the bytes that a step "
         "moves (weights, states, the prompt's keys and values), and a dash where the bandwidth is unknown.",
-        part(evidence, link, "Kernels that ran", evidence.frames["kernels"]),
+        part(evidence, link, "Kernels that ran", evidence.tables["kernels"]),
         "**The torch engine decompresses quantized weights before it computes, on every device. Its decode speed says "
         "nothing about NVFP4 kernels.**"
         if any((record.run.engine or {}).get("name") == "torch" for record in evidence.records["bench"].values())
@@ -205,18 +205,18 @@ def _decode(evidence: Evidence, link: Link) -> str:
 
 
 def _prefill(evidence: Evidence, link: Link) -> str:
-    frame = evidence.frames["prefill"]
-    return paragraphs(None if frame.empty else table(evidence, link, frame), no_record(evidence, "bench"))
+    frame = evidence.tables["prefill"]
+    return paragraphs(None if not frame else table(evidence, link, frame), no_record(evidence, "bench"))
 
 
 def _memory(evidence: Evidence, link: Link) -> str:
-    frame = evidence.frames["memory"]
-    return paragraphs(None if frame.empty else table(evidence, link, frame), no_record(evidence, "bench"))
+    frame = evidence.tables["memory"]
+    return paragraphs(None if not frame else table(evidence, link, frame), no_record(evidence, "bench"))
 
 
 def _served(evidence: Evidence, link: Link) -> str:
-    frame = evidence.frames["served"]
-    if frame.empty:
+    frame = evidence.tables["served"]
+    if not frame:
         return "No record yet: `harness import` takes what `vllm bench` wrote on another machine."
     return paragraphs(
         table(evidence, link, frame),
@@ -246,16 +246,18 @@ def _reproduce(evidence: Evidence, link: Link) -> str:
 
 
 def _runs(evidence: Evidence, link: Link) -> str:
-    frame = evidence.frames["runs"]
-    if frame.empty:
+    frame = evidence.tables["runs"]
+    if not frame:
         return "No record yet."
-    artifacts = frame[["variant", "artifact"]].drop_duplicates()
-    changed = artifacts["variant"][artifacts["variant"].duplicated()].unique()
+    artifacts: dict[str, set[str | None]] = {}
+    for row in frame.rows:
+        artifacts.setdefault(row["variant"], set()).add(row["artifact"])
+    changed = [variant for variant, digests in artifacts.items() if len(digests) > 1]
     packages: dict[str, list[str]] = {}
-    for row in frame.to_dict("records"):
+    for row in frame.rows:
         packages.setdefault(row["packages"], []).append(reference(evidence, link, row["run"]))
     return paragraphs(
-        table(evidence, link, frame.drop(columns="packages")),
+        table(evidence, link, frame.without("packages")),
         *(
             f"**The runs of `{variant}` are not all of one artifact: measure again what is of an older one.**"
             for variant in changed

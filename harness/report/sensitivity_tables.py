@@ -5,13 +5,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
-
 from harness.report import columns, runs
 from harness.report.numbers import format_bytes, format_percent
+from harness.report.tables import Table, table_of
 
 
-def sensitivity_table(records: runs.Records) -> pd.DataFrame:
+def sensitivity_table(records: runs.Records) -> Table:
     """What storing a group of linear layers in each format does to the output of its half of a layer.
 
     One row a group, the one that NVFP4 hurts most first: the layer errors of each format over the layers, the bytes
@@ -38,7 +37,7 @@ def sensitivity_table(records: runs.Records) -> pd.DataFrame:
             row["dataset"] = (record.run.dataset or {}).get("name")
             found.append(row)
         rows += sorted(found, key=_rank)
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
 def _rank(row: Mapping[str, Any]) -> float:
@@ -54,9 +53,9 @@ def _spread(samples: Sequence[Mapping[str, Any]]) -> columns.Spread | None:
     return columns.Spread(statistics.median(error for error, _ in known), largest, layer)
 
 
-def sensitivity_words(frame: pd.DataFrame) -> list[str]:
+def sensitivity_words(frame: Table) -> list[str]:
     """What the table of sensitivities says, in sentences: where FP8 pays, and how DeltaNet compares with the rest."""
-    rows = [row for row in frame.to_dict("records") if row["NVFP4"] is not None]
+    rows = [row for row in frame.rows if row["NVFP4"] is not None]
     if not rows:
         return []
 

@@ -7,16 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-import pandas as pd
-
 from harness.record import stats
 from harness.record.stats import Estimate
 from harness.record.store import Record
 from harness.report import columns, runs
+from harness.report.tables import Table, table_of
 from harness.suite.names import SOURCE, row_parts
 
 
-def decode_table(records: runs.Records, versus: str = SOURCE) -> pd.DataFrame:
+def decode_table(records: runs.Records, versus: str = SOURCE) -> Table:
     """Decode speed per variant, prompt length and batch size, beside the speed that memory allows, and how many times
     it is that of the row `versus`; of a row with a setup also how many times that of the same variant without it.
 
@@ -48,22 +47,22 @@ def decode_table(records: runs.Records, versus: str = SOURCE) -> pd.DataFrame:
         row["user_tokens_per_second"] = columns.scaled(speed, 1 / batch)
         row["ceiling_tokens_per_second"] = ceiling
         row["ceiling_share"] = speed.value / ceiling if ceiling else None
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
-def prefill_table(records: runs.Records, versus: str = SOURCE) -> pd.DataFrame:
+def prefill_table(records: runs.Records, versus: str = SOURCE) -> Table:
     """Prefill speed: the prompt's tokens over the time until the first new token is known."""
-    return columns.table_of(_speeds(records, "prefill", versus))
+    return table_of(_speeds(records, "prefill", versus))
 
 
-def bench_tables(records: runs.Records, versus: str = SOURCE) -> list[pd.DataFrame]:
+def bench_tables(records: runs.Records, versus: str = SOURCE) -> list[Table]:
     """Decode, prefill and memory of bench runs, tables without rows left out; speeds are divided by those of the row
     `versus`."""
     made = (decode_table(records, versus), prefill_table(records, versus), memory_table(records))
-    return [table for table in made if not table.empty]
+    return [table for table in made if table]
 
 
-def kernel_table(records: runs.Records) -> pd.DataFrame:
+def kernel_table(records: runs.Records) -> Table:
     """What computed the layers, as the engine told it: one row a variant and kernel."""
     rows = []
     for variant, record in records.items():
@@ -73,10 +72,10 @@ def kernel_table(records: runs.Records) -> pd.DataFrame:
         for kernel, those in layers.items():
             if kernel:
                 rows.append({"variant": variant, "kernel": kernel, "computes": ", ".join(those), "run": record})
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
-def memory_table(records: runs.Records) -> pd.DataFrame:
+def memory_table(records: runs.Records) -> Table:
     """What the engine held: the weights, and the most memory that any of its starts came to."""
     rows = []
     for variant, record in records.items():
@@ -89,10 +88,10 @@ def memory_table(records: runs.Records) -> pd.DataFrame:
             del most["kv_cache_tokens"]
         if starts:
             rows.append({"variant": variant, **most, "run": record})
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
-def served_table(records: runs.Records) -> pd.DataFrame:
+def served_table(records: runs.Records) -> Table:
     """What `vllm bench` measured elsewhere. Per request: the median time to the first token, and the median speed after
     it; of a batch and of everything: tokens over time, the prompt's with them where the tool counts them."""
     rows = []
@@ -119,25 +118,25 @@ def served_table(records: runs.Records) -> pd.DataFrame:
                 rates = [count / one["seconds"] for count, one in zip(tokens, found, strict=True)]
                 shape = {key: found[0].get(key) for key in ("batch", "prompt_tokens", "new_tokens", "num_requests")}
                 rows.append({**common, **shape, "tokens_per_second": stats.median(rates)})
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
 # -- What a card asks of a decode table: together these show every row. -------------------------------------------
 
 
-def single_user(decoded: pd.DataFrame) -> pd.DataFrame:
+def single_user(decoded: Table) -> Table:
     """Decode speed of one sequence, of variants as they are."""
     chosen = [row for row in _as_they_are(decoded) if _is_curve(row) and row["batch"] == 1]
     return _about(chosen)
 
 
-def by_depth(decoded: pd.DataFrame) -> pd.DataFrame:
+def by_depth(decoded: Table) -> Table:
     """Decode speed of one sequence after more and more tokens, of variants as they are, the shallowest first."""
     chosen = sorted(filter(_is_at_depth, _as_they_are(decoded)), key=lambda row: row["prompt_tokens"])
     return _about([_with_test(row) for row in chosen], without=_LENGTHS)
 
 
-def batch_curve(decoded: pd.DataFrame) -> pd.DataFrame:
+def batch_curve(decoded: Table) -> Table:
     """Decode speed in total and for each user, of variants as they are, the smallest batch first; empty where nothing
     but batch 1 was measured."""
     chosen = sorted(filter(_is_curve, _as_they_are(decoded)), key=lambda row: row["batch"])
@@ -145,26 +144,26 @@ def batch_curve(decoded: pd.DataFrame) -> pd.DataFrame:
     return _about(measured, without=("ceiling_tokens_per_second", "ceiling_share"))
 
 
-def in_setups(decoded: pd.DataFrame) -> pd.DataFrame:
+def in_setups(decoded: Table) -> Table:
     """Decode speed of variants in setups, MTP among them, at every length and batch size: what drafts came to, and the
     speed over that of the same variant without the setup."""
-    return _about([_with_test(row) for row in columns.rows_of(decoded) if _is_in_setup(row)], without=_LENGTHS)
+    return _about([_with_test(row) for row in decoded.rows if _is_in_setup(row)], without=_LENGTHS)
 
 
 _LENGTHS = ("prompt_tokens", "new_tokens")
 _OPTIONAL = ("setup_ratio", "acceptance_share", "mean_accepted_length")  # columns of a table with something in them
 
 
-def _about(rows: Sequence[Mapping[str, Any]], without: Sequence[str] = ()) -> pd.DataFrame:
+def _about(rows: Sequence[Mapping[str, Any]], without: Sequence[str] = ()) -> Table:
     """The frame of some rows of another one."""
     left_out = {*without, *(key for key in _OPTIONAL if all(row.get(key) is None for row in rows))}
     if all(row["batch"] == 1 for row in rows):
         left_out.add("user_tokens_per_second")
-    return columns.table_of([{key: value for key, value in row.items() if key not in left_out} for row in rows])
+    return table_of([{key: value for key, value in row.items() if key not in left_out} for row in rows])
 
 
-def _as_they_are(decoded: pd.DataFrame) -> list[dict[str, Any]]:
-    return [row for row in columns.rows_of(decoded) if not _is_in_setup(row)]
+def _as_they_are(decoded: Table) -> list[dict[str, Any]]:
+    return [row for row in decoded.rows if not _is_in_setup(row)]
 
 
 def _is_in_setup(row: Mapping[str, Any]) -> bool:

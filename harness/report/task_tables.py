@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import pandas as pd
-
 from harness.record import stats
 from harness.record.comparable import incomparable
 from harness.record.store import Record
-from harness.report import columns, runs
+from harness.report import runs
 from harness.report.numbers import format_percent
+from harness.report.tables import Table, table_of
 from harness.suite.names import SOURCE
 from harness.suite.schema import Audit, Suite
 
@@ -54,7 +53,7 @@ def newest_by_task(records: Sequence[Record], suite: Suite, rows: Sequence[str])
     return found
 
 
-def score_table(by_task: ByTask) -> pd.DataFrame:
+def score_table(by_task: ByTask) -> Table:
     """One row a task, metric and variant: lm-eval's own figure with its standard error, and the paired difference.
 
     `score` is the mean over repetitions of what lm-eval says; its standard error is that of one repetition. The
@@ -99,7 +98,7 @@ def score_table(by_task: ByTask) -> pd.DataFrame:
     for those in compared.values():
         for one, p_value in zip(those, stats.holm([one["p_value"] for one in those]), strict=True):
             one["p_holm"] = p_value
-    return columns.table_of([*rows, *(_together(row, those) for row, those in compared.items() if len(those) > 1)])
+    return table_of([*rows, *(_together(row, those) for row, those in compared.items() if len(those) > 1)])
 
 
 def _together(variant: str, compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def _together(variant: str, compared: Sequence[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def answer_table(by_task: ByTask) -> pd.DataFrame:
+def answer_table(by_task: ByTask) -> Table:
     """The audit of generated answers, one row a task and variant: shares of answers that are no answers, the score of
     those that came to an end, and what an answer costs. Correct is what the first metric of an item's task counts;
     seconds are of the whole run, all answers in a batch together."""
@@ -147,7 +146,7 @@ def answer_table(by_task: ByTask) -> pd.DataFrame:
                     "run": record,
                 }
             )
-    return columns.table_of(rows)
+    return table_of(rows)
 
 
 def invalid(record: Record, source: Record | None) -> list[str]:

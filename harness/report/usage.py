@@ -6,7 +6,7 @@ from tabulate import tabulate
 
 from harness import serve
 from harness.report import build_tables, limits
-from harness.report.evidence import Evidence, row_of
+from harness.report.evidence import Evidence
 from harness.report.pieces import Link, paragraphs, part, reference
 from harness.sampling import GREEDY, PRESETS, Sampling
 
@@ -21,7 +21,7 @@ def usage(evidence: Evidence, link: Link) -> str:
             f"Sizes are not known before a build: run `nox -s build`, or `harness serve-command --variant {variant}`."
         )
     model = evidence.repo or f"./artifacts/{evidence.suite.name}/{variant}"
-    fitting = row_of(evidence.frames["sizes"], variant=variant)  # the smallest first
+    fitting = evidence.tables["sizes"].row(variant=variant)  # the smallest first
     if fitting is None:
         most = build_tables.GPUS_GIB[-1]
         return (
@@ -49,7 +49,7 @@ def usage(evidence: Evidence, link: Link) -> str:
         if build_tables.has_mtp(record)
         else None,
         f"```python\n{python}\n```",
-        part(evidence, link, "What fits", evidence.frames["sizes"]),
+        part(evidence, link, "What fits", evidence.tables["sizes"]),
         f"With images, `--utilization {serve.UTILIZATION:g}` of the GPU's memory and `--overhead-gb "
         f"{serve.OVERHEAD_GB[True]:g}` for vLLM itself, which measures its own as it starts. `harness serve-command` "
         "sizes other GPUs, users and lengths and writes PowerShell and compose files.",
