@@ -21,13 +21,13 @@ ENGINE: dict[str, Any] = {
     "effective": {"threads": 2, "weight_bytes_per_token": 10_000_000, "bandwidth_bytes_per_second": None},
     "kernels": {"linear_attn": "reference", "self_attn": "sdpa"},
 }
-DATASET: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "name": "demo:heldout",
-    "protocol": "wikitext2-512",
     "text_sha256": "0" * 64,
     "token_ids_sha256": "1" * 64,
     "num_tokens": 297_053,
 }
+DATASET: dict[str, Any] = {**TEXT, "protocol": "wikitext2-512"}
 TASK: dict[str, Any] = {
     "name": "sums",
     "num_docs": 4,
@@ -69,7 +69,7 @@ def make_run(measure: str = "ppl", variant: str = "source", **header: Any) -> Ru
             "artifact_digest": "3" * 64,
         },
         "engine": ENGINE if measure in ("ppl", "bench") else None,
-        "dataset": DATASET if measure in ("ppl", "bench") else None,
+        "dataset": {"ppl": DATASET, "bench": TEXT}.get(measure),
         "machine": MACHINE,
         "packages": {"torch": "2.13.0", "harness": "0.1.0"},
         "git": {"commit": "c0ffee" + "0" * 34, "dirty": False},

@@ -1,6 +1,6 @@
 """Which records may be compared: what must be equal in the headers of two runs of a measure."""
 
-from harness.record.schema import lookup
+from harness.record.schema import Run
 from harness.record.store import Record
 
 # What must be equal in the headers of two runs of a measure before their numbers may be compared. Speed belongs to
@@ -85,8 +85,17 @@ def incomparable(a: Record, b: Record, *, over_time: bool = False) -> list[str]:
     if a.run.measure != b.run.measure:
         return ["measure"]
     keys = [key for key in COMPARABLE[a.run.measure] if not (over_time and _is_watched(key))]
-    return [key for key in keys if lookup(a.run, key) != lookup(b.run, key)]
+    return [key for key in keys if _lookup(a.run, key) != _lookup(b.run, key)]
 
 
 def _is_watched(key: str) -> bool:
     return any(key == watched or key.startswith(f"{watched}.") for watched in WATCHED)
+
+
+def _lookup(run: Run, dotted: str) -> object:
+    """The header value at a dotted key; None where a table on the way is missing."""
+    first, *rest = dotted.split(".")
+    value = getattr(run, first)
+    for key in rest:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

@@ -1,328 +1,244 @@
-"""What a record holds: its header, its samples by measure and kind, its last line.
+"""What a record holds: every key of its header, of its samples and of its last line, with its type, unit and bounds.
 
-    {"type": "run", "schema": 1, "measure": "ppl", ...}         what was measured, with what, on what
-    {"type": "sample", "kind": "window", ...}                   raw observations, in the order they came
-    {"type": "end", "status": "complete", "num_samples": ...}   proof that nothing is missing
+    {"type": "run", "schema": 1, "measure": "ppl", ...}         `header_of`: what was measured, with what, on what
+    {"type": "sample", "kind": "window", ...}                   `samples.SAMPLES`: raw observations, in their order
+    {"type": "end", "status": "complete", "num_samples": ...}   `END`: proof that nothing is missing
 
-The samples that each measure may give are listed in `SAMPLES`; `record/store.py` checks every sample against it, when
-it writes and when it reads.
+`record/store.py` holds every record to this page. A record that is written has these keys and no others: anything else
+is a bug of the harness. A record that is read must have every key that is not optional, each of its type and within its
+bounds, or it is named and not used. A name that this page does not know is passed over there, so that a record of a
+later version, which may say more, can still be compared; only the top level of the first and the last line is exact.
+
+Units come last in names: `nll_nats`, `step_seconds`, `weight_bytes`; counts begin with `num_` or end in `_tokens`; a
+share or a ratio is never percent. An `index` counts from 0. Digests are SHA-256 in hex.
 """
 
-import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from harness.record.keys import Key, Keys, optional
+from harness.record.samples import SAMPLES
+
 SCHEMA = 1
+"""The version of this layout. A record of another one is not read."""
+UTC_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+
 Status = Literal["complete", "interrupted", "failed"]
 Json = dict[str, Any]
 
-# What a value in a sample must be. True is no number, and a time of zero or less is a clock that jumped.
+# -- The first line ----------------------------------------------------------------------------------------------
 
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_positive_count(value: object) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_count_or_null(value: object) -> bool:
-    return value is None or _is_count(value)
-
-
-def _is_number_or_null(value: object) -> bool:
-    return value is None or _is_number(value)
-
-
-def _is_cost(value: object) -> bool:
-    """A sum that is not negative but for rounding: of -ln p, of a divergence, of squares."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and not -math.inf < value < -1e-3
-
-
-def _is_score(value: object) -> bool:
-    return _is_number(value) or (isinstance(value, list) and value != [] and all(map(_is_number, value)))
-
-
-def _are_scores(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_score, value.values()))
-
-
-def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def _is_time_or_null(value: object) -> bool:
-    return value is None or _is_time(value)
-
-
-def _are_named_times(value: object) -> bool:
-    return isinstance(value, dict) and value != {} and all(map(_is_number, value.values()))
-
-
-def _are_times(value: object) -> bool:
-    return isinstance(value, list) and value != [] and all(map(_is_time, value))
-
-
-def _are_bands(value: object) -> bool:
-    return isinstance(value, list) and value != [] and all(isinstance(band, dict) for band in value)
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-# The raw samples: measure -> kind -> key -> what its value must be. Units last (seconds, bytes, nats); more keys than
-# these are welcome. `first_token` counts from the start of the text, `nll_nats` is the sum over a window's scored
-# tokens, `step_seconds` has one time per decode step of the whole batch, `snr_db` is null for an exact round trip.
-_Checks = dict[str, Callable[[object], bool]]
-_TIMED: _Checks = {
-    "start": _is_count,
-    "repetition": _is_count,
-    "warmup": _is_flag,
-    "batch": _is_positive_count,
-    "prompt_tokens": _is_positive_count,
-    "prefill_seconds": _is_time,
+_EFFECTIVE = Keys(
+    **optional(  # of every engine that computes here
+        weight_bytes_resident=Key("count", "All weights in memory; 0 where a server does not say.", "bytes"),
+        weight_bytes_per_token=Key("count", "Weights that one decoded token reads at batch 1.", "bytes"),
+        state_bytes=Key("count", "Recurrent states of one sequence.", "bytes"),
+        kv_bytes_per_token=Key("count", "Keys and values that one token adds to the cache.", "bytes"),
+        bandwidth_bytes_per_second=Key("count", "Of the GPUs that read a layer together.", "bytes/s", nullable=True),
+        model_class=Key("text", "The model's class in the library that computes."),
+        attention_implementation=Key("text", "What computes softmax attention.", nullable=True),
+    ),
+    **optional(  # of the torch engines
+        threads=Key("count", "Threads of one operation on the CPU.", "threads"),
+        omp_wait_policy=Key("text", "OMP_WAIT_POLICY: whether waiting threads spin.", nullable=True),
+        cpu_capability=Key("text", "The vector instructions that torch uses."),
+        deltanet_implementation=Key("text", "What computes the DeltaNet recurrence."),
+        experts_implementation=Key("text", "What computes experts; null for a dense model.", nullable=True),
+        weight_decoder=Key("text", "What decoded the weights; null for a model in 16 bits.", nullable=True),
+        score_logits_dtype=Key("text", "The type of logits when a text is scored."),
+        float32_matmul_precision=Key("text", "torch's setting of that name."),
+        use_cache=Key(
+            "table",
+            "Whether a key and state cache is used.",
+            keys=Keys(score=Key("flag", "While scoring."), **optional(decode=Key("flag", "While decoding."))),
+        ),
+        cache=Key("text", "The class of that cache."),
+        end_tokens=Key("counts", "Ids of the tokens that end an answer."),
+    ),
+    **optional(  # of vLLM
+        arguments=Key("open table", "What vLLM was started with, by vLLM's names."),
+        tensor_parallel=Key("count", "GPUs that share each layer.", "GPUs"),
+        pipeline_parallel=Key("count", "GPUs that hold layers one after another.", "GPUs"),
+        data_parallel=Key("count", "Copies of the model.", "copies"),
+        executor=Key("text", "What runs vLLM's workers."),
+        num_devices=Key("count", "Devices in all.", "devices"),
+        max_model_len=Key("count", "The longest sequence; null where a server does not say.", "tokens", nullable=True),
+        max_num_seqs=Key("count", "The most sequences in one step.", "sequences"),
+        max_num_batched_tokens=Key("count", "The most tokens in one step.", "tokens"),
+        prefix_caching=Key("flag", "Whether common beginnings of prompts are computed once."),
+        kv_cache_dtype=Key("text", "The type of stored keys and values."),
+        kv_cache_tokens=Key("count", "Tokens that the cache holds; null where vLLM does not say.", nullable=True),
+        cuda_graphs=Key("flag", "Whether steps run as captured CUDA graphs."),
+        compiled=Key("flag", "Whether vLLM compiled the model."),
+        memory_lines=Key("texts", "What vLLM's log says of memory."),
+    ),
+)
+_ENGINE = Keys(
+    name=Key("text", "`torch`, `streamed`, `vllm`, `server`, `layers` (sensitivity) or `vllm bench` (imported)."),
+    version=Key("text", "The release of the library that computes."),
+    device=Key("text", "`cpu`, the accelerator's own name, or `unknown`."),
+    dtype=Key("text", "The type of activations and of weights that are not quantized."),
+    requested=Key("open table", "What was asked of the engine: folder, dtype, device, and its own options."),
+    effective=Key("table", "What was in force, in the engine's own words.", keys=_EFFECTIVE),
+    kernels=Key("named texts", "What computed each kind of layer; `log`: what vLLM's log says of its choice."),
+    **optional(
+        served_as=Key("text", "The arithmetic, where it is not what the checkpoint says.", nullable=True),
+        warnings=Key("texts", "What the settings cost or fail to do, a sentence each."),
+    ),
+)
+_TEXT = Keys(
+    name=Key("text", "The text: a file's name, a dataset's path on the hub, `demo:heldout`."),
+    **optional(text_sha256=Key("text", "Digest of the text in UTF-8.")),
+    token_ids_sha256=Key("text", "Digest of the token ids as little-endian 32-bit integers."),
+    num_tokens=Key("count", "Tokens of the text.", "tokens"),
+)
+_CUT = optional(
+    num_windows=Key("count", "Windows of the whole text.", "windows"),
+    num_scored=Key("count", "Tokens of the whole text that count.", "tokens"),
+)
+_DATASETS = {
+    "ppl": Keys(
+        **_TEXT,
+        **_CUT,
+        protocol=Key("text", "How the text is cut and which tokens count: `harness list protocols`."),
+        **optional(
+            unit=Key("text", "What the mean is taken over: `token` or `word`."),
+            log_probs_sha256=Key("text", "Digest of the log-probabilities of the measured windows as float32."),
+            documents=Key(
+                "table",
+                "Of each page, where a text is read page by page.",
+                keys=Keys(
+                    num_words=Key("counts", "Words before the page was detokenized.", "words"),
+                    num_tokens=Key("counts", "Tokens, without the one that stands before them.", "tokens"),
+                ),
+            ),
+        ),
+    ),
+    "fidelity": Keys(
+        **_TEXT,
+        **_CUT,
+        window=Key("count", "Tokens of a window.", "tokens", low=1),
+        distribution=Key("text", "What is compared: `whole vocabulary`, or how many named tokens."),
+    ),
+    "bench": _TEXT,
+    "sensitivity": Keys(**_TEXT, num_samples=Key("count", "Calibration samples.", "samples")),
+    "tasks": Keys(
+        name=Key("text", "The task's name in the suite."),
+        num_docs=Key("count", "Documents of all its tasks, under the suite's limit.", "documents"),
+        settings=Key("open table", "The suite's table of the task, as resolved."),
+        lm_eval=Key("text", "lm-eval's release."),
+        task_digest=Key("text", "Digest of the configurations of all its tasks."),
+        tokenizer_digest=Key("text", "Digest of vocabulary, rules and chat template."),
+        tasks=Key(
+            "named tables",
+            "Of each leaf task, by lm-eval's name.",
+            keys=Keys(
+                version=Key("anything", "The task's own version."),
+                num_docs=Key("count", "Documents of the task.", "documents"),
+                **optional(
+                    dataset=Key("text", "The dataset's path.", nullable=True),
+                    dataset_config=Key("text", "Its configuration.", nullable=True),
+                    dataset_revision=Key("text", "Its commit on the hub.", nullable=True),
+                    num_fewshot=Key("count", "Examples in each prompt.", "examples", nullable=True),
+                ),
+            ),
+        ),
+    ),
 }
-# Why an engine did not start or did not survive, and what it said itself.
-_FAILURE: _Checks = {"reason": _is_text, "log": _are_texts}
-SAMPLES: dict[str, dict[str, _Checks]] = {
-    "ppl": {
-        "window": {
-            "index": _is_count,
-            "first_token": _is_count,
-            "num_tokens": _is_positive_count,
-            "num_scored": _is_positive_count,
-            "nll_nats": _is_cost,
-        },
-        "reused": {"num_windows": _is_count, "num_reused": _is_count},
-        "failure": _FAILURE,
-    },
-    # A variant beside its source, in sums over a window: `squared_dp` of the probability of the token that came,
-    # `bands` by the number of tokens before, `kl_codes` the divergence of each prediction (record/packed.py). A source
-    # beside itself is in rows of its own, whose names begin with `noise-`.
-    "fidelity": {
-        "window": {
-            "index": _is_count,
-            "first_token": _is_count,
-            "num_tokens": _is_positive_count,
-            "num_scored": _is_positive_count,
-            "kl_nats": _is_cost,
-            "num_agreed": _is_count,
-            "squared_dp": _is_cost,
-            "nll_nats": _is_cost,
-            "source_nll_nats": _is_cost,
-            "bands": _are_bands,
-            "kl_codes": _is_text,
-        },
-        "failure": _FAILURE,
-    },
-    "bench": {
-        "coherence": {
-            "prompt_tokens": _is_positive_count,
-            "num_tokens": _is_positive_count,
-            "text_nll_nats": _is_number,
-            "generated_nll_nats": _is_number,
-            "limit_nats": _is_number,
-            "coherent": _is_flag,
-        },
-        "decode": {**_TIMED, "step_seconds": _are_times},
-        "prefill": _TIMED,
-        "memory": {"start": _is_count, "weight_bytes": _is_count, "peak_rss_bytes": _is_count_or_null},
-        "failure": _FAILURE,
-    },
-    # One run per task. `outcomes` are an item's scores by "metric,filter", a list where lm-eval aggregates pairs (a
-    # log-likelihood with a number of words). `result` is what lm-eval makes of them, in its own words: its aggregations
-    # and standard errors cannot be had without it.
-    "tasks": {
-        "item": {
-            "task": _is_text,
-            "repetition": _is_count,
-            "doc_id": _is_count,
-            "doc_sha256": _is_text,
-            "prompt_sha256": _is_text,
-            "target_sha256": _is_text,
-            "outcomes": _are_scores,
-            "num_prompt_tokens": _is_count,
-            "num_tokens": _is_count,
-            "seconds": _is_number,
-        },
-        "result": {
-            "task": _is_text,
-            "repetition": _is_count,
-            "metric": _is_text,
-            "value": _is_number,
-            "standard_error": _is_number_or_null,
-            "num_items": _is_count,
-        },
-        "reused": {"num_answers": _is_count, "num_reused": _is_count},
-        "failure": _FAILURE,
-    },
-    # By `vllm bench`, elsewhere: times of single requests, of whole batches, or of everything.
-    "served": {
-        "request": {
-            "prompt_tokens": _is_positive_count,
-            "new_tokens": _is_positive_count,
-            "first_token_seconds": _is_time,
-            "decode_seconds": _is_number,
-        },
-        "failed_request": {"reason": _is_text},
-        "generation": {
-            "batch": _is_positive_count,
-            "prompt_tokens": _is_positive_count,
-            "new_tokens": _is_positive_count,
-            "seconds": _is_time,
-        },
-        "throughput": {"num_requests": _is_positive_count, "num_tokens": _is_positive_count, "seconds": _is_time},
-    },
-    "build": {
-        "role": {
-            "role": _is_text,
-            "format": _is_text,
-            "num_tensors": _is_count,
-            "num_params": _is_count,
-            "source_bytes": _is_count,
-            "output_bytes": _is_count,
-        },
-        "stage": {"name": _is_text, "seconds": _is_number},
-        "totals": {"peak_rss_bytes": _is_count_or_null, "output_bytes": _is_count},
-        "method": {"scales": _is_text, "codes": _is_text},
-        # What sizes a server (serve.py).
-        "footprint": {
-            "weight_bytes": _is_count,
-            "visual_bytes": _is_count,
-            "state_bytes": _is_count,
-            "kv_bytes_per_token": _is_count,
-            "max_positions": _is_count_or_null,
-        },
-        "calibration": {
-            "num_tokens": _is_positive_count,
-            "planned_memory_bytes": _is_positive_count,
-            "peak_vram_bytes": _is_count_or_null,
-        },
-        "layer": {"index": _is_count, "seconds": _are_named_times},
-        "group": {
-            "index": _is_count,
-            "group": _is_text,
-            "format": _is_text,
-            "num_weights": _is_count,
-            "error": _is_number_or_null,
-            "rtn_error": _is_number_or_null,
-            "output": _is_number_or_null,
-            "num_rows_rtn": _is_count,
-            "damping": _is_number_or_null,
-        },
-        "expert": {"index": _is_count, "expert": _is_count, "num_tokens": _is_count},
-    },
-    "verify": {
-        "roundtrip": {
-            "role": _is_text,
-            "num_tensors": _is_count,
-            "max_abs_error": _is_number,
-            "mean_abs_error": _is_number,
-            "relative_l2_error": _is_number,
-            "snr_db": _is_number_or_null,
-        },
-        "finding": {"severity": _is_text, "tensor": _is_text, "problem": _is_text, "consequence": _is_text},
-    },
-    # A sample for each layer, fused group and format; null for an error of an output of zeros. `extra_bytes` is more
-    # than NVFP4 takes, or less.
-    "sensitivity": {
-        "sensitivity": {
-            "index": _is_count,
-            "role": _is_text,
-            "format": _is_text,
-            "output_error": _is_number_or_null,
-            "layer_error": _is_number_or_null,
-            "num_weights": _is_positive_count,
-            "extra_bytes": _is_number,
-        },
-    },
-    # One run per quantizer, or per way to answer task evals (`evaluation`: `call_seconds` loads no model, and `scores`
-    # are accuracies by task) or to score several models (`evaluation`: it loads them, and `scores` are mean negative
-    # log-likelihoods in nats by model). `call_seconds` leaves the imports out, where the tool tells; a `failure` has no
-    # times.
-    "peers": {
-        "repetition": {
-            "repetition": _is_count,
-            "wall_seconds": _is_time,
-            "call_seconds": _is_time_or_null,
-            "peak_rss_bytes": _is_count_or_null,
-            "output_bytes": _is_positive_count,
-        },
-        "evaluation": {
-            "repetition": _is_count,
-            "wall_seconds": _is_time,
-            "call_seconds": _is_time,
-            "num_items": _is_positive_count,
-            "num_requests": _is_positive_count,
-            "peak_rss_bytes": _is_count_or_null,
-            "scores": _are_scores,
-        },
-        "verdict": {"passed": _is_flag, "num_errors": _is_count, "num_warnings": _is_count},
-        "warning": {"text": _is_text},
-        "failure": {"reason": _is_text},
-        "agreement": {
-            "against": _is_text,
-            "num_bytes": _is_positive_count,
-            "num_bytes_equal": _is_count,
-            "num_scales": _is_positive_count,
-            "num_scales_equal": _is_count,
-            "weight_global_scale_low": _is_time,
-            "weight_global_scale_high": _is_time,
-            "input_global_scale_low": _is_time_or_null,
-            "input_global_scale_high": _is_time_or_null,
-        },
-        "window": {
-            "text": _is_text,
-            "index": _is_count,
-            "num_tokens": _is_positive_count,
-            "num_scored": _is_positive_count,
-            "kl_nats": _is_number,
-            "num_agreed": _is_count,
-        },
-    },
-}
-
-UTC_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+_VARIANT = Keys(
+    name=Key("text", "The row: a variant, with `+` and the setup that it was measured in, or a contestant."),
+    recipe=Key("text", "The recipe's name; null for the source.", nullable=True),
+    artifact_digest=Key(
+        "text", "Digest of the checkpoint; null where a server only says what it serves.", nullable=True
+    ),
+    **optional(
+        source_digest=Key("text", "Digest of the checkpoint that the variant was made from."),
+        source_revision=Key("text", "The commit that was fetched from the hub.", nullable=True),
+        setup=Key("text", "The setup of the suite, beside its own options.", nullable=True),
+        contestant=Key("open table", "Of `peers`: which tool, with which arguments.", nullable=True),
+    ),
+)
+_MACHINE = Keys(
+    name=Key("text", "A slug of what computes, the name of the folder of its records."),
+    cpu=Key("text", "The processor's model name."),
+    cores=Key("count", "Cores that the process may use.", "cores", nullable=True),
+    gpu=Key(
+        "table",
+        "The accelerators; null without one.",
+        nullable=True,
+        keys=Keys(
+            name=Key("text", "The model's name by nvidia-smi."),
+            count=Key("count", "How many of them.", "GPUs", low=1),
+            memory_bytes=Key("count", "Of one; null where it is shared with the CPU.", "bytes", nullable=True),
+            driver=Key("text", "The driver's version."),
+        ),
+    ),
+    os=Key("text", "The distribution with its version.", nullable=True),
+    **optional(
+        memory_bytes=Key("count", "Memory of the machine.", "bytes"),
+        python=Key("text", "Python's version."),
+        omp_num_threads=Key("text", "Of `peers`: OMP_NUM_THREADS.", nullable=True),
+    ),
+)
+_GIT = Keys(
+    commit=Key("text", "The commit of the harness."), dirty=Key("flag", "Whether tracked files of the package differ.")
+)
 
 
-def new_id() -> str:
-    """Eight random hex digits: names a run, or the session that one command's runs share."""
-    return secrets.token_hex(4)
+def header_of(measure: str) -> Keys:
+    """The keys of the first line of a measure's record, without its `type`."""
+    return _HEADERS[measure]
 
 
-def utc_now() -> str:
-    """The time as results write it: `2026-03-01T12:00:00Z`."""
-    return datetime.now(UTC).strftime(UTC_FORMAT)
+def _header(measure: str) -> Keys:
+    dataset = _DATASETS.get(measure)
+    return Keys(
+        measure=Key("text", "What was measured: a key of `SAMPLES`."),
+        measure_version=Key("count", "The VERSION of the measure's code."),
+        session_id=Key("text", "Eight hex digits that the runs of one command share."),
+        suite=Key("open table", "The suite as resolved: every key of its file, and every default."),
+        suite_digest=Key("text", "Digest of the suite as canonical JSON."),
+        variant=Key("table", "The checkpoint that was measured.", keys=_VARIANT),
+        engine=Key("table", "What computed; null for a measure that has no engine.", nullable=True, keys=_ENGINE),
+        dataset=Key("open table", "Nothing: the measure reads no text.", nullable=True)
+        if dataset is None
+        else Key("table", "What was read; null where no engine started.", nullable=True, keys=dataset),
+        machine=Key("table", "The hardware.", keys=_MACHINE),
+        packages=Key("named texts", "Version of each installed package whose version can change a number."),
+        git=Key("table", "The checkout of the harness; null where there is none.", nullable=True, keys=_GIT),
+        command=Key("texts", "The command line."),
+        schema=Key("count", "The version of this layout.", low=SCHEMA, high=SCHEMA),
+        run_id=Key("text", "Eight hex digits that name the run."),
+        started_utc=Key("text", "When the run began, `2026-03-01T12:00:00Z`."),
+    )
+
+
+_HEADERS = {measure: _header(measure) for measure in SAMPLES}
+
+# -- The last line -----------------------------------------------------------------------------------------------
+
+END = Keys(
+    status=Key("text", "`complete`, `interrupted` or `failed`."),
+    num_samples=Key("count", "Sample lines above.", "samples"),
+    coverage=Key(
+        "table",
+        "How much of the whole was measured.",
+        keys=Keys(
+            expected=Key("count", "Samples of the whole text or plan.", "samples"),
+            done=Key("count", "Samples of this run.", "samples"),
+        ),
+    ),
+    ended_utc=Key("text", "When the run ended."),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The header: everything that must be known to repeat a run or to refuse a comparison.
-
-    The open tables hold JSON values only: `variant` {name, recipe, artifact_digest, source_digest, source_revision},
-    `engine` {name, version, device, dtype, requested, effective, kernels: layer kind -> what computed it}, `dataset`
-    {name, protocol, text_sha256, token_ids_sha256, num_tokens, …}, `machine` as `provenance.machine` gives it. `engine`
-    and `dataset` are None where a measure has none. `engine.effective` carries what a decode ceiling is computed
-    from: `weight_bytes_per_token`, `state_bytes`, `kv_bytes_per_token`, and `bandwidth_bytes_per_second`, None when
-    unknown.
-    """
+    """The first line: everything that must be known to repeat a run or to refuse a comparison. Its keys are those of
+    `header_of(measure)`."""
 
     measure: str
     measure_version: int
@@ -337,8 +253,8 @@ class Run:
     git: Json | None
     command: tuple[str, ...]
     schema: int = SCHEMA
-    run_id: str = field(default_factory=new_id)
-    started_utc: str = field(default_factory=utc_now)
+    run_id: str = field(default_factory=lambda: new_id())
+    started_utc: str = field(default_factory=lambda: utc_now())
 
     @property
     def file_name(self) -> str:
@@ -349,7 +265,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """The last line. `coverage` {expected, done} counts samples; expected is what the whole text or plan has."""
+    """The last line; its keys are those of `END`."""
 
     status: Status
     num_samples: int
@@ -357,23 +273,23 @@ class End:
     ended_utc: str
 
 
-_MISSING = object()  # of no JSON type, where None is one
+def new_id() -> str:
+    """Eight random hex digits: names a run, or the session that one command's runs share."""
+    return secrets.token_hex(4)
 
 
-def sample_problem(measure: str, sample: Mapping[str, Any]) -> str | None:
-    """What keeps a sample from being one of `SAMPLES`, or None."""
-    kinds = SAMPLES[measure]
-    kind = sample.get("kind")
-    if kind not in kinds:
+def utc_now() -> str:
+    """The time as results write it: `2026-03-01T12:00:00Z`."""
+    return datetime.now(UTC).strftime(UTC_FORMAT)
+
+
+def sample_problem(measure: str, sample: Mapping[str, Any], *, exact: bool) -> str | None:
+    """What keeps a sample from being one of `SAMPLES`, or None. `exact`: it may have no other keys."""
+    kinds, kind = SAMPLES[measure], sample.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
         return f"a sample of {measure} cannot be of the kind {kind!r}"
-    wrong = [key for key, is_good in kinds[kind].items() if not is_good(sample.get(key, _MISSING))]
-    return f"a {kind} sample has no good '{wrong[0]}'" if wrong else None
-
-
-def lookup(run: Run, dotted: str) -> object:
-    """The header value at a dotted key; None where a table on the way is missing."""
-    first, *rest = dotted.split(".")
-    value = getattr(run, first)
-    for key in rest:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+    if wrong := kinds[kind].problem(sample):
+        return f"a {kind} sample has no good '{wrong}'"
+    if exact and (surplus := kinds[kind].unknown({key: value for key, value in sample.items() if key != "kind"})):
+        return f"a {kind} sample has '{surplus}', which record/schema.py does not know"
+    return None

@@ -17,22 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import NoneType, TracebackType
+from types import TracebackType
 from typing import IO, Any, NoReturn, Self
 
 from harness.errors import UserError
-from harness.record.schema import (
-    SAMPLES,
-    SCHEMA,
-    UTC_FORMAT,
-    End,
-    Json,
-    Run,
-    Status,
-    lookup,
-    sample_problem,
-    utc_now,
-)
+from harness.record.keys import Keys
+from harness.record.samples import SAMPLES
+from harness.record.schema import END, SCHEMA, UTC_FORMAT, End, Json, Run, Status, header_of, sample_problem, utc_now
 
 # The times that a run's samples took of the run itself, one after the other. (Answers that are used again bring their
 # own seconds with them, and a build is over when its run begins.)
@@ -86,17 +77,22 @@ class RunWriter:
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        header = self._line("the header", {"type": "run", **dataclasses.asdict(self._run)})
+        values = dataclasses.asdict(self._run)
+        header = self._line("the header", {"type": "run", **values})
+        keys = header_of(self._run.measure)
+        if wrong := keys.problem(values) or keys.unknown(values):
+            raise ValueError(f"the header of {self._run.measure} has no good '{wrong}' by record/schema.py")
         self._stream = self._temporary.open("x", encoding="utf-8", newline="\n")
         self._stream.write(header)
         return self
 
     def sample(self, sample: Mapping[str, Any]) -> None:
-        """Add one raw observation of a kind in `SAMPLES`, every number finite."""
-        if wrong := sample_problem(self._run.measure, sample):
+        """Add one raw observation of a kind in `SAMPLES`, with its keys and no others. `ValueError` for any other
+        sample, `UserError` for a number that is not finite."""
+        line = self._line(f"sample {self._num_samples} ({sample.get('kind')})", {"type": "sample", **sample})
+        if wrong := sample_problem(self._run.measure, sample, exact=True):
             raise ValueError(wrong)
-        what = f"sample {self._num_samples} ({sample['kind']})"
-        self._open_stream().write(self._line(what, {"type": "sample", **sample}))
+        self._open_stream().write(line)
         self._num_samples += 1
 
     def finish(self, status: Status = "complete", num_missing: int = 0) -> Path:
@@ -182,32 +178,55 @@ def _parse(path: Path) -> Record:
         raise _UnusableError(f"line {len(lines) + 1} is cut")
     if not lines:
         raise _UnusableError("it is empty")
-    head, *samples = (_object(number, line) for number, line in enumerate(lines, start=1))
-    if head.get("schema") != SCHEMA:
-        raise _UnusableError(f"its schema is {head.get('schema')!r}, and this version reads {SCHEMA}")
-    run = Run(**_fields(Run, 1, head, "run"))
-    if run.measure not in SAMPLES:
-        raise _UnusableError(f"its measure '{run.measure}' is unknown")
-    nameless = [key for key in ("suite", "variant", "machine") if not isinstance(lookup(run, f"{key}.name"), str)]
-    if nameless:
-        raise _UnusableError(f"line 1 does not name its {nameless[0]}")
+    has_escapes = _HALF_A_CHARACTER in text.lower()
+    head, *samples = (_object(number, line, has_escapes) for number, line in enumerate(lines, start=1))
+    run = _run(head)
     if not samples or samples[-1].get("type") != "end":
         raise _UnusableError("it has no end line")
-    end = End(**_fields(End, len(lines), samples.pop(), "end"))
+    end = _end(len(lines), samples.pop())
     for number, sample in enumerate(samples, start=2):
-        wrong = sample_problem(run.measure, sample) if sample.pop("type", None) == "sample" else "it is no sample"
+        is_sample = sample.pop("type", None) == "sample"
+        wrong = sample_problem(run.measure, sample, exact=False) if is_sample else "it is no sample"
         if wrong:
             raise _UnusableError(f"line {number}: {wrong}")
     if end.num_samples != len(samples):
         raise _UnusableError(f"it has {len(samples)} samples, and its end line counts {end.num_samples}")
     if end.status == "complete" and not samples:
         raise _UnusableError("it is complete and has no samples")
-    if not {"expected", "done"} <= end.coverage.keys():
-        raise _UnusableError("its end line does not say what was covered")
     record = Record(path, run, tuple(samples), end)
     if jump := _clock_jump(record):
         raise _UnusableError(f"its clock jumped: {jump}")
     return record
+
+
+def _run(head: Json) -> Run:
+    """The header, held to `header_of` its measure."""
+    if head.pop("type", None) != "run":
+        raise _UnusableError("line 1 is not the 'run' line")
+    if head.get("schema") != SCHEMA:
+        raise _UnusableError(f"its schema is {head.get('schema')!r}, and this version reads {SCHEMA}")
+    measure = head.get("measure")
+    if not isinstance(measure, str) or measure not in SAMPLES:
+        raise _UnusableError(f"its measure {measure!r} is unknown")
+    _check_top(1, header_of(measure), head)
+    if not isinstance(head["suite"].get("name"), str):
+        raise _UnusableError("line 1 does not name its suite")
+    return Run(**{**head, "command": tuple(head["command"])})
+
+
+def _end(number: int, values: Json) -> End:
+    """The last line, held to `END`."""
+    del values["type"]
+    _check_top(number, END, values)
+    return End(**values)
+
+
+def _check_top(number: int, keys: Keys, values: Json) -> None:
+    """Holds the first or the last line to its keys: all of them, and at the top no others."""
+    if differing := sorted(keys.keys() ^ values.keys()):
+        raise _UnusableError(f"line {number} lacks or should not have '{differing[0]}'")
+    if wrong := keys.problem(values):
+        raise _UnusableError(f"line {number} has no good '{wrong}'")
 
 
 def _clock_jump(record: Record) -> str | None:
@@ -227,44 +246,25 @@ def _clock_jump(record: Record) -> str | None:
     return None
 
 
-def _object(number: int, line: str) -> Json:
-    def not_a_number(word: str) -> NoReturn:
-        raise ValueError(word)
-
-    def finite(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):  # 1e999 is an infinity in disguise
-            not_a_number(digits)
-        return value
-
+def _object(number: int, line: str, has_escapes: bool) -> Json:
+    """The JSON object of a line, in which every number is finite; `has_escapes`: it may hold half a character."""
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(line, parse_constant=not_a_number, parse_float=finite)
-        if "\\ud" in line.lower():  # half a character, which nothing can print
+        value = _DECODER.decode(line)
+        if has_escapes:  # half a character is what nothing can print
             json.dumps(value, ensure_ascii=False).encode()
         if isinstance(value, dict):
             return value
     raise _UnusableError(f"line {number} is not a JSON object of finite numbers")
 
 
-# How the annotations of `Run` and `End` look in JSON.
-_JSON_TYPES: dict[Any, tuple[type, ...]] = {
-    str: (str,),
-    int: (int,),
-    Json: (dict,),
-    Json | None: (dict, NoneType),
-    tuple[str, ...]: (list,),
-    Status: (str,),
-}
+def _not_a_number(word: str) -> NoReturn:
+    raise ValueError(word)
 
 
-def _fields(kind: type[Run] | type[End], number: int, values: Json, line_type: str) -> Json:
-    """The keyword arguments for a header or an end line: every field there, of its type, and nothing else."""
-    if values.pop("type", None) != line_type:
-        raise _UnusableError(f"line {number} is not the '{line_type}' line")
-    types = {one.name: _JSON_TYPES[one.type] for one in dataclasses.fields(kind)}
-    if differing := sorted(types.keys() ^ values.keys()):
-        raise _UnusableError(f"line {number} lacks or should not have '{differing[0]}'")
-    for key, accepted in types.items():
-        if type(values[key]) not in accepted:
-            raise _UnusableError(f"line {number} has a '{key}' of the wrong type")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _not_a_number(digits)  # 1e999 is an infinity in disguise
+
+
+_HALF_A_CHARACTER = "\\ud"
+_DECODER = json.JSONDecoder(parse_constant=_not_a_number, parse_float=_finite)

@@ -1,0 +1,192 @@
+"""The keys of a JSON table: what each means, its type, unit and bounds, and the check that follows from them.
+
+`record/schema.py` is written in these words. A check is compiled once per table and run on every line that is written
+or read, so it is a few comparisons per key and nothing else.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+Form = Literal[
+    "text",
+    "texts",
+    "flag",
+    "count",
+    "number",
+    "counts",
+    "numbers",
+    "named numbers",
+    "named texts",
+    "scores",
+    "table",
+    "tables",
+    "named tables",
+    "open table",
+    "anything",
+]
+"""What a value is in JSON. `count`: a whole number; `texts`, `counts`, `numbers`, `tables`: a list of them; `named …`:
+an object whose names are not fixed; `scores`: an object of numbers and lists of numbers; `open table`: an object that
+another page describes."""
+
+POSITIVE = math.ulp(0.0)
+"""The lower bound of what is greater than zero."""
+ROUNDING = -1e-3
+"""The lower bound of a sum that is negative only by rounding."""
+LARGEST_COUNT = 2**63 - 1
+LARGEST: Mapping[str, float] = {"nats": 1e15, "seconds": 1e10, "dB": 1e5}
+"""The magnitude beyond which a number of a unit is absurd."""
+
+Check = Callable[[object], bool]
+_MISSING = object()  # of no JSON type, where None is one
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a table. `low` and `high` are inclusive bounds of every number in the value; without them a count is
+    0 or more, and a number is only finite and not absurd in its `unit`. `keys` are those of the tables in the value.
+    An `optional` key may be missing; a `nullable` one may be null."""
+
+    form: Form
+    meaning: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    optional: bool = False
+    nullable: bool = False
+    keys: "Keys | None" = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest number that the value may hold."""
+        if self.form in ("count", "counts"):
+            least, most = 0, LARGEST_COUNT
+        else:
+            most = LARGEST.get(self.unit, sys.float_info.max)
+            least = -most
+        return (least if self.low is None else self.low), (most if self.high is None else self.high)
+
+
+class Keys(dict[str, Key]):
+    """The keys of one table, by name."""
+
+    @cached_property
+    def _required(self) -> list[tuple[str, Check]]:
+        return [(name, _check(key)) for name, key in self.items() if not key.optional]
+
+    @cached_property
+    def _optional(self) -> list[tuple[str, Check]]:
+        return [(name, _check(key)) for name, key in self.items() if key.optional]
+
+    def problem(self, values: Mapping[str, Any]) -> str | None:
+        """The first key that is missing or whose value is not what it must be; None for a good table. Names that the
+        table does not know are no problem here: see `unknown`."""
+        get = values.get
+        for name, is_good in self._required:
+            if not is_good(get(name, _MISSING)):
+                return self._place(name, values)
+        for name, is_good in self._optional:
+            if name in values and not is_good(values[name]):
+                return self._place(name, values)
+        return None
+
+    def _place(self, name: str, values: Mapping[str, Any]) -> str:
+        """The dotted place of the fault within a table that is a value of this one, else the name."""
+        below, value = self[name].keys, values.get(name)
+        if self[name].form == "table" and below is not None and isinstance(value, dict):
+            return f"{name}.{below.problem(value)}"
+        return name
+
+    def unknown(self, values: Mapping[str, Any]) -> str | None:
+        """The dotted place of the first name that is no key of the table, or of a table within it; None where there is
+        none."""
+        for name, value in values.items():
+            if name not in self:
+                return name
+            below = self[name].keys
+            if below is None or value is None:
+                continue
+            within = {"table": [value], "tables": value}.get(self[name].form) or list(value.values())
+            if found := next(filter(None, map(below.unknown, within)), None):
+                return f"{name}.{found}"
+        return None
+
+
+def optional(**keys: Key) -> dict[str, Key]:
+    """The keys as such that may be missing."""
+    return {name: replace(key, optional=True) for name, key in keys.items()}
+
+
+def _check(key: Key) -> Check:
+    """Whether a value is what the key says."""
+    is_good = _check_of_form(key)
+    if key.nullable:
+        return lambda value: value is None or is_good(value)
+    return is_good
+
+
+def _check_of_form(key: Key) -> Check:
+    low, high = key.bounds
+
+    def is_count(value: object) -> bool:
+        return type(value) is int and low <= value <= high
+
+    def is_number(value: object) -> bool:
+        # True is no number; NumPy's floats are.
+        return (isinstance(value, float) or type(value) is int) and low <= value <= high
+
+    match key.form:
+        case "text":
+            return _is_text
+        case "flag":
+            return lambda value: value is True or value is False
+        case "count":
+            return is_count
+        case "number":
+            return is_number
+        case "texts":
+            return _list_of(_is_text)
+        case "counts":
+            return _list_of(is_count)
+        case "numbers":
+            return _some(_list_of(is_number))
+        case "named numbers":
+            return _some(_named(is_number))
+        case "named texts":
+            return _named(_is_text)
+        case "scores":
+            are_numbers = _some(_list_of(is_number))
+            return _named(lambda value: is_number(value) or are_numbers(value))
+        case "open table":
+            return lambda value: isinstance(value, dict)
+        case "anything":
+            return lambda value: value is not _MISSING
+    assert key.keys is not None
+    is_table = _table(key.keys)
+    if key.form == "table":
+        return is_table
+    return _some(_list_of(is_table)) if key.form == "tables" else _named(is_table)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _table(keys: Keys) -> Check:
+    return lambda value: isinstance(value, dict) and keys.problem(value) is None
+
+
+def _list_of(is_good: Check) -> Check:
+    return lambda value: isinstance(value, list | tuple) and all(map(is_good, value))
+
+
+def _named(is_good: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(is_good, value.values()))
+
+
+def _some(is_good: Check) -> Check:
+    """That, and not empty."""
+    return lambda value: bool(value) and is_good(value)
