@@ -62,11 +62,9 @@ class Key:
     @property
     def bounds(self) -> tuple[float, float]:
         """The least and the greatest number that the value may hold."""
-        if self.form in ("count", "counts"):
-            least, most = 0, LARGEST_COUNT
-        else:
-            most = LARGEST.get(self.unit, sys.float_info.max)
-            least = -most
+        is_count = self.form in ("count", "counts")
+        most = LARGEST_COUNT if is_count else LARGEST.get(self.unit, sys.float_info.max)
+        least = 0 if is_count else -most
         return (least if self.low is None else self.low), (most if self.high is None else self.high)
 
 

@@ -291,5 +291,5 @@ def sample_problem(measure: str, sample: Mapping[str, Any], *, exact: bool) -> s
     if wrong := kinds[kind].problem(sample):
         return f"a {kind} sample has no good '{wrong}'"
     if exact and (surplus := kinds[kind].unknown({key: value for key, value in sample.items() if key != "kind"})):
-        return f"a {kind} sample has '{surplus}', which record/schema.py does not know"
+        return f"a {kind} sample has '{surplus}', which record/samples.py does not list"
     return None
