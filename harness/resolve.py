@@ -21,8 +21,8 @@ from harness.suite.schema import DatasetText, DemoText, FileText, Suite, Text
 
 if TYPE_CHECKING:
     from harness.demo import corpus
-    from harness.model.census import RoleCount, SourceTensor
-    from harness.model.qwen35 import ModelConfig
+    from harness.model.census import RoleCount
+    from harness.model.family import ModelConfig
     from harness.progress import Progress
     from harness.quantize.layerwise import Calibration
     from harness.quantize.plan import Plan
@@ -56,7 +56,7 @@ def suite_source(suite: Suite) -> Path:
 def source_config(source: Path) -> ModelConfig:
     """The configuration of the model in a source folder."""
     from harness.model.checkpoint import read_json
-    from harness.model.qwen35 import parse_config
+    from harness.model.families import parse_config
 
     return parse_config(read_json(source / "config.json"), str(source))
 
@@ -64,54 +64,27 @@ def source_config(source: Path) -> ModelConfig:
 def plan_source(location: str, recipe: Recipe | None, revision: str | None = None) -> tuple[ModelConfig, Plan]:
     """The plan of a recipe for a `config.json`, a folder or a hub id. Weights are not read: where shards lie
     beside the configuration their headers say what there is, else the configuration does, without an MTP head."""
-    from harness.model.checkpoint import read_json
-    from harness.model.qwen35 import parse_config
+    from harness.model.source import source_at
     from harness.quantize.plan import plan
 
     path = Path(location)
-    if path.is_file():
-        config_file, folder = path, None
-    else:
-        folder = find_source(location, revision, config_only=True)
-        config_file = folder / "config.json"
-    config_json = read_json(config_file)
-    config = parse_config(config_json, str(config_file))
-    if "quantization_config" in config_json:
-        raise UserError(f"{location} is quantized already.", "Plan from its 16-bit source.")
-    tensors = _census(folder, config)
-    unknown = [tensor.name for tensor in tensors if tensor.role is None]
-    if unknown:
+    source = source_at(path if path.is_file() else find_source(location, revision, config_only=True))
+    if source.unknown:
         raise UserError(
-            f"{location} has {len(unknown)} tensors that its architecture has not, such as {unknown[0]}.",
+            f"{location} has {len(source.unknown)} tensors that its architecture has not, such as {source.unknown[0]}.",
             "Plan from the published layout of the model.",
         )
-    return config, plan(config, tensors, recipe)
-
-
-def _census(folder: Path | None, config: ModelConfig) -> tuple[SourceTensor, ...]:
-    from harness.formats.config import num_bytes
-    from harness.model.census import source_tensors
-    from harness.model.checkpoint import SINGLE, open_checkpoint, read_index
-    from harness.model.qwen35 import expected_tensors
-
-    with_mtp = False
-    if folder is not None:
-        index = read_index(folder) or {}
-        if all((folder / shard).exists() for shard in set(index.values()) or {SINGLE}):
-            entries = open_checkpoint(folder).tensors.values()
-            return source_tensors((entry.name, entry.shape, entry.num_bytes) for entry in entries)
-        with_mtp = any(name.startswith("mtp.") for name in index)
-    tensors = expected_tensors(config, with_mtp=with_mtp)
-    return source_tensors((name, shape, num_bytes("BF16", shape)) for name, shape in tensors)
+    return source.config, plan(source.config, source.tensors, recipe)
 
 
 def serving_footprint(config: ModelConfig, counts: Sequence[RoleCount]) -> Footprint:
     """What a variant of these roles takes of a GPU that serves it."""
     from harness.model.census import kv_bytes_per_token, state_bytes
+    from harness.model.families import part_of_role
 
     return Footprint(
         weight_bytes=sum(count.output_bytes for count in counts),
-        visual_bytes=sum(count.output_bytes for count in counts if count.role == "visual"),
+        visual_bytes=sum(count.output_bytes for count in counts if part_of_role(count.role) == "visual"),
         state_bytes=state_bytes(config),
         kv_bytes_per_token=kv_bytes_per_token(config),
         max_positions=config.max_position_embeddings,

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from harness.demo.synthesize import synthesize
 from harness.formats import fp8, nvfp4
 from harness.formats.config import quantization_config
-from harness.model.qwen35 import Linear, linears_of, role_of
+from harness.model.families.qwen35 import FAMILY
+from harness.model.family import Linear
 from harness.quantize.recipes import Recipe
 from tests.conftest import tiny_config
 
@@ -65,11 +66,11 @@ def weight_of(weights: Tensors, name: str, linear: Linear) -> torch.Tensor:
 
 def write_artifact(source: Path, folder: Path, recipe: Recipe, own: Collection[str] = ()) -> Path:
     """`recipe` of the checkpoint in `source`; modules in `own` get the global scale of their own largest weight."""
-    weights, tensors, formats = load(source), {}, recipe.formats
+    weights, tensors, formats = load(source), {}, recipe.formats(FAMILY)
     plan = [
-        (name, linear, formats.get(role.name) if (role := role_of(name)) else None)
+        (name, linear, formats.get(role.name) if (role := FAMILY.role_of(name)) else None)
         for name, weight in weights.items()
-        for linear in linears_of(name, tuple(weight.shape))
+        for linear in FAMILY.linears_of(name, tuple(weight.shape))
     ]
     amax: dict[str, torch.Tensor] = {}
     for name, linear, form in plan:
@@ -99,6 +100,6 @@ def write_artifact(source: Path, folder: Path, recipe: Recipe, own: Collection[s
             shutil.copy(path, folder)
     save(folder, tensors)
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = quantization_config(recipe.targets(), recipe.ignored())
+    config["quantization_config"] = quantization_config(recipe.targets(FAMILY), recipe.ignored(FAMILY))
     (folder / "config.json").write_text(json.dumps(config))
     return folder

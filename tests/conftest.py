@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from harness.demo.synthesize import synthesize
 from harness.model.census import SourceTensor, source_tensors
 from harness.model.checkpoint import INDEX, index_json
-from harness.model.qwen35 import ModelConfig, expected_tensors, parse_config
+from harness.model.families import parse_config
+from harness.model.family import ModelConfig, expected_tensors
 
 DATA = Path(__file__).parent / "data"
 NUM_SHARDS = 3
@@ -70,7 +71,7 @@ def census(config: dict[str, Any], *, with_mtp: bool = False) -> tuple[ModelConf
     """A configuration and its BF16 tensors."""
     parsed = parse_config(config, "here")
     tensors = expected_tensors(parsed, with_mtp=with_mtp)
-    return parsed, source_tensors((name, shape, 2 * prod(shape)) for name, shape in tensors)
+    return parsed, source_tensors(parsed.family, ((name, shape, 2 * prod(shape)) for name, shape in tensors))
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:

@@ -9,6 +9,7 @@ import torch
 from harness.formats.config import FP8_DYNAMIC, NVFP4, NVFP4A16, num_bytes
 from harness.model.census import count_roles, output_bytes, source_tensors, token_traffic
 from harness.model.checkpoint import TORCH_DTYPE
+from harness.model.families.qwen35 import FAMILY
 from harness.quantize.plan import plan
 from harness.quantize.recipes import RECIPES
 from tests.conftest import census, published_config, tiny_config
@@ -22,7 +23,7 @@ def test_bytes_of_a_dtype_are_torchs(dtype: str) -> None:
 
 @pytest.mark.parametrize("form", [NVFP4A16, NVFP4, FP8_DYNAMIC], ids=lambda form: form.name)
 def test_a_stored_tensor_weighs_what_its_format_leaves_on_disk(form: Any) -> None:
-    (tensor,) = source_tensors([("model.language_model.layers.0.mlp.experts.gate_up_proj", (2, 8, 32), 1024)])
+    (tensor,) = source_tensors(FAMILY, [("model.language_model.layers.0.mlp.experts.gate_up_proj", (2, 8, 32), 1024)])
     packed, scales, per_tensor = 2 * 8 * 32 // 2, 2 * 8 * 32 // 16, 4 * 4
     expected = {
         "NVFP4A16": packed + scales + per_tensor,
@@ -35,7 +36,7 @@ def test_a_stored_tensor_weighs_what_its_format_leaves_on_disk(form: Any) -> Non
 
 def test_the_rows_of_a_census_add_up_to_the_model() -> None:
     _, tensors = census(published_config("qwen3.6-35b-a3b"), with_mtp=True)
-    rows = count_roles(tensors, RECIPES["mixed-fp8"].formats)
+    rows = count_roles(tensors, RECIPES["mixed-fp8"].formats(FAMILY))
     assert sum(row.num_tensors for row in rows) == len(tensors) == 1045
     assert sum(row.num_params for row in rows) == sum(prod(tensor.shape) for tensor in tensors)
     assert sum(row.source_bytes for row in rows) == 2 * sum(row.num_params for row in rows)
@@ -53,7 +54,7 @@ def test_the_rows_of_a_census_add_up_to_the_model() -> None:
 def test_a_tensor_of_no_role_is_counted_and_kept_and_read_by_no_token() -> None:
     config, tensors = census(tiny_config("qwen3.5-9b"))
     rows = count_roles(tensors, {})
-    more = count_roles((*tensors, *source_tensors([("model.odd.weight", (4, 16), 128)])), {})
+    more = count_roles((*tensors, *source_tensors(FAMILY, [("model.odd.weight", (4, 16), 128)])), {})
     assert next(row for row in more if row not in rows).role == "unknown"
     assert sum(row.output_bytes for row in more) == sum(row.output_bytes for row in rows) + 128
     assert token_traffic(config, more) == token_traffic(config, rows)

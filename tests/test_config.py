@@ -10,7 +10,9 @@ from compressed_tensors.utils.match import is_match, match_name, match_targets
 
 from harness.errors import UserError
 from harness.formats.config import FORMATS, Format, num_bytes, parse, quantization_config
-from harness.model.qwen35 import expected_tensors, linears_of, parse_config
+from harness.model.families import parse_config
+from harness.model.families.qwen35 import FAMILY
+from harness.model.family import expected_tensors
 from harness.quantize.recipes import RECIPES
 from tests.conftest import published_config, tiny_config
 
@@ -52,7 +54,7 @@ FUSED = {
 
 
 def recipe_config(name: str) -> dict[str, Any]:
-    return quantization_config(RECIPES[name].targets(), RECIPES[name].ignored())
+    return quantization_config(RECIPES[name].targets(FAMILY), RECIPES[name].ignored(FAMILY))
 
 
 def reference_scheme(config: QuantizationConfig, module: str) -> QuantizationScheme | None:
@@ -74,7 +76,7 @@ def source_modules() -> list[str]:
         linear.module
         for name in ("qwen3.5-9b", "qwen3.6-35b-a3b")
         for tensor, shape in expected_tensors(parse_config(tiny_config(name), name), with_mtp=True)
-        for linear in linears_of(tensor, shape)
+        for linear in FAMILY.linears_of(tensor, shape)
     ]
 
 
@@ -133,12 +135,12 @@ def test_a_fused_layer_and_its_shards_are_stored_alike(recipe: str) -> None:
 @pytest.mark.parametrize("model", ["qwen3.5-9b", "qwen3.5-27b", "qwen3.6-35b-a3b"])
 def test_what_the_configuration_names_is_what_the_recipes_roles_quantize(model: str, recipe: str) -> None:
     ours = parse(recipe_config(recipe), "here")
-    formats = RECIPES[recipe].formats
+    formats = RECIPES[recipe].formats(FAMILY)
     config = published_config(model)
     if "num_experts" in config["text_config"]:
         config["text_config"]["num_experts"] = 2
     for tensor, shape in expected_tensors(parse_config(config, model), with_mtp=True):
-        for linear in linears_of(tensor, shape):
+        for linear in FAMILY.linears_of(tensor, shape):
             group = ours.group_of(linear.module)
             assert (group.format if group else None) == formats.get(linear.role.name), linear.module
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedT
 from harness.demo import checkpoint_path, corpus
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint
-from harness.model.qwen35 import expected_tensors, parse_config
+from harness.model.families import parse_config
+from harness.model.family import expected_tensors
 from studies.demo_model import network
 
 DENSE = checkpoint_path("dense")

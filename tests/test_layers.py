@@ -1,6 +1,7 @@
 """Layers one at a time against transformers' whole model, and hidden states against the tensors that were put in."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from harness.demo import checkpoint_path
 from harness.engines.layers import HiddenStates, TextModel, batches_of, captured
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint
+from harness.model.families import parse_config
 from tests.artifacts import change, write_source
 
 CPU = torch.device("cpu")
@@ -38,8 +40,13 @@ def transformers_states(folder: Path, ids: torch.Tensor) -> list[torch.Tensor]:
     return states
 
 
+def text_model(folder: Path, *check: Any) -> TextModel:
+    checkpoint = open_checkpoint(folder)
+    return TextModel(checkpoint, parse_config(checkpoint.config, "here"), CPU, torch.float32, *check)
+
+
 def ours(folder: Path, ids: torch.Tensor) -> list[torch.Tensor]:
-    model = TextModel(open_checkpoint(folder), CPU, torch.float32)
+    model = text_model(folder)
     with torch.inference_mode():
         states = [model.embed(ids)]
         for index in range(model.num_layers):
@@ -71,7 +78,7 @@ def test_padding_changes_nothing_before_it(folder: Path) -> None:
 
 def test_a_layer_names_its_linear_layers_as_the_checkpoint_does(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    model = TextModel(checkpoint, CPU, torch.float32)
+    model = text_model(folder)
     for index in (0, 3):
         for half in model.layer(index):
             assert half.linears
@@ -79,13 +86,13 @@ def test_a_layer_names_its_linear_layers_as_the_checkpoint_does(folder: Path) ->
                 stored = checkpoint.tensor(f"{name}.weight")
                 assert torch.equal(linear.weight, stored.float())
             if half.experts is not None:
-                prefix, module = half.experts
+                prefix, module = half.experts.name, half.experts.module
                 assert torch.equal(module.down_proj, checkpoint.tensor(f"{prefix}.down_proj"))
                 assert module.down_proj.dtype == torch.bfloat16
 
 
 def test_captured_is_what_a_module_reads(folder: Path) -> None:
-    first, _ = TextModel(open_checkpoint(folder), CPU, torch.float32).layer(3)
+    first, _ = text_model(folder).layer(3)
     name = next(name for name in first.linears if name.endswith("o_proj"))
     normed = torch.randn(1, 10, 256, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), captured({"o": first.linears[name]}) as seen:
@@ -97,7 +104,7 @@ def test_captured_is_what_a_module_reads(folder: Path) -> None:
 
 def test_every_tensor_that_is_read_is_shown_to_the_check(folder: Path) -> None:
     checkpoint, seen = open_checkpoint(folder), []
-    model = TextModel(checkpoint, CPU, torch.float32, lambda entry, values: seen.append((entry.name, values.dtype)))
+    model = text_model(folder, lambda entry, values: seen.append((entry.name, values.dtype)))
     model.embed(IDS)
     model.layer(0)
     names = {name for name in checkpoint.tensors if ".language_model.layers.0." in name}
@@ -117,7 +124,7 @@ def test_a_layer_that_lacks_a_tensor_names_it(tmp_path: Path, how: str) -> None:
             tensors[name] = tensors[name][:-16].clone()
 
     change(source, damage)
-    model = TextModel(open_checkpoint(source), CPU, torch.float32)
+    model = text_model(source)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight (is missing|has shape \[80, 64\])"):
         model.layer(1)
 

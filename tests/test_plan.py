@@ -4,6 +4,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.model.census import source_tensors
+from harness.model.families.qwen35 import FAMILY
 from harness.quantize.plan import CalibrationMemory, calibration_memory, check_memory, plan, quantized
 from harness.quantize.recipes import RECIPES, Recipe, recipe_named
 from tests.conftest import census, published_config, tiny_config
@@ -85,7 +86,7 @@ def test_an_fp8_weight_may_have_any_width() -> None:
 
 def test_a_tensor_of_a_linear_role_that_is_no_matrix_is_a_user_error() -> None:
     config, _ = census(tiny_config("qwen3.5-9b"))
-    tensors = source_tensors([("model.language_model.layers.0.mlp.up_proj.weight", (16,), 32)])
+    tensors = source_tensors(FAMILY, [("model.language_model.layers.0.mlp.up_proj.weight", (16,), 32)])
     with pytest.raises(UserError, match=r"up_proj\.weight has shape \[16\], which is no linear layer's"):
         plan(config, tensors, RECIPES["rtn-a16"])
 

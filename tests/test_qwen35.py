@@ -9,7 +9,9 @@ import torch
 import transformers
 
 from harness.errors import UserError
-from harness.model.qwen35 import ROLE, ROLES, expected_tensors, linears_of, parse_config, role_of
+from harness.model.families import parse_config
+from harness.model.families.qwen35 import FAMILY
+from harness.model.family import expected_tensors
 from harness.quantize.recipes import RECIPES
 from tests.conftest import published_config, tiny_config
 
@@ -85,8 +87,8 @@ def test_the_35b_models_experts_are_122880_nvfp4_keys_under_each_experts_own_nam
         f"{linear.module}.{stored.suffix}"
         for name, shape in tensors("qwen3.6-35b-a3b").items()
         if "mlp.experts" in name
-        for linear in linears_of(name, shape)
-        for stored in RECIPES["w4a4"].formats[linear.role.name].stored(linear.out_features, linear.in_features)
+        for linear in FAMILY.linears_of(name, shape)
+        for stored in RECIPES["w4a4"].formats(FAMILY)[linear.role.name].stored(linear.out_features, linear.in_features)
     ]
     assert len(keys) == len(set(keys)) == 40 * 256 * 3 * 4 == 122_880
     pattern = re.compile(
@@ -100,10 +102,12 @@ def test_the_35b_models_experts_are_122880_nvfp4_keys_under_each_experts_own_nam
 @pytest.mark.parametrize("prefix", ["model.language_model.", "model."])
 def test_every_tensor_has_exactly_one_role_in_either_layout(model: str, prefix: str) -> None:
     for name in tensors(model, with_mtp=True):
-        role = role_of(name.replace("model.language_model.", prefix))
+        role = FAMILY.role_of(name.replace("model.language_model.", prefix))
         assert role is not None, name
-        assert role is role_of(name)
-        assert len([r for r in ROLES if re.fullmatch(rf"(model\.(language_model\.)?)?({r.pattern})", name)]) == 1, name
+        assert role is FAMILY.role_of(name)
+        assert (
+            len([r for r in FAMILY.roles if re.fullmatch(rf"(model\.(language_model\.)?)?({r.pattern})", name)]) == 1
+        ), name
 
 
 @pytest.mark.parametrize(
@@ -111,8 +115,8 @@ def test_every_tensor_has_exactly_one_role_in_either_layout(model: str, prefix: 
     ["model.language_model.layers.0.self_attn.q_proj.bias", "transformer.h.0.attn.weight", "lm_head.bias", "xmtp.fc"],
 )
 def test_a_tensor_that_these_models_do_not_have_has_no_role(name: str) -> None:
-    assert role_of(name) is None
-    assert linears_of(name, (16, 16)) == ()
+    assert FAMILY.role_of(name) is None
+    assert FAMILY.linears_of(name, (16, 16)) == ()
 
 
 def test_modules_of_linears_are_the_linear_modules_of_transformers() -> None:
@@ -128,7 +132,7 @@ def test_modules_of_linears_are_the_linear_modules_of_transformers() -> None:
         linear.module: (linear.out_features, linear.in_features)
         for name, shape in expected
         if "visual.pos_embed" not in name
-        for linear in linears_of(name, shape)
+        for linear in FAMILY.linears_of(name, shape)
     }
     assert ours == modules
 
@@ -136,7 +140,7 @@ def test_modules_of_linears_are_the_linear_modules_of_transformers() -> None:
 def test_fused_experts_are_sliced_into_gate_up_and_down_of_each_expert() -> None:
     gate_up = torch.arange(3 * 8 * 5).view(3, 8, 5)
     name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
-    linears = {linear.module: linear for linear in linears_of(name, tuple(gate_up.shape))}
+    linears = {linear.module: linear for linear in FAMILY.linears_of(name, tuple(gate_up.shape))}
     assert len(linears) == 6
     for expert in range(3):
         for shard, rows in (("gate_proj", gate_up[expert, :4]), ("up_proj", gate_up[expert, 4:])):
@@ -151,7 +155,7 @@ def test_layers_are_fused_as_vllm_fuses_them_and_never_across_layers() -> None:
     sizes = Counter(
         linear.fused_into
         for name, shape in expected_tensors(config, with_mtp=False)
-        for linear in linears_of(name, shape)
+        for linear in FAMILY.linears_of(name, shape)
     )
     layer = "model.language_model.layers."
     several = {name for name, size in sizes.items() if size > 1}
@@ -166,11 +170,13 @@ def test_layers_are_fused_as_vllm_fuses_them_and_never_across_layers() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 def test_a_recipe_gives_all_roles_of_a_fused_matrix_one_format(recipe: Any) -> None:
-    assert set(recipe.formats) <= set(ROLE)
-    matrices: dict[tuple[str, str], set[Any]] = {}
-    for role in ROLES:
+    assert set(recipe.formats(FAMILY)) <= {role.name for role in FAMILY.roles}
+    matrices: dict[str, set[Any]] = {}
+    for role in FAMILY.roles:
         if role.fused:
-            matrices.setdefault((role.name.rpartition(".")[0], role.fused), set()).add(recipe.formats.get(role.name))
+            matrices.setdefault((role.name.rpartition(".")[0], role.fused), set()).add(
+                recipe.formats(FAMILY).get(role.name)
+            )
     assert all(len(formats) == 1 for formats in matrices.values())
 
 

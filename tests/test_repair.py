@@ -16,7 +16,7 @@ from harness.audit.repair import MAX_RELATIVE_ERROR, Repair, repair
 from harness.audit.verify import verify
 from harness.cli import main
 from harness.errors import UserError
-from harness.model.qwen35 import linears_of
+from harness.model.families.qwen35 import FAMILY
 from harness.quantize.recipes import RECIPES
 from tests.artifacts import INPUT_SCALE, Tensors, change, load, quiet, weight_of, write_artifact, write_source
 
@@ -41,7 +41,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
         def enlarge(tensors: Tensors, kind: str = kind) -> None:
             for tensor, weight in tensors.items():
-                for linear in linears_of(tensor, tuple(weight.shape)):
+                for linear in FAMILY.linears_of(tensor, tuple(weight.shape)):
                     if linear.module in LARGEST[kind]:
                         rows = slice(linear.first_row, linear.first_row + linear.out_features)
                         weight.view(-1, linear.in_features)[rows] *= 3.3
@@ -102,7 +102,7 @@ def source_weights(source: Path) -> Tensors:
     return {
         linear.module: weight_of(weights, name, linear)
         for name, weight in weights.items()
-        for linear in linears_of(name, tuple(weight.shape))
+        for linear in FAMILY.linears_of(name, tuple(weight.shape))
     }
 
 

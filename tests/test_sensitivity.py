@@ -19,8 +19,9 @@ from harness.engines.layers import Batch, Half, HiddenStates, TextModel, batches
 from harness.engines.loading import load_model
 from harness.errors import UserError
 from harness.formats.config import FORMATS, FP8_DYNAMIC, NVFP4, NVFP4A16, Format
-from harness.model.census import source_tensors
 from harness.model.checkpoint import Checkpoint, open_checkpoint
+from harness.model.families.qwen35 import FAMILY
+from harness.model.source import source_of
 from harness.quantize.layerwise import Calibration
 from harness.quantize.samples import CalibrationSet
 from harness.quantize.sensitivity import Group, groups_by_layer, measure, measure_half
@@ -134,7 +135,7 @@ def test_rows_that_no_block_divides_are_refused_by_name() -> None:
     config = tiny_config("qwen3.5-9b")
     config["text_config"]["intermediate_size"] = 100
     with pytest.raises(UserError, match=r"mlp\.down_proj\.weight has rows of 100 weights"):
-        groups_by_layer(census(config)[1])
+        groups_by_layer(FAMILY, census(config)[1])
 
 
 # -- Other hands -------------------------------------------------------------------------------------------------
@@ -242,16 +243,16 @@ def test_padding_counts_for_nothing(demo: Any, tmp_path: Path) -> None:
 
 def parts_of(source: Path, folder: Path) -> tuple[TextModel, dict[int, list[Group]], list[Batch], list[HiddenStates]]:
     checkpoint = open_checkpoint(source)
-    model = TextModel(checkpoint, CPU, torch.float32)
+    model = TextModel(checkpoint, source_of(checkpoint).config, CPU, torch.float32)
     batches = batches_of(SAMPLES, 60)
     streams = [HiddenStates(folder / name, batches, model.width, torch.float32, CPU, 10**7) for name in "ab"]
     for number, batch in enumerate(batches):
         streams[0][number] = model.embed(batch.ids)
-    return model, groups_by_layer(tensors_of(checkpoint)), batches, streams
+    return model, groups_by_layer(FAMILY, tensors_of(checkpoint)), batches, streams
 
 
 def tensors_of(checkpoint: Checkpoint) -> Any:
-    return source_tensors((one.name, one.shape, one.num_bytes) for one in checkpoint.tensors.values())
+    return source_of(checkpoint).tensors
 
 
 def state(half: Half) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from harness import serve
 from harness.cli import main, parser
 from harness.errors import UserError
-from harness.model.qwen35 import ModelConfig
+from harness.model.family import ModelConfig
 from harness.quantize.plan import Plan
 from harness.quantize.recipes import recipe_named
 from harness.resolve import plan_source, serving_footprint

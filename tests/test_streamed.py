@@ -28,6 +28,7 @@ from harness.errors import UserError
 from harness.formats import nvfp4
 from harness.formats.config import NVFP4, NVFP4A16
 from harness.model.checkpoint import open_checkpoint
+from harness.model.families.qwen35 import FAMILY
 from harness.quantize.recipes import RECIPES, Recipe
 from tests.artifacts import change, quiet, write_artifact, write_source
 from tests.calibrated import demo_ids
@@ -37,7 +38,9 @@ Table = NDArray[np.float32]
 LENGTHS = (70, 70, 70, 20, 1, 33, 33, 90)
 TINY_VOCABULARY = 320
 VARIANTS = ("rtn-a16", "w4a4", "w4a4-experts", "w4a4-deltanet", "mixed-fp8")
-INPUTS_ROUNDED = [name for name in VARIANTS if any(form.input_activations for form in RECIPES[name].formats.values())]
+INPUTS_ROUNDED = [
+    name for name in VARIANTS if any(form.input_activations for form in RECIPES[name].formats(FAMILY).values())
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

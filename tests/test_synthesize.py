@@ -13,7 +13,8 @@ from harness.demo import synthesize as synthesize_module
 from harness.demo.synthesize import synthesize
 from harness.errors import UserError
 from harness.model.checkpoint import inspect_checkpoint, open_checkpoint
-from harness.model.qwen35 import expected_tensors, parse_config
+from harness.model.families import parse_config
+from harness.model.family import expected_tensors
 from tests.conftest import tiny_config
 
 

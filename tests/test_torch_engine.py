@@ -46,7 +46,8 @@ from harness.formats import fp8, nvfp4
 from harness.formats.config import NVFP4A16, Format, parse, quantization_config
 from harness.measure import perplexity
 from harness.model.checkpoint import open_checkpoint
-from harness.model.qwen35 import Linear, linears_of, role_of
+from harness.model.families.qwen35 import FAMILY
+from harness.model.family import Linear
 from harness.quantize.build import build
 from harness.quantize.recipes import RECIPES, Recipe
 from tests.conftest import tiny_config
@@ -532,7 +533,7 @@ SCHEMES = {
         input_activations=QuantizationArgs(**dict(form.input_activations)) if form.input_activations else None,
     )
     for recipe in RECIPES.values()
-    for form in recipe.formats.values()
+    for form in recipe.formats(FAMILY).values()
 }
 ATTENTION_ONLY = Recipe("attention", "", ((NVFP4A16, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),))
 MOE_RECIPES = [RECIPES["rtn-a16"], RECIPES["w4a4"], RECIPES["w4a4-deltanet"], RECIPES["mixed-fp8"], ATTENTION_ONLY]
@@ -546,11 +547,11 @@ def _quantized(source: Path, recipe: Recipe) -> dict[str, tuple[Linear, Format, 
     """Module -> its place in the source, format and 16-bit weight, for all that `recipe` quantizes."""
     found = {}
     for name, tensor in _tensors(source).items():
-        role = role_of(name)
-        if role is not None and role.name in recipe.formats:
-            for linear in linears_of(name, tuple(tensor.shape)):
+        role = FAMILY.role_of(name)
+        if role is not None and role.name in recipe.formats(FAMILY):
+            for linear in FAMILY.linears_of(name, tuple(tensor.shape)):
                 rows = tensor.view(-1, linear.in_features)[linear.first_row :][: linear.out_features]
-                found[linear.module] = (linear, recipe.formats[role.name], rows)
+                found[linear.module] = (linear, recipe.formats(FAMILY)[role.name], rows)
     return found
 
 
@@ -582,14 +583,14 @@ def _encode(source: Path, recipe: Recipe, folder: Path) -> Path:
     weight_map = {name: shard for shard, members in shards.items() for name in members}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = quantization_config(recipe.targets(), recipe.ignored())
+    config["quantization_config"] = quantization_config(recipe.targets(FAMILY), recipe.ignored(FAMILY))
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def _is_quantized(name: str, recipe: Recipe) -> bool:
-    role = role_of(name)
-    return role is not None and role.name in recipe.formats
+    role = FAMILY.role_of(name)
+    return role is not None and role.name in recipe.formats(FAMILY)
 
 
 def _reference_weight(stored: dict[str, Tensor], module: str, form: Format, dtype: torch.dtype) -> Tensor:
@@ -683,7 +684,7 @@ def test_a_quantized_mixture_of_experts_computes_what_compressed_tensors_decodes
     ids = _windows(40, 40)
     logits = _logits(loading.load_model(artifact, "float32"), ids)
     expected = _logits(_oracle(moe_source, artifact, recipe, torch.float32), ids)
-    if any(form.input_activations for form in recipe.formats.values()):
+    if any(form.input_activations for form in recipe.formats(FAMILY).values()):
         # Sums in another order differ in the last bit, and that bit may round an activation to the other side.
         assert (logits - expected).abs().median() < 1e-5
         assert (logits - expected).abs().mean() < 0.02 * (expected - _logits(_reference(moe_source), ids)).abs().mean()

@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from harness.audit.keys import expect, key_findings
-from harness.audit.matching import Reader, engine_layers, idle_entries, internal_name, matching_findings
+from harness.audit.matching import Reader, engine_layers, idle_entries, matching_findings
 from harness.audit.verify import Verification, verify
 from harness.errors import UserError
 from harness.formats import nvfp4
 from harness.formats.config import QuantizationConfig, parse, quantization_config
-from harness.model.qwen35 import ModelConfig, parse_config
+from harness.model.families import parse_config
+from harness.model.families.qwen35 import FAMILY
+from harness.model.family import ModelConfig
 from harness.quantize.build import build
 from harness.quantize.recipes import RECIPES
 from tests.artifacts import INPUT_SCALE, Tensors, change, quiet, write_artifact, write_source
@@ -321,7 +323,7 @@ def test_sound_artifacts_of_every_recipe_pass_without_findings(
 def test_the_experts_of_the_35b_shape_have_122880_keys() -> None:
     config = parse_config(published_config("qwen3.6-35b-a3b"), "here")
     recipe = RECIPES["w4a4"]
-    quantization = parse(quantization_config(recipe.targets(), recipe.ignored()), "here")
+    quantization = parse(quantization_config(recipe.targets(FAMILY), recipe.ignored(FAMILY)), "here")
     expectation = expect(config, quantization, {}, with_mtp=True)
     keys = [name for name in expectation.tensors if ".experts." in name and not name.startswith("mtp.")]
     assert len(keys) == 256 * 40 * 3 * 4 == 122_880
@@ -561,8 +563,8 @@ def short_config(name: str) -> ModelConfig:
 
 def configured(groups: list[list[str]], ignore: list[str]) -> QuantizationConfig:
     """Groups of different formats with these targets: NVFP4A16, then NVFP4, then FP8."""
-    forms = list(RECIPES["mixed-fp8"].targets())
-    forms = [*RECIPES["rtn-a16"].targets(), *forms][: len(groups)]
+    forms = list(RECIPES["mixed-fp8"].targets(FAMILY))
+    forms = [*RECIPES["rtn-a16"].targets(FAMILY), *forms][: len(groups)]
     return parse(quantization_config(dict(zip(forms, groups, strict=True)), ignore), "here")
 
 
@@ -611,7 +613,7 @@ def test_what_vllm_reads_differently_is_found(
 ) -> None:
     quantization = configured(groups, ignore)
     config = short_config("qwen3.5-9b")
-    findings = list(matching_findings(quantization, expect(config, quantization, {}, with_mtp=True).meant))
+    findings = list(matching_findings(FAMILY, quantization, expect(config, quantization, {}, with_mtp=True).meant))
     if severity is None:
         assert findings == []
         return
@@ -631,7 +633,7 @@ def test_all_experts_of_a_layer_take_the_first_ones_format(targets: str, ignore:
     router = [] if "gate)" in targets else [r"re:.*mlp\.gate$"]
     quantization = configured([[targets]], [*ignore, *NO_QKV, r"re:.*shared_expert.*", *router])
     config = short_config("qwen3.6-35b-a3b")
-    findings = list(matching_findings(quantization, expect(config, quantization, {}, with_mtp=True).meant))
+    findings = list(matching_findings(FAMILY, quantization, expect(config, quantization, {}, with_mtp=True).meant))
     assert len(findings) == 1
     assert words in findings[0].problem
     assert "7 more layers" in findings[0].problem
@@ -641,21 +643,21 @@ def test_all_experts_of_a_layer_take_the_first_ones_format(targets: str, ignore:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_means_the_same_to_vllm_on_the_published_shapes(name: str, recipe: str) -> None:
     config = short_config(name)
-    quantization = parse(quantization_config(RECIPES[recipe].targets(), RECIPES[recipe].ignored()), "here")
+    quantization = parse(quantization_config(RECIPES[recipe].targets(FAMILY), RECIPES[recipe].ignored(FAMILY)), "here")
     expectation = expect(config, quantization, {}, with_mtp=True)
-    assert list(matching_findings(quantization, expectation.meant)) == []
+    assert list(matching_findings(FAMILY, quantization, expectation.meant)) == []
     assert list(idle_entries(config, quantization, expectation.names)) == []
 
 
 def test_exact_names_are_mapped_to_those_inside_vllm() -> None:
-    assert internal_name(GATE) == "language_model.model.layers.0.mlp.gate_proj"
-    assert internal_name("model.visual.merger.linear_fc1") == "visual.merger.linear_fc1"
-    assert internal_name("lm_head") == "language_model.lm_head"
-    assert internal_name("mtp.fc") == "mtp.fc"
+    assert FAMILY.engine_name(GATE) == "language_model.model.layers.0.mlp.gate_proj"
+    assert FAMILY.engine_name("model.visual.merger.linear_fc1") == "visual.merger.linear_fc1"
+    assert FAMILY.engine_name("lm_head") == "language_model.lm_head"
+    assert FAMILY.engine_name("mtp.fc") == "mtp.fc"
     quantization = configured([[GATE, UP]], [])
     config = short_config("qwen3.5-9b")
-    layers = engine_layers(expect(config, quantization, {}, with_mtp=False).meant)
+    layers = engine_layers(FAMILY, expect(config, quantization, {}, with_mtp=False).meant)
     for up_to_026 in (True, False):
-        reader = Reader(quantization, up_to_026=up_to_026)
+        reader = Reader(FAMILY, quantization, up_to_026=up_to_026)
         assert reader.read(layers["model.language_model.layers.0.mlp.gate_up_proj"]).form == "NVFP4A16"
         assert reader.read(layers["model.language_model.layers.1.mlp.gate_up_proj"]).outcome == "unmatched"

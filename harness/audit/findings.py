@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from harness.model.family import Family
+
 UNINITIALISED = "vLLM leaves the parameter uninitialised without a word, and the model answers with noise"
 REFUSED = "vLLM stops while loading"
 
-_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.")
 _NUMBER = re.compile(r"(?<!\w)-?(\d+(\.\d+)?(e[+-]?\d+)?|nan|inf)")
 
 
@@ -25,18 +26,18 @@ class Finding:
     consequence: str
 
 
-def condensed(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+def condensed(findings: Iterable[Finding], family: Family) -> tuple[Finding, ...]:
     """The findings in their order, those that say the same of several experts of one layer told by the first."""
     alike: dict[tuple[str, ...], list[Finding]] = {}
     for place, finding in enumerate(findings):
-        match = _EXPERT.match(finding.tensor)
+        expert = family.expert_of(finding.tensor)
         said = (_NUMBER.sub("", finding.problem), _NUMBER.sub("", finding.consequence))
-        key = (finding.severity, match["experts"], *said) if match else (str(place),)
+        key = (finding.severity, expert.experts, *said) if expert else (str(place),)
         alike.setdefault(key, []).append(finding)
-    return tuple(members[0] if len(members) == 1 else _told_once(members) for members in alike.values())
+    return tuple(members[0] if len(members) == 1 else _told_once(members, family) for members in alike.values())
 
 
-def _told_once(members: list[Finding]) -> Finding:
-    experts = {match["number"] for finding in members if (match := _EXPERT.match(finding.tensor))}
+def _told_once(members: list[Finding], family: Family) -> Finding:
+    experts = {expert.number for finding in members if (expert := family.expert_of(finding.tensor))}
     more = f"{len(members) - 1:,} more of this layer, in {len(experts):,} experts" if experts else ""
     return replace(members[0], problem=f"{members[0].problem}, and so {more}")

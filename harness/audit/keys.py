@@ -5,17 +5,15 @@ Where configuration and disk contradict each other about a layer (16-bit weights
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from harness.audit.findings import REFUSED, UNINITIALISED, Finding
 from harness.audit.matching import Meant, matches
 from harness.formats.config import Format, Group, QuantizationConfig
 from harness.model.checkpoint import TensorEntry
-from harness.model.qwen35 import Linear, ModelConfig, expected_tensors, linears_of, role_of
+from harness.model.family import Family, Linear, ModelConfig, Part, expected_tensors
 
 KEPT_DTYPES = ("BF16", "F16", "F32")
-MULTIMODAL, _TEXT_ONLY = "model.language_model.", "model."
-_MTP, _VISION = "mtp.", "model.visual."
 
 _MODEL_OPTIMIZER = {"weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}
 
@@ -30,17 +28,19 @@ class Module:
 
     @property
     def name(self) -> str:
+        """Its name in the checkpoint."""
         return self.linear.module
 
 
 @dataclass
 class Expectation:
-    """What the folder should hold: (dtype, shape) by tensor name; dtype None for a kept tensor of any float.
+    """What a folder of `family` should hold: (dtype, shape) by tensor name; dtype None for a kept tensor of any float.
 
     `meant` is every linear layer with the group that the configuration gives it, `names` every module's name, and
     `told` the tensors about which `findings` has said all there is to say.
     """
 
+    family: Family
     tensors: dict[str, tuple[str | None, tuple[int, ...]]] = field(default_factory=dict)
     modules: list[Module] = field(default_factory=list)
     meant: list[Meant] = field(default_factory=list)
@@ -54,13 +54,16 @@ def expect(
     config: ModelConfig, quantization: QuantizationConfig, stored: Mapping[str, TensorEntry], *, with_mtp: bool
 ) -> Expectation:
     """Works out what a checkpoint of `config` should hold. `stored` decides only between two ways to write the same:
-    the multimodal and the text-only key layout, and kept experts fused or apart; it may be empty."""
-    expectation = Expectation(is_text_only=any(name.startswith("model.layers.") for name in stored))
+    the published prefix of the text part or another, and kept experts fused or apart; it may be empty."""
+    family = config.family
+    prefix = family.text_prefix(stored)
+    layout = replace(family.published, text_prefix=prefix)
+    expectation = Expectation(family, is_text_only=layout != family.published)
     if expectation.is_text_only:
         expectation.findings.append(
             Finding(
                 "error",
-                "model.layers.…",
+                f"{prefix}layers.…",
                 "the text-only key layout, where the architecture has the multimodal one",
                 "releases of vLLM that load the multimodal class find no text weights",
             )
@@ -68,10 +71,8 @@ def expect(
     tensors_of: dict[str, list[str]] = {}
     for name in stored:
         tensors_of.setdefault(name.rpartition(".")[0], []).append(name)
-    for published, shape in expected_tensors(config, with_mtp=with_mtp):
-        name = published.replace(MULTIMODAL, _TEXT_ONLY, 1) if expectation.is_text_only else published
-        # A table of embeddings has two dimensions like a linear layer and is none.
-        linears = () if name.endswith("pos_embed.weight") else linears_of(name, shape)
+    for name, shape in expected_tensors(config, with_mtp=with_mtp, layout=layout):
+        linears = family.linears_of(name, shape)
         meant = [(linear, quantization.group_of(linear.module)) for linear in linears]
         expectation.meant += meant
         expectation.names += (name.removesuffix(".weight").removesuffix(".bias"), *(one.module for one in linears))
@@ -153,11 +154,11 @@ def key_findings(
 ) -> Iterator[Finding]:
     """Missing, surplus and misshapen tensors; `source_has_mtp` is None where there is no source."""
     gone = set()
-    for part in (_MTP, _VISION):
-        called_for = [name for name in expectation.tensors if name.startswith(part)]
-        if called_for and not any(name.startswith(part) for name in stored):
+    for part, prefix in expectation.family.parts.items():
+        called_for = [name for name in expectation.tensors if name.startswith(prefix)]
+        if called_for and not expectation.family.has_part(stored, part):
             gone.update(called_for)
-            yield _lost_part(part, len(called_for), source_has_mtp)
+            yield _lost_part(part, prefix, len(called_for), source_has_mtp)
     for name, (dtype, shape) in expectation.tensors.items():
         entry = stored.get(name)
         if entry is None:
@@ -173,17 +174,17 @@ def key_findings(
             )
     for name in stored:
         if name not in expectation.tensors and name not in expectation.told:
-            yield _surplus(name, stored)
+            yield _surplus(expectation.family, name, stored)
 
 
-def _lost_part(part: str, count: int, source_has_mtp: bool | None) -> Finding:
-    if part == _VISION:
+def _lost_part(part: Part, prefix: str, count: int, source_has_mtp: bool | None) -> Finding:
+    if part == "visual":
         problem = f"none of the vision tower's {count} tensors is there, though config.json describes it"
-        return Finding("error", "model.visual.*", problem, "the model answers about images that it does not see")
+        return Finding("error", f"{prefix}*", problem, "the model answers about images that it does not see")
     also = " and the source has them" if source_has_mtp else ""
     return Finding(
         "error" if source_has_mtp else "warning",
-        "mtp.*",
+        f"{prefix}*",
         f"none of the MTP head's {count} tensors is there, though config.json counts its layers{also}",
         "speculative decoding with method mtp runs on uninitialised weights: no draft is ever accepted",
     )
@@ -196,7 +197,7 @@ def _missing(name: str) -> Finding:
     return Finding("error", name, "is missing", UNINITIALISED)
 
 
-def _surplus(name: str, stored: Mapping[str, TensorEntry]) -> Finding:
+def _surplus(family: Family, name: str, stored: Mapping[str, TensorEntry]) -> Finding:
     module, _, suffix = name.rpartition(".")
     ours = _MODEL_OPTIMIZER.get(suffix)
     if ours is not None and f"{module}.{ours}" not in stored:
@@ -206,7 +207,7 @@ def _surplus(name: str, stored: Mapping[str, TensorEntry]) -> Finding:
             f"is Model Optimizer's name for the reciprocal of {ours}",
             f"loaders of compressed-tensors look for {ours}, find none and leave it uninitialised",
         )
-    known = "" if role_of(name) or name.endswith(("_scale", "_packed")) else ", which this architecture has not"
+    known = "" if family.role_of(name) or name.endswith(("_scale", "_packed")) else ", which this architecture has not"
     return Finding(
         "warning",
         name,

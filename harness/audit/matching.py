@@ -22,19 +22,11 @@ from dataclasses import dataclass, field, replace
 
 from harness.audit.findings import REFUSED, Finding
 from harness.formats.config import Group, QuantizationConfig
-from harness.model.qwen35 import Linear, ModelConfig, expected_tensors, linears_of
+from harness.model.family import Family, Linear, ModelConfig, expected_tensors
 
 Meant = tuple[Linear, Group | None]
 """A linear layer and the group that the configuration gives it by the checkpoint's own names, None for 16-bit."""
 
-_INTERNAL = (
-    ("model.language_model.", "language_model.model."),
-    ("model.visual.", "visual."),
-    ("lm_head.", "language_model.lm_head."),
-)
-_NEVER_QUANTIZED = ("mlp.router", "mlp.shared_expert_gate")
-_MAY_BE_UNNAMED = (*_NEVER_QUANTIZED, "lm_head")
-_EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
 _16_BIT = "16-bit"
 
 
@@ -43,40 +35,33 @@ def matches(name: str, pattern: str) -> bool:
     return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else name == pattern
 
 
-def internal_name(module: str) -> str:
-    """vLLM's name of a module of the checkpoint."""
-    return _mapped(module + ".").removesuffix(".")
-
-
-def _mapped(name: str) -> str:
-    return next((theirs + name[len(ours) :] for ours, theirs in _INTERNAL if name.startswith(ours)), name)
-
-
 @dataclass
 class EngineLayer:
-    """A layer as vLLM builds it. `asked` are the internal names that it looks up: the shards' of a fused layer, those
-    of expert 0 for all `members` of a layer of experts, the layer's own."""
+    """A layer as vLLM builds it, by its name there, with the linear layers of the checkpoint that are its `members`."""
 
     name: str
+    family: Family
     members: list[Meant] = field(default_factory=list)
 
     @property
     def is_experts(self) -> bool:
-        return self.name.endswith(".experts")
+        """Whether the layer is all routed experts of one decoder layer."""
+        return self.members[0][0].expert is not None
 
     @property
     def asked(self) -> list[str]:
-        names = [internal_name(linear.module) for linear, _ in self.members]
-        return [name for name in names if name.startswith(f"{self.name}.0.")] if self.is_experts else names
+        """vLLM's names that it looks up: the shards' of a fused layer, expert 0's of a layer of experts, or the
+        layer's own."""
+        linears = [linear for linear, _ in self.members if linear.expert is None or linear.expert.number == 0]
+        return [self.family.engine_name(linear.module) for linear in linears]
 
 
-def engine_layers(meant: Iterable[Meant]) -> dict[str, EngineLayer]:
+def engine_layers(family: Family, meant: Iterable[Meant]) -> dict[str, EngineLayer]:
     """vLLM's layers by the checkpoint's name of the fused layer, or of all experts of one layer."""
     layers: dict[str, EngineLayer] = {}
     for linear, group in meant:
-        experts = _EXPERTS.match(linear.module)
-        key = experts[1] if experts else linear.fused_into
-        layers.setdefault(key, EngineLayer(internal_name(key))).members.append((linear, group))
+        key = linear.expert.experts if linear.expert else linear.fused_into
+        layers.setdefault(key, EngineLayer(family.engine_name(key), family)).members.append((linear, group))
     return layers
 
 
@@ -89,6 +74,7 @@ class Reading:
 
     @property
     def form(self) -> str:
+        """The name of the format that vLLM takes the layer for."""
         return _form(self.group)
 
 
@@ -101,9 +87,9 @@ def _form(group: Group | None) -> str:
 class Reader:
     """vLLM's reading of one configuration; `up_to_026` for the older order of its tests."""
 
-    def __init__(self, config: QuantizationConfig, *, up_to_026: bool) -> None:
+    def __init__(self, family: Family, config: QuantizationConfig, *, up_to_026: bool) -> None:
         def path(entry: str) -> str:
-            return _mapped(entry) if "." in entry and not entry.startswith("re:") else entry
+            return family.engine_name(entry) if "." in entry and not entry.startswith("re:") else entry
 
         self._ignore = [path(entry) for entry in config.ignore]
         self._groups = {path(target): group for group in config.groups for target in group.targets}
@@ -112,7 +98,7 @@ class Reader:
     def read(self, layer: EngineLayer) -> Reading:
         """The format of one layer."""
         if not layer.is_experts:
-            kind = "ParallelLMHead" if layer.name.endswith("lm_head") else "ParallelLinear"
+            kind = "ParallelLMHead" if layer.members[0][0].role.part == "head" else "ParallelLinear"
             return self._read(layer.name, layer.asked, kind)
         readings = [self._read(name, [name], "Linear") for name in layer.asked]
         if len({reading.form for reading in readings}) > 1:
@@ -148,7 +134,7 @@ class Reader:
         return None
 
 
-def matching_findings(config: QuantizationConfig, meant: Sequence[Meant]) -> Iterator[Finding]:
+def matching_findings(family: Family, config: QuantizationConfig, meant: Sequence[Meant]) -> Iterator[Finding]:
     """Every kind of layer that vLLM takes for something else than the configuration means, each told once."""
     named = [group.name for group in config.groups if "Linear" not in group.targets]
     if named and len(named) < len(config.groups):
@@ -158,9 +144,9 @@ def matching_findings(config: QuantizationConfig, meant: Sequence[Meant]) -> Ite
             "a group targets 'Linear' beside groups that name modules",
             "vLLM 0.17 to 0.26 tests the class name before fused shards and may take the wrong group",
         )
-    readers = (Reader(config, up_to_026=False), Reader(config, up_to_026=True))
+    readers = (Reader(family, config, up_to_026=False), Reader(family, config, up_to_026=True))
     alike: dict[tuple[str, str, str, str], list[str]] = {}
-    for name, layer in engine_layers(meant).items():
+    for name, layer in engine_layers(family, meant).items():
         role = layer.members[0][0].role
         said = _disagreement(layer, *(reader.read(layer) for reader in readers))
         if said is not None:
@@ -173,8 +159,8 @@ def matching_findings(config: QuantizationConfig, meant: Sequence[Meant]) -> Ite
 def _disagreement(layer: EngineLayer, now: Reading, before: Reading) -> tuple[str, str, str] | None:
     """Severity, problem and consequence of one layer that vLLM does not take for what it is meant to be."""
     ours = list(dict.fromkeys(_form(group) for _, group in layer.members))
-    role = layer.members[0][0].role.name
-    if role in _NEVER_QUANTIZED:
+    role = layer.members[0][0].role
+    if role.always_16_bit:
         if ours == [_16_BIT]:
             return None
         return "error", f"is meant to be {ours[0]}, but vLLM always loads it as 16-bit", REFUSED
@@ -194,7 +180,7 @@ def _disagreement(layer: EngineLayer, now: Reading, before: Reading) -> tuple[st
                 f"vLLM looks for quantized tensors and transformers for 16-bit ones{when}",
             )
         return severity, problem, f"vLLM decodes it by the wrong format, or stops{when}"
-    if role in _MAY_BE_UNNAMED or "unmatched" not in (now.outcome, before.outcome):
+    if role.always_16_bit or role.part == "head" or "unmatched" not in (now.outcome, before.outcome):
         return None
     if now.outcome == "unmatched":
         problem = "is neither targeted by a group nor listed in ignore"
@@ -205,7 +191,7 @@ def _disagreement(layer: EngineLayer, now: Reading, before: Reading) -> tuple[st
 def idle_entries(config: ModelConfig, quantization: QuantizationConfig, names: Iterable[str]) -> Iterator[Finding]:
     """Entries of `targets` and `ignore` that name nothing: neither a module of this model, whose `names` are given,
     nor one that another of its family has at the same place, so that one list may serve dense and MoE models."""
-    present = _with_parents(names)
+    present = _with_parents(config.family, names)
     family: set[str] = set()
     for kind, entry in [
         *(("ignore", entry) for entry in quantization.ignore),
@@ -213,7 +199,7 @@ def idle_entries(config: ModelConfig, quantization: QuantizationConfig, names: I
     ]:
         if entry == "Linear" or _names_any(present, entry):
             continue
-        family = family or _with_parents(_family(config))
+        family = family or _with_parents(config.family, _family_modules(config))
         if not _names_any(family, entry):
             yield Finding(
                 "warning",
@@ -227,25 +213,25 @@ def _names_any(names: set[str], entry: str) -> bool:
     return entry in names or (entry.startswith("re:") and any(matches(name, entry) for name in names))
 
 
-def _with_parents(modules: Iterable[str]) -> set[str]:
+def _with_parents(family: Family, modules: Iterable[str]) -> set[str]:
     """Modules and the modules that hold them, by the checkpoint's names and by vLLM's."""
     found: set[str] = set()
     for module in modules:
-        for name in (module, internal_name(module)):
+        for name in (module, family.engine_name(module)):
             while name and name not in found:
                 found.add(name)
                 name = name.rpartition(".")[0]
     return found
 
 
-def _family(config: ModelConfig) -> Iterator[str]:
-    """Modules of a model of as many layers with everything that either architecture may have."""
-    width = max(16, config.intermediate_size)
+def _family_modules(config: ModelConfig) -> Iterator[str]:
+    """Modules of a model of as many layers with everything that a model of its family may have."""
+    family, width = config.family, max(16, config.intermediate_size)
     dense = replace(config, num_experts=0, intermediate_size=width, num_mtp_layers=1, tied_embeddings=False)
     experts = replace(dense, num_experts=1, moe_intermediate_size=width, shared_expert_intermediate_size=width)
     for one in (dense, experts):
         for name, shape in expected_tensors(one, with_mtp=True):
             yield name.removesuffix(".weight")
-            for linear in linears_of(name, shape):
+            for linear in family.linears_of(name, shape):
                 yield from (linear.module, linear.fused_into)
-    yield "model.visual.blocks.0.attn.qkv"
+    yield from family.optional_modules

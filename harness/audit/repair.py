@@ -51,7 +51,7 @@ from harness.model.checkpoint import (
     sync_folder,
     write_file,
 )
-from harness.model.qwen35 import parse_config
+from harness.model.families import parse_config
 from harness.progress import Progress
 
 MAX_RELATIVE_ERROR = 0.05
@@ -103,6 +103,7 @@ class Repair:
 
     @property
     def passed(self) -> bool:
+        """Whether every scale was mended and `verify` finds no error."""
         return not self.refused and self.verification.passed
 
 

@@ -158,9 +158,9 @@ def expert_ranges(checkpoint: Checkpoint, modules: Iterable[Module]) -> tuple[li
     """How far the global scales of every layer's experts lie apart, and a warning for an expert far from the others."""
     layers: dict[str, list[Module]] = {}
     for module in modules:
-        parent, _, rest = module.name.rpartition(".experts.")
-        if parent:
-            layers.setdefault(f"{parent}.experts.*.{rest.partition('.')[2]}", []).append(module)
+        if expert := module.linear.expert:
+            projection = module.name.rpartition(".")[2]
+            layers.setdefault(f"{expert.experts}.*.{projection}", []).append(module)
     ranges, findings = [], []
     for layer, members in layers.items():
         for suffix in GLOBAL_SCALES:

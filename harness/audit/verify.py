@@ -23,7 +23,7 @@ from harness.audit.scales import ScaleRange, expert_ranges, fused_findings, scal
 from harness.audit.source import RoundTrip, open_source, round_trips, source_findings
 from harness.formats.config import QuantizationConfig, parse
 from harness.model.checkpoint import inspect_checkpoint
-from harness.model.qwen35 import parse_config
+from harness.model.families import parse_config
 from harness.progress import Progress
 
 __all__ = ["VERSION", "Finding", "RoundTrip", "ScaleRange", "Verification", "verify"]
@@ -48,6 +48,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
+        """Whether nothing that was found breaks or degrades the model."""
         return not any(finding.severity == "error" for finding in self.findings)
 
 
@@ -61,14 +62,15 @@ def verify(folder: Path, source: Path | None, progress: Progress) -> Verificatio
     config = parse_config(checkpoint.config, str(folder / "config.json"))
     quantization = parse(checkpoint.config.get("quantization_config"), str(folder / "config.json"))
     original = None if source is None else open_source(source)
-    source_has_mtp = None if original is None else any(name.startswith("mtp.") for name in original.tensors)
-    expectation = expect(
-        config, quantization, checkpoint.tensors, with_mtp=config.num_mtp_layers > 0 and source_has_mtp is not False
-    )
+    family = config.family
+    source_has_mtp = None if original is None else family.has_part(original.tensors, "mtp")
+    is_told_of_mtp = config.states_mtp or source_has_mtp or family.has_part(checkpoint.tensors, "mtp")
+    with_mtp = bool(config.num_mtp_layers and is_told_of_mtp and source_has_mtp is not False)
+    expectation = expect(config, quantization, checkpoint.tensors, with_mtp=with_mtp)
     findings = [Finding("error", "(files)", problem, REFUSED) for problem in problems]
     findings += _configuration_findings(quantization, checkpoint.config["quantization_config"])
     if not expectation.is_text_only:
-        findings += matching_findings(quantization, expectation.meant)
+        findings += matching_findings(family, quantization, expectation.meant)
         findings += idle_entries(config, quantization, expectation.names)
     findings += expectation.findings
     findings += key_findings(checkpoint.tensors, expectation, source_has_mtp=source_has_mtp)
@@ -89,7 +91,7 @@ def verify(folder: Path, source: Path | None, progress: Progress) -> Verificatio
         trips, far = round_trips(checkpoint, original, sound, progress)
         findings += far
     return Verification(
-        findings=condensed(findings),
+        findings=condensed(findings, family),
         round_trips=trips,
         scale_ranges=tuple(ranges),
         num_tensors=len(checkpoint.tensors),

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     from harness import serve
+    from harness.model.families import part_of_role
     from harness.quantize.recipes import recipe_named
     from harness.report.numbers import format_bytes
     from harness.resolve import chosen_variants, plan_source, serving_footprint
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     (variant,) = chosen_variants(suite, [options.variant], with_source=False)
     recipe = recipe_named(suite.variants[variant].recipe)
     config, plan = plan_source(suite.source_location(), recipe, suite.source.revision)
-    if options.mtp and not any(count.role == "mtp" for count in plan.counts):
+    if options.mtp and not any(part_of_role(count.role) == "mtp" for count in plan.counts):
         raise UserError(
             f"The source of suite '{suite.name}' shows no MTP head.", "Leave --mtp out, or download the source first."
         )

@@ -27,7 +27,8 @@ from harness.model.checkpoint import (
     sync_folder,
     write_file,
 )
-from harness.model.qwen35 import expected_tensors, parse_config
+from harness.model.families import parse_config
+from harness.model.family import expected_tensors
 from harness.progress import Progress
 
 _SHARD_BYTES = 4 * 10**9

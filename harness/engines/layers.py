@@ -2,7 +2,7 @@
 
 The layers are transformers' own modules, made from the configuration and filled from the shards; what is missing is
 only the loop around them. A decoder layer is taken as its two halves, each a norm and a body with a residual
-connection around both (modeling_qwen3_5.py, `Qwen3_5DecoderLayer.forward`):
+connection around both (`Qwen3_5DecoderLayer.forward` in transformers' modeling_qwen3_5.py, for one):
 
     hidden + body(norm(hidden))         body: attention or DeltaNet, then MLP or mixture of experts
 
@@ -14,6 +14,7 @@ build continues from the last boundary on the disk.)
 """
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,7 @@ from torch import Tensor, nn
 from harness.engines.emulation import ExpertRounding, round_expert_inputs
 from harness.errors import UserError
 from harness.model.checkpoint import Checkpoint, TensorEntry, bytes_of
-
-_TEXT = "model.language_model."
+from harness.model.family import ExpertNames, ModelConfig
 
 
 def device_named(name: str) -> torch.device:
@@ -65,6 +65,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
+        """The tokens that are not padding."""
         return int(self.valid.sum())
 
 
@@ -88,14 +89,25 @@ def _batch(samples: Sequence[Sequence[int]]) -> Batch:
 
 
 @dataclass(frozen=True)
+class RoutedExperts:
+    """transformers' module of the routed experts of a layer, by the checkpoint's `name` of it, and the router in front
+    of it, whose third answer is the experts that each token goes to."""
+
+    name: str
+    names: ExpertNames
+    module: Any
+    router: Any
+
+
+@dataclass(frozen=True)
 class Half:
-    """Half a decoder layer. `linears` are its 2-D linear layers by checkpoint name (without `.weight`); `experts` the
-    fused experts module under the name of their common prefix, None in dense models."""
+    """Half a decoder layer. `linears` are its 2-D linear layers by checkpoint name (without `.weight`); `experts` are
+    None where there are none."""
 
     norm: nn.Module
     body: nn.Module
     linears: Mapping[str, nn.Linear]
-    experts: tuple[str, nn.Module] | None
+    experts: RoutedExperts | None
     _call: Callable[[Tensor], Tensor]
 
     def forward(self, normed: Tensor) -> Tensor:
@@ -108,43 +120,45 @@ class Half:
 
 
 class TextModel:
-    """The text part of a checkpoint whose layers are loaded on request. `check` looks at every tensor that is read,
-    as it is stored, and raises for one that is not to be used."""
+    """The text part of a checkpoint of `config`, whose layers are loaded on request. `check` looks at every tensor that
+    is read, as it is stored, and raises for one that is not to be used."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
+        config: ModelConfig,
         device: torch.device,
         dtype: torch.dtype,
         check: Callable[[TensorEntry, Tensor], object] = lambda _entry, _values: None,
     ) -> None:
         # Here, since they take seconds to import, and most of what imports this module builds no layer.
         import transformers
-        from transformers.models.qwen3_5 import modeling_qwen3_5
-        from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
+        self.family = config.family
         self._checkpoint, self.device, self.dtype, self._check = checkpoint, device, dtype, check
         silence_transformers()
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True).get_text_config()
-        config._attn_implementation = "sdpa"
-        self._config: Any = config
-        self._is_moe = "moe" in config.model_type
-        self._classes: Any = modeling_qwen3_5_moe if self._is_moe else modeling_qwen3_5
-        self._prefix = "Qwen3_5Moe" if self._is_moe else "Qwen3_5"
-        rotary = getattr(self._classes, f"{self._prefix}TextRotaryEmbedding")
-        self._rotary = rotary(config).to(device)
+        found = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True).get_text_config()
+        found._attn_implementation = "sdpa"
+        self._config: Any = found
+        self._modeling = self.family.modeling[config.architecture]
+        classes = importlib.import_module(self._modeling.module)
+        self._layer_class: Any = getattr(classes, self._modeling.layer_class)
+        self._rotary = getattr(classes, self._modeling.rotary_class)(found).to(device)
+        self._prefix = self.family.text_prefix(checkpoint.tensors)
 
     @property
     def num_layers(self) -> int:
+        """Its decoder layers."""
         return int(self._config.num_hidden_layers)
 
     @property
     def width(self) -> int:
+        """The width of its hidden states."""
         return int(self._config.hidden_size)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings `[batch, time, width]` of `ids [batch, time]`; only their rows are read."""
-        name = f"{_TEXT}embed_tokens.weight"
+        name = f"{self._prefix}{self.family.embedding}.weight"
         rows, places = embedding_rows(self._checkpoint, name, ids)
         self._check(self._checkpoint.tensors[name], rows)
         return rows.to(self.device, self.dtype)[places.to(self.device)]
@@ -155,26 +169,14 @@ class TextModel:
         Weights are in the model's compute dtype, but the fused experts stay as they are stored: they are most of a
         layer and are widened one at a time.
         """
-        prefix = f"{_TEXT}layers.{index}."
+        prefix, names = f"{self._prefix}layers.{index}.", self.family.layer
         with torch.device("meta"):
-            layer = getattr(self._classes, f"{self._prefix}DecoderLayer")(self._config, index)
-        weights = {}
-        for name, wanted in layer.state_dict().items():
-            entry = self._checkpoint.tensors.get(prefix + name)
-            if entry is None or entry.shape != tuple(wanted.shape):
-                found = "is missing" if entry is None else f"has shape {list(entry.shape)}"
-                raise UserError(
-                    f"{prefix}{name} {found}; config.json calls for {list(wanted.shape)}.", "Download the source again."
-                )
-            dtype = None if ".experts." in name else self.dtype
-            stored = self._checkpoint.tensor(prefix + name)
-            self._check(entry, stored)
-            weights[name] = stored.to(self.device, dtype)
+            layer = self._layer_class(self._config, index)
+        weights = {name: self._weight(prefix + name, wanted) for name, wanted in layer.state_dict().items()}
         layer.load_state_dict(weights, assign=True)
         layer.requires_grad_(False).eval()
-        is_attention = self._config.layer_types[index] == "full_attention"
-        mixer_name = "self_attn" if is_attention else "linear_attn"
-        mixer = getattr(layer, mixer_name)
+        kind = self._config.layer_types[index]
+        mixer = getattr(layer, names.mixers[kind])
 
         def attend(normed: Tensor) -> Tensor:
             output: Tensor = mixer(
@@ -186,24 +188,70 @@ class TextModel:
             output: Tensor = mixer(hidden_states=normed)
             return output
 
-        experts = (f"{prefix}mlp.experts", layer.mlp.experts) if self._is_moe else None
-        if self._is_moe:
-            # transformers' own forward takes no weights of another dtype.
-            round_expert_inputs(layer.mlp.experts, [ExpertRounding(None, None)] * self._config.num_experts)
+        mlp = getattr(layer, names.mlp)
         return (
             Half(
-                layer.input_layernorm,
+                getattr(layer, names.input_norm),
                 mixer,
-                _linears(mixer, f"{prefix}{mixer_name}"),
+                _linears(mixer, prefix + names.mixers[kind]),
                 None,
-                attend if is_attention else mix,
+                attend if kind == "full_attention" else mix,
             ),
-            Half(layer.post_attention_layernorm, layer.mlp, _linears(layer.mlp, f"{prefix}mlp"), experts, layer.mlp),
+            Half(
+                getattr(layer, names.post_norm),
+                mlp,
+                _linears(mlp, prefix + names.mlp),
+                self._experts(mlp, prefix + names.mlp),
+                mlp,
+            ),
         )
 
+    def _weight(self, name: str, wanted: Tensor) -> Tensor:
+        """The stored tensor that transformers calls `name`, in the dtype that the layer computes with."""
+        is_routed = self.family.is_routed(name)
+        if is_routed and name not in self._checkpoint.tensors and self._apart(name)[0] in self._checkpoint.tensors:
+            return self._stacked_experts(name, tuple(wanted.shape))
+        return self._stored(name, tuple(wanted.shape)).to(self.device, None if is_routed else self.dtype)
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        entry = self._checkpoint.tensors.get(name)
+        if entry is None or entry.shape != shape:
+            found = "is missing" if entry is None else f"has shape {list(entry.shape)}"
+            raise UserError(f"{name} {found}; config.json calls for {list(shape)}.", "Download the source again.")
+        stored = self._checkpoint.tensor(name)
+        self._check(entry, stored)
+        return stored
+
+    def _apart(self, name: str, expert: int = 0) -> list[str]:
+        """The tensors that an expert has instead of a slice of the 3-D parameter `name`."""
+        module, _, parameter = name.rpartition(".")
+        return [f"{module}.{expert}.{shard}.weight" for shard in self.family.experts.shards[parameter]]
+
+    def _stacked_experts(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The 3-D parameter `name` of all experts of a layer that are stored one by one."""
+        one = (shape[1] // len(self._apart(name)), shape[2])
+        stacked: Tensor | None = None
+        for expert in range(shape[0]):
+            rows = torch.cat([self._stored(part, one) for part in self._apart(name, expert)])
+            if stacked is None:
+                stacked = torch.empty(shape, dtype=rows.dtype, device=self.device)
+            stacked[expert] = rows
+        assert stacked is not None
+        return stacked
+
+    def _experts(self, mlp: Any, name: str) -> RoutedExperts | None:
+        names = self.family.experts
+        module = getattr(mlp, names.module, None)
+        if module is None:
+            return None
+        # transformers' own forward takes no weights of another dtype.
+        round_expert_inputs(module, [ExpertRounding(None, None)] * self._config.num_experts)
+        return RoutedExperts(f"{name}.{names.module}", names, module, getattr(mlp, names.router))
+
     def _positions(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        places = torch.arange(hidden.shape[1], device=hidden.device).view(1, 1, -1)
-        cos_sin: tuple[Tensor, Tensor] = self._rotary(hidden, places.expand(3, hidden.shape[0], -1))
+        axes = (self._modeling.position_axes,) if self._modeling.position_axes else ()
+        places = torch.arange(hidden.shape[1], device=hidden.device).expand(*axes, hidden.shape[0], -1)
+        cos_sin: tuple[Tensor, Tensor] = self._rotary(hidden, places)
         return cos_sin
 
 
@@ -272,6 +320,7 @@ class HiddenStates:
         os.fdatasync(self._file)
 
     def close(self, *, remove: bool = False) -> None:
+        """Closes the file, and removes it if that is wanted."""
         self._kept.clear()
         os.close(self._file)
         if remove:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from harness.formats.config import Format
-from harness.model.qwen35 import Linear, ModelConfig, Role, linears_of, role_of
+from harness.formats.config import Format, num_bytes
+from harness.model.family import Family, Linear, ModelConfig, Role, expected_tensors
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,22 @@ class SourceTensor:
 
     @property
     def num_params(self) -> int:
+        """Its weights."""
         return prod(self.shape)
 
 
-def source_tensors(tensors: Iterable[tuple[str, tuple[int, ...], int]]) -> tuple[SourceTensor, ...]:
+def source_tensors(family: Family, tensors: Iterable[tuple[str, tuple[int, ...], int]]) -> tuple[SourceTensor, ...]:
     """The census of (name, shape, bytes) triples."""
     return tuple(
-        SourceTensor(name, shape, size, role_of(name), linears_of(name, shape)) for name, shape, size in tensors
+        SourceTensor(name, shape, size, family.role_of(name), family.linears_of(name, shape))
+        for name, shape, size in tensors
     )
+
+
+def expected_census(config: ModelConfig, *, with_mtp: bool) -> tuple[SourceTensor, ...]:
+    """The census that the configuration calls for, of 16-bit tensors."""
+    tensors = expected_tensors(config, with_mtp=with_mtp)
+    return source_tensors(config.family, ((name, shape, num_bytes("BF16", shape)) for name, shape in tensors))
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class TokenTraffic:
     kv_bytes_per_token: int
 
     def bytes_per_step(self, depth: int = 0) -> int:
+        """What one step moves when `depth` tokens are in the cache."""
         return self.weight_bytes + 2 * self.state_bytes + depth * self.kv_bytes_per_token
 
     def ceiling(self, bandwidth: float, depth: int = 0) -> float:
@@ -94,19 +103,18 @@ class TokenTraffic:
         return bandwidth / self.bytes_per_step(depth)
 
 
-_NOT_READ_BY_DECODE = ("visual", "mtp", "unknown")
-
-
 def token_traffic(config: ModelConfig, counts: Iterable[RoleCount]) -> TokenTraffic:
     """Decode traffic of a model whose roles weigh what `counts` says. The KV cache is taken as 16-bit."""
+    roles = {role.name: role for role in config.family.roles}
     weights = 0
     for count in counts:
-        if count.role in _NOT_READ_BY_DECODE:
+        role = roles.get(count.role)
+        if role is None or role.part in ("visual", "mtp"):
             continue
-        if count.role == "embed_tokens":
+        if role.part == "embedding":
             # Tied embeddings serve as the output matrix too, which is read whole.
             weights += count.output_bytes if config.tied_embeddings else count.output_bytes // config.vocab_size
-        elif count.role.startswith("mlp.experts."):
+        elif role.block == "experts":
             weights += count.output_bytes * config.num_experts_per_token // config.num_experts
         else:
             weights += count.output_bytes

@@ -30,6 +30,7 @@ from harness.audit.verify import verify
 from harness.errors import UserError
 from harness.job import Job
 from harness.model.checkpoint import open_checkpoint, read_json
+from harness.model.families import family_of
 from harness.publication.leaks import of_this_machine
 from harness.quantize.artifact import MANIFEST, altered
 from harness.record import baselines
@@ -142,7 +143,8 @@ def _artifact(job: Job, variant: str) -> _Artifact:
     if not (folder / MANIFEST).is_file() or not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no built artifact of '{variant}'.", "Build it: run `nox -s build`.")
     manifest, recipe = read_json(folder / MANIFEST), job.recipe(variant)
-    source_digest = open_checkpoint(source).fingerprint()
+    original = open_checkpoint(source)
+    source_digest, family = original.fingerprint(), family_of(original.config, str(source))
     identity, files, digest = (manifest.get(key) for key in ("identity", "files", "digest"))
     if not (
         isinstance(identity, dict)
@@ -153,7 +155,7 @@ def _artifact(job: Job, variant: str) -> _Artifact:
         raise UserError(f"{folder / MANIFEST} is no manifest of a build.", "Remove the folder to build it again.")
     wanted = {
         "recipe": recipe.name,
-        "formats": {role: form.name for role, form in recipe.formats.items()},
+        "formats": {role: form.name for role, form in recipe.formats(family).items()},
         "method": vars(recipe.method),
         "source_fingerprint": source_digest,
     }

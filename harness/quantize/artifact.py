@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from harness.errors import UserError
 from harness.formats.config import Format
-from harness.model.census import RoleCount, SourceTensor, source_tensors
+from harness.model.census import RoleCount, SourceTensor
 from harness.model.checkpoint import (
     INDEX,
     PIECE_BYTES,
@@ -22,6 +22,8 @@ from harness.model.checkpoint import (
     read_json,
     sync_folder,
 )
+from harness.model.family import Family
+from harness.model.source import source_of
 from harness.progress import Progress
 from harness.quantize import layerwise
 from harness.quantize.layerwise import Calibration
@@ -63,12 +65,14 @@ class Artifact:
     peak_vram_bytes: int | None = None
 
 
-def identity_of(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
+def identity_of(
+    checkpoint: Checkpoint, family: Family, recipe: Recipe, calibration: Calibration | None
+) -> dict[str, Any]:
     """What decides an artifact's bytes."""
     return {
         "builder": VERSION,
         "recipe": recipe.name,
-        "formats": {role: form.name for role, form in recipe.formats.items()},
+        "formats": {role: form.name for role, form in recipe.formats(family).items()},
         "method": vars(recipe.method),
         "calibration": None if calibration is None else calibration.identity(),
         "source_fingerprint": checkpoint.fingerprint(),
@@ -115,7 +119,7 @@ def altered(folder: Path, source: Path, recipe: Recipe, progress: Progress) -> l
     """The files of the artifact in `folder` that are not, byte for byte, what its build of `recipe` from `source` wrote
     down in its manifest; one that is missing is among them. Every file is read whole."""
     checkpoint = open_checkpoint(source)
-    tensors = source_tensors((e.name, e.shape, e.num_bytes) for e in checkpoint.tensors.values())
+    tensors = source_of(checkpoint).tensors
     formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
     manifest = read_json(folder / MANIFEST)
     files = manifest["files"]

@@ -31,7 +31,7 @@ import torch
 from harness import __version__
 from harness.errors import UserError
 from harness.formats.config import Format, quantization_config
-from harness.model.census import SourceTensor, output_bytes, source_tensors
+from harness.model.census import SourceTensor, output_bytes
 from harness.model.checkpoint import (
     INDEX,
     TORCH_DTYPE,
@@ -45,7 +45,8 @@ from harness.model.checkpoint import (
     sync_folder,
     write_file,
 )
-from harness.model.qwen35 import parse_config
+from harness.model.family import Family
+from harness.model.source import source_of
 from harness.progress import Progress
 from harness.quantize import layerwise
 from harness.quantize.artifact import (
@@ -119,14 +120,12 @@ def build(
             "Add a [calibration] table to the suite, or give --calibration; 'rtn-a16' needs no data.",
         )
     checkpoint = open_checkpoint(source)
-    config = parse_config(checkpoint.config, str(source / "config.json"))
-    if "quantization_config" in checkpoint.config:
-        raise UserError(f"{source} is quantized already.", "Build from its 16-bit source.")
-    tensors = source_tensors((e.name, e.shape, e.num_bytes) for e in checkpoint.tensors.values())
+    read = source_of(checkpoint)
+    config, family, tensors = read.config, read.config.family, read.tensors
     what = plan(config, tensors, recipe)
     formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
     _check_sources(checkpoint, formats)
-    identity = identity_of(checkpoint, recipe, calibration)
+    identity = identity_of(checkpoint, family, recipe, calibration)
     if (found := digest_of_existing(out, identity, recipe)) is not None:
         return Artifact(named, found, reused=True, counts=what.counts)
     memory = None if calibration is None else layerwise.memory(calibration, config, recipe)
@@ -139,13 +138,12 @@ def build(
     with _claimed(unfinished, identity) as state:
         seconds: dict[str, float] = {}
         if calibration is not None:
-            model = layerwise.text_model(checkpoint, calibration)
+            model = layerwise.text_model(checkpoint, config, calibration)
             started = time.perf_counter()
             layerwise.quantize_layers(
                 model,
                 tensors,
-                recipe.formats,
-                recipe.method,
+                recipe,
                 calibration,
                 unfinished,
                 state.layers,
@@ -155,7 +153,7 @@ def build(
             seconds["calibrate"] = time.perf_counter() - started
         started = time.perf_counter()
         _write_shards(checkpoint, tensors, formats, recipe, state, _Meter(progress, what.source_bytes))
-        digest = _finish(checkpoint, recipe, state, tensors, formats, calibration)
+        digest = _finish(checkpoint, family, recipe, state, tensors, formats, calibration)
         seconds["write"] = time.perf_counter() - started
     unfinished.replace(out)
     commit_folder(out)
@@ -283,6 +281,7 @@ def _encode(encoder: Encoder, tensor: SourceTensor, writer: ShardWriter, meter: 
 
 def _finish(
     checkpoint: Checkpoint,
+    family: Family,
     recipe: Recipe,
     state: _Unfinished,
     tensors: Sequence[SourceTensor],
@@ -309,7 +308,7 @@ def _finish(
     if calibration is not None:
         layers = [{key: value for key, value in layer.items() if key != "seconds"} for layer in state.layers]
         put(CALIBRATION, json_bytes({"calibration": calibration.samples.manifest, "layers": layers}))
-    quantization = quantization_config(recipe.targets(), recipe.ignored())
+    quantization = quantization_config(recipe.targets(family), recipe.ignored(family))
     put("config.json", json_bytes({**checkpoint.config, "quantization_config": quantization}), NEW_CONFIG)
     digest = hashlib.sha256(json_bytes(digests)).hexdigest()
     sizes = {name: (folder / (NEW_CONFIG if name == "config.json" else name)).stat().st_size for name in digests}

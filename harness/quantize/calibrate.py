@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from harness.engines.emulation import Rounding, round_inputs
 from harness.engines.layers import Batch, Half, HiddenStates, TextModel, captured
 from harness.formats.config import Format
-from harness.model.qwen35 import Linear
+from harness.model.family import Linear
 from harness.quantize.experts import Emit, Experts
 from harness.quantize.recipes import Method
 from harness.quantize.sites import GroupReport, Site, quantize_matrices
@@ -41,6 +41,7 @@ class LayerReport:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def spend(self, name: str, since: float) -> None:
+        """Adds the time that stage `name` took."""
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - since
 
 
@@ -60,8 +61,7 @@ class Streams:
 def quantize_layer(
     model: TextModel,
     index: int,
-    linears: Sequence[Linear],
-    formats: Mapping[str, Format],
+    linears: Sequence[tuple[Linear, Format]],
     method: Method,
     batches: Sequence[Batch],
     before: Streams,
@@ -71,8 +71,8 @@ def quantize_layer(
 ) -> LayerReport:
     """Quantizes decoder layer `index` and carries the hidden states through it.
 
-    `linears` are the layer's linear layers to be quantized, `formats` their formats by role. Finished tensors go to
-    `emit`; `advance` is told the tokens done, twice each in all. Reads `before`, fills `after`.
+    `linears` are the layer's linear layers to be quantized, with their formats. Finished tensors go to `emit`;
+    `advance` is told the tokens done, twice each in all. Reads `before`, fills `after`.
     """
     report = LayerReport(index)
     start = time.perf_counter()
@@ -81,7 +81,7 @@ def quantize_layer(
     report.spend("read", start)
     source = before
     for half, reference in zip(halves, references, strict=True):
-        _HalfPass(half, reference, linears, formats, method, batches, source, after, emit, report).run(advance)
+        _HalfPass(half, reference, linears, method, batches, source, after, emit, report).run(advance)
         source = after
     return report
 
@@ -92,8 +92,7 @@ class _HalfPass:
 
     half: Half
     reference: Half
-    linears: Sequence[Linear]
-    formats: Mapping[str, Format]
+    linears: Sequence[tuple[Linear, Format]]
     method: Method
     batches: Sequence[Batch]
     before: Streams
@@ -102,11 +101,11 @@ class _HalfPass:
     report: LayerReport
 
     def run(self, advance: Callable[[int], None]) -> None:
-        groups = self._groups()
-        sites = {name: Site(self.formats[members[0].role.name]) for name, members in groups.items()}
+        groups, sites = self._groups()
         experts = self._experts()
         stages = [
-            [name for name, members in groups.items() if _reads_hidden(members[0]) == first] for first in (True, False)
+            [name for name, members in groups.items() if members[0].role.reads_hidden == first]
+            for first in (True, False)
         ]
         reference_done = self.before.reference is None
         for first, stage in zip((True, False), stages, strict=True):
@@ -135,23 +134,22 @@ class _HalfPass:
         if experts is not None:
             experts.emit_input_scales(self.emit)
 
-    def _groups(self) -> dict[str, list[Linear]]:
-        """The half's 2-D linear layers to be quantized, by the matrix that vLLM fuses them into."""
+    def _groups(self) -> tuple[dict[str, list[Linear]], dict[str, Site]]:
+        """The half's 2-D linear layers to be quantized, by the matrix that vLLM fuses them into, and their inputs."""
         groups: dict[str, list[Linear]] = {}
-        for linear in self.linears:
+        sites: dict[str, Site] = {}
+        for linear, form in self.linears:
             if linear.module in self.half.linears:
                 groups.setdefault(linear.fused_into, []).append(linear)
-        return groups
+                sites.setdefault(linear.fused_into, Site(form))
+        return groups, sites
 
     def _experts(self) -> Experts | None:
-        if self.half.experts is None:
+        routed, reference = self.half.experts, self.reference.experts
+        if routed is None or reference is None:
             return None
-        prefix, module = self.half.experts
-        mine = [linear for linear in self.linears if linear.module.startswith(f"{prefix}.")]
-        reference = self.reference.experts
-        assert reference is not None
-        form = self.formats[mine[0].role.name] if mine else None
-        return Experts(prefix, module, reference[1], form, self.half.body.gate)
+        form = next((form for linear, form in self.linears if linear.expert), None)
+        return Experts(routed, reference.module, form)
 
     def _take_moments(
         self,
@@ -266,11 +264,6 @@ def _once(rounding: Rounding) -> Rounding:
         return last[1]
 
     return rounded
-
-
-def _reads_hidden(linear: Linear) -> bool:
-    """Whether a linear layer reads the normed hidden states, not what another one of its half made."""
-    return not linear.role.name.endswith(("o_proj", "out_proj", "down_proj"))
 
 
 def _tokens(x: Tensor, valid: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from harness.formats import nvfp4
 from harness.formats.config import Format
 from harness.model.census import SourceTensor
 from harness.model.checkpoint import PIECE_BYTES, Checkpoint, TensorEntry
-from harness.model.qwen35 import Linear
+from harness.model.family import Linear
 from harness.quantize.search import block_scales
 
 T = TypeVar("T")

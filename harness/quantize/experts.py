@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness.engines.emulation import ExpertRounding, round_expert_inputs
+from harness.engines.layers import RoutedExperts
 from harness.formats.config import Format
 from harness.quantize.plan import EXPERTS_TOGETHER
 from harness.quantize.recipes import Method
@@ -27,9 +28,10 @@ class Experts:
     `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]` stay where they are; a few experts at a time are widened.
     """
 
-    def __init__(self, prefix: str, module: Any, reference: Any, form: Format | None, router: Any) -> None:
-        self._prefix, self._module, self._reference, self._router = prefix, module, reference, router
-        self._num: int = module.gate_up_proj.shape[0]
+    def __init__(self, routed: RoutedExperts, reference: Any, form: Format | None) -> None:
+        self._routed, self._reference = routed, reference
+        self._module, self._names = routed.module, routed.names
+        self._num: int = self._module.gate_up_proj.shape[0]
         self._input = None if form is None else Site(form)
         self._inner = None if form is None else Site(form, self._num)
         self.routed = torch.zeros(self._num, dtype=torch.int64)
@@ -53,8 +55,8 @@ class Experts:
         if self._input is None or self._inner is None:
             return None
         weight = self._module.gate_up_proj if first else self._module.down_proj
-        site, shards = (self._input, ("gate_proj", "up_proj")) if first else (self._inner, ("down_proj",))
-        name = f"{self._prefix}.{'w13' if first else 'down_proj'}"
+        site, shards = (self._input, self._gate_up) if first else (self._inner, (self._names.down,))
+        name = f"{self._routed.name}.{self._names.fused if first else self._names.down}"
         step = max(1, EXPERTS_TOGETHER // weight[0].numel())
         reports = []
         for start in range(0, self._num, step):
@@ -70,9 +72,13 @@ class Experts:
                     for suffix, tensor in tensors.items():
                         one = tensor[expert]
                         rows = one if one.dim() == 1 else one[place * height : (place + 1) * height]
-                        emit(f"{self._prefix}.{start + expert}.{shard}.{suffix}", rows)
+                        emit(f"{self._routed.name}.{start + expert}.{shard}.{suffix}", rows)
         site.forget()
         return merged(reports)
+
+    @property
+    def _gate_up(self) -> tuple[str, str]:
+        return self._names.gate, self._names.up
 
     def round_inputs(self) -> None:
         """From now on the experts round what they read."""
@@ -82,7 +88,7 @@ class Experts:
 
     def see(self, x: Tensor) -> None:
         """Counts where the router sends tokens `x [tokens, H]`, and shows all of them to every expert."""
-        chosen = self._router(x)[2]
+        chosen = self._routed.router(x)[2]
         self.routed += torch.bincount(chosen.reshape(-1), minlength=self._num).cpu()
         if self._input is None or self._inner is None or not self._input.form.needs_calibration:
             return
@@ -95,12 +101,14 @@ class Experts:
             self._inner.observe(_inner(self._module, expert, x), expert)
 
     def emit_input_scales(self, emit: Emit) -> None:
+        """Emits every expert's scales of activations, where the format has them."""
         if self._input is None or self._inner is None or not self._input.form.needs_calibration:
             return
         outer, inner = self._input.global_scales(), self._inner.global_scales()
         for expert in range(self._num):
-            for shard, scale in (("gate_proj", outer), ("up_proj", outer), ("down_proj", inner[expert : expert + 1])):
-                emit(f"{self._prefix}.{expert}.{shard}.input_global_scale", scale)
+            scales = dict.fromkeys(self._gate_up, outer) | {self._names.down: inner[expert : expert + 1]}
+            for shard, scale in scales.items():
+                emit(f"{self._routed.name}.{expert}.{shard}.input_global_scale", scale)
 
 
 def _inner(experts: Any, expert: int, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ is killed anywhere continues at the layer it was in and ends with the same bytes
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from harness.engines.layers import Batch, HiddenStates, TextModel, batches_of, c
 from harness.formats.config import Format
 from harness.model.census import SourceTensor
 from harness.model.checkpoint import Checkpoint, NewTensor, new_shard, read_header
-from harness.model.qwen35 import Linear, ModelConfig, layer_of
+from harness.model.family import Linear, ModelConfig
 from harness.progress import Progress
 from harness.quantize.calibrate import LayerReport, Streams, quantize_layer
 from harness.quantize.encode import finite_amax
-from harness.quantize.plan import CalibrationMemory, calibration_memory
+from harness.quantize.plan import CalibrationMemory, calibration_memory, quantized
 from harness.quantize.recipes import Method, Recipe
 from harness.quantize.samples import CalibrationSet
 
@@ -69,35 +69,36 @@ def memory(calibration: Calibration, config: ModelConfig, recipe: Recipe) -> Cal
 
 
 def layer_file(index: int) -> str:
+    """The file of a layer's quantized tensors in an unfinished build."""
     return f"layer-{index:05}.safetensors"
 
 
-def text_model(checkpoint: Checkpoint, calibration: Calibration) -> TextModel:
+def text_model(checkpoint: Checkpoint, config: ModelConfig, calibration: Calibration) -> TextModel:
     """The source as calibration runs it. Loads transformers' model classes, which takes seconds."""
     device = device_named(calibration.device)
-    return TextModel(checkpoint, device, compute_dtype(device), finite_amax)
+    return TextModel(checkpoint, config, device, compute_dtype(device), finite_amax)
 
 
 def quantize_layers(
     model: TextModel,
     tensors: Sequence[SourceTensor],
-    formats: Mapping[str, Format],
-    method: Method,
+    recipe: Recipe,
     calibration: Calibration,
     folder: Path,
     finished: list[dict[str, Any]],
     save: Callable[[], None],
     progress: Progress,
 ) -> None:
-    """Writes the files of all layers into `folder`; `formats` is by role.
+    """Writes the files of all layers into `folder`.
 
     `finished` holds the reports of the layers that an earlier run finished, as JSON; the others are added, and `save`
     is called after each.
     """
-    linears: dict[int, list[Linear]] = {index: [] for index in range(model.num_layers)}
-    for tensor in tensors:
-        if tensor.role is not None and tensor.role.name in formats and (index := layer_of(tensor.name)) is not None:
-            linears[index] += tensor.linears
+    family, method = model.family, recipe.method
+    linears: dict[int, list[tuple[Linear, Format]]] = {index: [] for index in range(model.num_layers)}
+    for tensor, form in quantized(tensors, recipe):
+        if (index := family.layer_of(tensor.name)) is not None:
+            linears[index] += [(linear, form) for linear in tensor.linears]
     batches = batches_of(calibration.samples.samples, calibration.batch_tokens)
     total = model.num_layers * 2 * calibration.samples.num_tokens
     done = len(finished) * 2 * calibration.samples.num_tokens
@@ -120,13 +121,13 @@ def quantize_layers(
             after = _streams(folder, index + 1, batches, model, method, calibration)
             new = [
                 NewTensor(f"{linear.module}.{stored.suffix}", stored.dtype, stored.shape)
-                for linear in linears[index]
-                for stored in formats[linear.role.name].stored(linear.out_features, linear.in_features)
+                for linear, form in linears[index]
+                for stored in form.stored(linear.out_features, linear.in_features)
             ]
             started = time.perf_counter()
             with new_shard(folder / layer_file(index), new) as writer:
                 report = quantize_layer(
-                    model, index, linears[index], formats, method, batches, before, after, writer.write, advance
+                    model, index, linears[index], method, batches, before, after, writer.write, advance
                 )
                 writer.close()
             for stream in after:

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from harness.errors import UserError
 from harness.formats import nvfp4
 from harness.formats.config import Format
-from harness.model.census import RoleCount, SourceTensor, TokenTraffic, count_roles, token_traffic
-from harness.model.qwen35 import ModelConfig, expected_tensors, layer_of, linears_of, role_of
+from harness.model.census import RoleCount, SourceTensor, TokenTraffic, count_roles, expected_census, token_traffic
+from harness.model.family import ModelConfig
 from harness.quantize.recipes import Recipe
 
 
@@ -29,9 +28,9 @@ class Plan:
 def plan(config: ModelConfig, tensors: Sequence[SourceTensor], recipe: Recipe | None) -> Plan:
     """The plan of `recipe` for a model; with no recipe every tensor is kept. `UserError` where a tensor of a
     role to be quantized cannot be: a width that is no multiple of the block."""
-    formats = {} if recipe is None else recipe.formats
+    formats = {} if recipe is None else recipe.formats(config.family)
     for tensor in tensors:
-        check_widths(tensor, _format_of(tensor, formats))
+        check_widths(tensor, None if recipe is None else recipe.format_of(tensor.role))
     counts = count_roles(tensors, formats)
     return Plan(
         recipe=recipe,
@@ -45,15 +44,10 @@ def plan(config: ModelConfig, tensors: Sequence[SourceTensor], recipe: Recipe | 
     )
 
 
-def _format_of(tensor: SourceTensor, formats: dict[str, Format]) -> Format | None:
-    return formats.get(tensor.role.name) if tensor.role else None
-
-
 def quantized(tensors: Sequence[SourceTensor], recipe: Recipe) -> Iterator[tuple[SourceTensor, Format]]:
     """The tensors that `recipe` quantizes, with their formats."""
-    formats = recipe.formats
     for tensor in tensors:
-        if (form := _format_of(tensor, formats)) is not None:
+        if (form := recipe.format_of(tensor.role)) is not None:
             yield tensor, form
 
 
@@ -92,6 +86,7 @@ class CalibrationMemory:
 
     @property
     def total(self) -> int:
+        """All of it."""
         return self.layer + self.statistics + self.work + self.activations + self.hidden + self.interpreter
 
 
@@ -112,34 +107,35 @@ def calibration_memory(
     config: ModelConfig, recipe: Recipe, *, batch_tokens: int, hidden_bytes: int, item_bytes: int
 ) -> CalibrationMemory:
     """The most memory that calibrating `recipe` takes; `item_bytes` is the size of the type that layers compute in."""
-    streams = 2 if recipe.method.two_streams else 1
-    layers: dict[int, int] = {}
-    for name, shape in expected_tensors(config, with_mtp=False):
-        if (index := layer_of(name)) is not None:
-            layers[index] = layers.get(index, 0) + prod(shape) * (2 if ".experts." in name else item_bytes)
-    statistics, work = 0, 0
-    for index in layers:
+    method, streams = recipe.method, 2 if recipe.method.two_streams else 1
+    layers: dict[int, list[SourceTensor]] = {}
+    for tensor in expected_census(config, with_mtp=False):
+        if (index := config.family.layer_of(tensor.name)) is not None:
+            layers.setdefault(index, []).append(tensor)
+    largest, statistics, work = 0, 0, 0
+    for members in layers.values():
+        largest = max(largest, sum(t.num_params * (2 if _is_routed(t) else item_bytes) for t in members))
         sites: dict[str, tuple[int, int]] = {}  # number of matrices and width, by input
-        for name, shape in expected_tensors(config, with_mtp=False):
-            role = role_of(name)
-            if layer_of(name) != index or role is None or role.name not in recipe.formats:
-                continue
-            num_weights = prod(shape)
-            if ".experts." in name:
-                sites[name] = (1 if name.endswith("gate_up_proj") else shape[0], shape[-1])
-                num_weights = min(num_weights, EXPERTS_TOGETHER)
+        sizes: dict[str, tuple[int, int]] = {}  # number of weights and width, of what is quantized together
+        for tensor, _ in quantized(members, recipe):
+            role, linear = tensor.role, tensor.linears[0]
+            assert role is not None
+            if _is_routed(tensor):
+                sites[role.name] = (1 if role.reads_hidden else config.num_experts, linear.in_features)
+                before = sizes.get(role.name, (0, 0))[0]
+                sizes[role.name] = (min(before + tensor.num_params, EXPERTS_TOGETHER), linear.in_features)
             else:
-                fused = linears_of(name, shape)[0].fused_into
-                sites[fused] = (1, shape[-1])
-                num_weights = 2 * num_weights
-            rounded = min(num_weights, ROUNDED_TOGETHER) if recipe.method.two_streams else 1 << 18
-            factors = shape[-1] ** 2 * _FLOAT * _FACTOR_COPIES if recipe.method.two_streams else 0
+                sites[linear.fused_into] = (1, linear.in_features)
+                sizes[tensor.name] = (2 * tensor.num_params, linear.in_features)
+        for num_weights, width in sizes.values():
+            rounded = min(num_weights, ROUNDED_TOGETHER) if method.two_streams else 1 << 18
+            factors = width**2 * _FLOAT * _FACTOR_COPIES if method.two_streams else 0
             work = max(work, 4 * num_weights * _FLOAT + _GPTQ_COPIES * rounded * _FLOAT + factors)
         taken = 0
         for num, width in sites.values():
-            if recipe.method.two_streams:
+            if method.two_streams:
                 taken += 2 * num * width**2 * _FLOAT
-            elif recipe.method.needs_moments:
+            elif method.needs_moments:
                 taken += num * width * _FLOAT
         statistics = max(statistics, taken)
     widest = max(
@@ -149,12 +145,16 @@ def calibration_memory(
         4 * config.num_heads * config.head_dim,
     )
     return CalibrationMemory(
-        layer=streams * max(layers.values()),
+        layer=streams * largest,
         statistics=statistics,
         work=work,
         activations=batch_tokens * (widest + 6 * config.hidden_size) * (item_bytes + _FLOAT),
         hidden=hidden_bytes,
     )
+
+
+def _is_routed(tensor: SourceTensor) -> bool:
+    return tensor.role is not None and tensor.role.block == "experts"
 
 
 def check_memory(needed: CalibrationMemory, available: int) -> None:

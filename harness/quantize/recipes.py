@@ -1,22 +1,20 @@
-"""The variants: which roles are stored in which format, and how their scales and codes are chosen.
+"""The variants: which blocks are stored in which format, and how their scales and codes are chosen.
 
-A recipe is a frozen constant. Roles that a model lacks are simply absent from its plan, so one recipe serves
-dense and MoE models. `in_proj_a` and `in_proj_b` of DeltaNet are in none: their 32 or 48 outputs are below the
-multiple of 64 that the FP4 kernels want.
+A recipe is a frozen constant and names blocks of a decoder layer (`model/family.py`), so one recipe serves dense and
+MoE models of every family: a block that a model lacks is absent from its plan. The family says what of a block can be
+quantized.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from harness.errors import UserError, did_you_mean
 from harness.formats.config import FP8_DYNAMIC, NVFP4, NVFP4A16, Format
-from harness.model.qwen35 import ROLE, ROLES
+from harness.model.family import Block, Family, Role
 
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_DELTANET = ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj")
-_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-_SHARED_EXPERT = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
-
+_MLP: tuple[Block, ...] = ("mlp", "experts")
+"""Behind the mixer: the MLP of a dense layer, the routed experts of another."""
+_MAIN: tuple[Block, ...] = ("attention", *_MLP, "shared_expert")
 
 ABSMAX, SEARCH, WEIGHTED_SEARCH = "absmax", "search", "weighted-search"
 SCALES = (ABSMAX, SEARCH, WEIGHTED_SEARCH)
@@ -41,6 +39,7 @@ class Method:
 
     @property
     def needs_moments(self) -> bool:
+        """Whether the second moments of inputs are needed."""
         return self.two_streams or self.scales == WEIGHTED_SEARCH
 
 
@@ -49,17 +48,22 @@ RTN = Method(ABSMAX, ROUND_TO_NEAREST)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which roles get which format; every role not named is kept byte for byte."""
+    """Which blocks get which format; every tensor outside of them is kept byte for byte."""
 
     name: str
     summary: str
-    stored: tuple[tuple[Format, tuple[str, ...]], ...]
+    stored: tuple[tuple[Format, tuple[Block, ...]], ...]
     method: Method = RTN
 
-    @property
-    def formats(self) -> dict[str, Format]:
-        """Format by role name."""
-        return {role: form for form, roles in self.stored for role in roles}
+    def format_of(self, role: Role | None) -> Format | None:
+        """The format that tensors of a role are stored in; None where they are kept."""
+        if role is None or not role.quantizable:
+            return None
+        return next((form for form, blocks in self.stored if role.block in blocks), None)
+
+    def formats(self, family: Family) -> dict[str, Format]:
+        """Format by role name, of the roles of a family that are not kept."""
+        return {role.name: form for form, blocks in self.stored for role in _roles(family, blocks)}
 
     @property
     def needs_calibration(self) -> bool:
@@ -74,17 +78,22 @@ class Recipe:
         method = replace(self.method, scales=scales or self.method.scales, codes=codes or self.method.codes)
         return replace(self, method=method)
 
-    def targets(self) -> dict[Format, list[str]]:
+    def targets(self, family: Family) -> dict[Format, list[str]]:
         """The patterns of a `quantization_config` that name this recipe's modules, by format."""
-        return {form: _patterns(roles) for form, roles in self.stored}
+        return {form: _patterns(_roles(family, blocks)) for form, blocks in self.stored}
 
-    def ignored(self) -> list[str]:
+    def ignored(self, family: Family) -> list[str]:
         """The patterns of the linear layers that stay as they are."""
-        return _patterns(tuple(role.name for role in ROLES if role.name not in self.formats))
+        return _patterns(role for role in family.roles if self.format_of(role) is None)
 
 
-def _patterns(roles: tuple[str, ...]) -> list[str]:
-    return list(dict.fromkeys(target for role in roles if (target := ROLE[role].target) is not None))
+def _roles(family: Family, blocks: Iterable[Block]) -> list[Role]:
+    """The roles that can be quantized, block by block."""
+    return [role for block in blocks for role in family.roles if role.block == block and role.quantizable]
+
+
+def _patterns(roles: Iterable[Role]) -> list[str]:
+    return list(dict.fromkeys(role.target for role in roles if role.target is not None))
 
 
 CALIBRATED = Method(WEIGHTED_SEARCH, GPTQ, damping=0.2, sweeps=2)
@@ -95,36 +104,36 @@ RECIPES = {
         Recipe(
             "rtn-a16",
             "NVFP4 weights by round-to-nearest, 16-bit activations; attention and MLP; no data",
-            ((NVFP4A16, _ATTENTION + _MLP + _EXPERTS + _SHARED_EXPERT),),
+            ((NVFP4A16, _MAIN),),
         ),
         Recipe(
             "a16",
             "NVFP4 weights, calibrated, 16-bit activations; attention and MLP",
-            ((NVFP4A16, _ATTENTION + _MLP + _EXPERTS + _SHARED_EXPERT),),
+            ((NVFP4A16, _MAIN),),
             CALIBRATED,
         ),
         Recipe(
             "w4a4",
             "NVFP4 weights and activations; attention and MLP",
-            ((NVFP4, _ATTENTION + _MLP + _EXPERTS + _SHARED_EXPERT),),
+            ((NVFP4, _MAIN),),
             CALIBRATED,
         ),
         Recipe(
             "w4a4-experts",
             "NVFP4 weights and activations; attention and routed experts (MLP in dense models); shared expert kept",
-            ((NVFP4, _ATTENTION + _MLP + _EXPERTS),),
+            ((NVFP4, ("attention", *_MLP)),),
             CALIBRATED,
         ),
         Recipe(
             "w4a4-deltanet",
             "NVFP4 weights and activations; attention, MLP and DeltaNet's large projections",
-            ((NVFP4, _ATTENTION + _DELTANET + _MLP + _EXPERTS + _SHARED_EXPERT),),
+            ((NVFP4, ("attention", "deltanet", *_MLP, "shared_expert")),),
             CALIBRATED,
         ),
         Recipe(
             "mixed-fp8",
             "NVFP4 weights and activations in MLP or experts; FP8 in attention and the shared expert",
-            ((NVFP4, _MLP + _EXPERTS), (FP8_DYNAMIC, _ATTENTION + _SHARED_EXPERT)),
+            ((NVFP4, _MLP), (FP8_DYNAMIC, ("attention", "shared_expert"))),
             CALIBRATED,
         ),
     )

@@ -43,20 +43,17 @@ from harness.engines.layers import (
 from harness.engines.protocol import EngineInfo
 from harness.formats import fp8, nvfp4
 from harness.formats.config import FORMATS, NVFP4, Format
-from harness.model.census import SourceTensor, source_tensors
+from harness.model.census import SourceTensor
 from harness.model.checkpoint import Checkpoint
-from harness.model.qwen35 import Linear, layer_of
+from harness.model.family import Family, Linear
+from harness.model.source import source_of
 from harness.progress import Progress
 from harness.quantize.layerwise import Calibration, text_model
 from harness.quantize.plan import check_widths
-from harness.quantize.recipes import RECIPES
 from harness.quantize.sites import Site
 
 VERSION = 1
 """Of the measure: raise it when the same model and samples should give other numbers."""
-
-_ROLES = frozenset(role for recipe in RECIPES.values() for role in recipe.formats)
-"""What any recipe quantizes."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +68,12 @@ class Group:
 
     @property
     def is_experts(self) -> bool:
-        return self.role.startswith("mlp.experts.")
+        """Whether these are projections of the routed experts."""
+        return self.linears[0].expert is not None
 
     @property
     def num_weights(self) -> int:
+        """Their weights."""
         return sum(linear.out_features * linear.in_features for linear in self.linears)
 
     def num_bytes(self, form: Format) -> int:
@@ -83,18 +82,16 @@ class Group:
         return sum(tensor.num_bytes for tensors in stored for tensor in tensors)
 
 
-def groups_by_layer(tensors: Sequence[SourceTensor]) -> dict[int, list[Group]]:
-    """The groups of every decoder layer, in the order of the checkpoint. `UserError` for a weight whose rows are no
-    multiple of NVFP4's block."""
+def groups_by_layer(family: Family, tensors: Sequence[SourceTensor]) -> dict[int, list[Group]]:
+    """The groups of every decoder layer that a recipe may quantize, in the order of the checkpoint. `UserError` for a
+    weight whose rows are no multiple of NVFP4's block."""
     found: dict[int, dict[str, list[Linear]]] = {}
     for tensor in tensors:
-        layer = layer_of(tensor.name)
-        if tensor.role is None or tensor.role.name not in _ROLES or layer is None:
+        layer = family.layer_of(tensor.name)
+        if tensor.role is None or not tensor.role.quantizable or layer is None:
             continue
         check_widths(tensor, NVFP4)
-        kind, _, projection = tensor.role.name.rpartition(".")
-        role = f"{kind}.{tensor.role.fused or projection}"
-        found.setdefault(layer, {}).setdefault(role, []).extend(tensor.linears)
+        found.setdefault(layer, {}).setdefault(tensor.role.group, []).extend(tensor.linears)
     return {
         layer: [Group(role, tuple(linears)) for role, linears in groups.items()]
         for layer, groups in sorted(found.items())
@@ -132,9 +129,9 @@ def measure(
 
     Hidden states go through two files in `folder`, which the caller removes. Calibration samples are those of a build.
     """
-    model = text_model(checkpoint, calibration)
-    entries = checkpoint.tensors.values()
-    groups = groups_by_layer(source_tensors((entry.name, entry.shape, entry.num_bytes) for entry in entries))
+    source = source_of(checkpoint)
+    model = text_model(checkpoint, source.config, calibration)
+    groups = groups_by_layer(model.family, source.tensors)
     batches = batches_of(calibration.samples.samples, calibration.batch_tokens)
     passes = 2 * model.num_layers + len(FORMATS) * sum(map(len, groups.values()))
     done, total = 0, passes * calibration.samples.num_tokens
@@ -309,10 +306,8 @@ class _Experts:
     def __init__(self, half: Half, group: Group) -> None:
         assert half.experts is not None
         self.group = group
-        self._module: Any
-        _, self._module = half.experts
-        self._router: Any = half.body.gate
-        self._first = group.role.endswith("w13")
+        self._module, self._router, self._names = half.experts.module, half.experts.router, half.experts.names
+        self._first = group.linears[0].role.reads_hidden
         self._num: int = self._module.gate_up_proj.shape[0]
         self._site = Site(NVFP4, 1 if self._first else self._num)
 
@@ -337,7 +332,7 @@ class _Experts:
     @contextlib.contextmanager
     def stored_in(self, form: Format) -> Iterator[_Compare]:
         """While this runs, the experts compute as if their half of the weights were stored in `form`."""
-        name = "gate_up_proj" if self._first else "down_proj"
+        name = self._names.gate_up if self._first else self._names.down
         weight: Tensor = getattr(self._module, name)
         decoded = torch.empty_like(weight)
         for expert in range(self._num):  # one at a time: experts are most of a layer, and float32 is twice their size

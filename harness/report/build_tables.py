@@ -8,6 +8,7 @@ from typing import Any
 
 from harness import serve
 from harness.errors import UserError
+from harness.model.families import block_of_role, part_of_role
 from harness.record.store import Record
 from harness.report import runs
 from harness.report.tables import Table, table_of
@@ -146,17 +147,17 @@ def calibration_datasets(records: runs.Records) -> list[str]:
 
 def has_vision(records: runs.Records) -> bool:
     """Whether a variant has a vision tower."""
-    return any(role["role"] == "visual" for record in records.values() for role in record.kind("role"))
+    return any(part_of_role(role["role"]) == "visual" for record in records.values() for role in record.kind("role"))
 
 
 def has_mtp(record: Record) -> bool:
     """Whether a variant has an MTP head to speculate with."""
-    return any(role["role"] == "mtp" for role in record.kind("role"))
+    return any(part_of_role(role["role"]) == "mtp" for role in record.kind("role"))
 
 
 def has_experts(record: Record) -> bool:
     """Whether a variant is a mixture of experts."""
-    return any(".experts." in role["role"] for role in record.kind("role"))
+    return any(block_of_role(role["role"]) == "experts" for role in record.kind("role"))
 
 
 def has_four_bit_activations(record: Record) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from harness.model.families import qwen35
 from harness.quantize.recipes import recipe_named
 
 SPEED_SAMPLES, QUALITY_SAMPLES = 32, 64
@@ -59,7 +60,7 @@ class Theirs:
 
     def job(self) -> dict[str, Any]:
         """The part of a `compressor` job that says what is built."""
-        kept = recipe_named(self.recipe).ignored()
+        kept = recipe_named(self.recipe).ignored(qwen35.FAMILY)
         # `model_free_ptq` takes every weight for a linear layer's that is not ignored; `oneshot` knows better.
         kept += ["re:.*embed_tokens$", "re:.*conv1d$"]
         return {"method": self.method, "scheme": self.scheme, "observer": self.observer, "ignore": kept}

@@ -17,7 +17,7 @@ from harness.demo.synthesize import synthesize
 from harness.errors import UserError
 from harness.measure import perplexity
 from harness.model.checkpoint import open_checkpoint, read_json
-from harness.model.qwen35 import parse_config
+from harness.model.families import parse_config
 from harness.record.store import Record
 from studies.peers import contest
 from studies.peers.bench import LAYERS, VOCABULARY, Bench, Data, quantize, scratch, warm

@@ -1,0 +1,60 @@
+"""The families that the harness knows, each in a file of its own. Nothing here needs torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from harness.errors import UserError, did_you_mean
+from harness.model.families import qwen3_next, qwen35
+from harness.model.family import Block, Family, ModelConfig, Part
+
+FAMILIES = (qwen35.FAMILY, qwen3_next.FAMILY)
+ARCHITECTURES = tuple(name for family in FAMILIES for name in family.architectures)
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a `config.json`, text-only classes included; `UserError`, naming `where`, for another
+    architecture."""
+    name = _architecture(config)
+    for family in FAMILIES:
+        if name in family.modeling or name in family.text_only:
+            return family
+    raise _unknown(name, where)
+
+
+def parse_config(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """Reads a `config.json`; `UserError`, naming `where`, for an architecture that the harness does not build, or for a
+    missing number."""
+    name = _architecture(config)
+    for family in FAMILIES:
+        if name in family.modeling:
+            return family.read_config(config, where)
+    raise _unknown(name, where)
+
+
+def _architecture(config: Mapping[str, Any]) -> Any:
+    architectures = config.get("architectures")
+    return architectures[0] if isinstance(architectures, list) and architectures else None
+
+
+def _unknown(name: Any, where: str) -> UserError:
+    return UserError(
+        f"{where} is of architecture {name!r}, which this harness does not know.",
+        did_you_mean(str(name), ARCHITECTURES),
+    )
+
+
+_ROLES = {name: role for family in reversed(FAMILIES) for role in family.roles for name in (role.group, role.name)}
+
+
+def part_of_role(name: str) -> Part | None:
+    """The part of the model that a role belongs to, by the name that records give the role; None for an unknown one.
+    Roles of one name have the same properties in all families."""
+    role = _ROLES.get(name)
+    return None if role is None else role.part
+
+
+def block_of_role(name: str) -> Block | None:
+    """The block of a decoder layer that a role belongs to, by the role's own name or by that of the matrix that vLLM
+    fuses it into; None outside of the blocks, and for an unknown name."""
+    role = _ROLES.get(name)
+    return None if role is None else role.block
