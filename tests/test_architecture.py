@@ -35,7 +35,7 @@ ONLY_IN = {
     "vllm": ("harness/engines/vllm_*.py",),
     "llmcompressor": (),
 }
-REPORT_SEES = {"suite", "record", "errors", "sampling", "serve", "harness"}
+REPORT_SEES = {"model", "suite", "record", "errors", "sampling", "serve", "harness"}
 MAY_PRINT: dict[str, str | None] = {
     "harness/cli.py": None,
     "harness/__main__.py": None,

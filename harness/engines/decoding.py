@@ -28,6 +28,8 @@ from harness.errors import UserError
 from harness.formats import fp8, nvfp4
 from harness.formats.config import FORMATS, Format, QuantizationConfig
 from harness.model.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from harness.model.families import family_of
+from harness.model.family import ExpertNames, Family
 
 _FLOATS = ("BF16", "F16", "F32")
 _CHUNK_ELEMENTS = 1 << 22
@@ -92,7 +94,10 @@ class Stored:
             module: Any = model.get_submodule(owner)
             module.decoded_from = tuple(found)
         aliases = set(model.state_dict()) - set(_tensors(model))  # a tied head may be stored though it is not needed
-        return _check(places, self.checkpoint.tensors, aliases)
+        report = _check(places, self.checkpoint.tensors, aliases)
+        # No class of transformers has the MTP head.
+        report.unexpected_keys = [name for name in report.unexpected_keys if self.family.part_of(name) != "mtp"]
+        return report
 
     @torch.no_grad()
     def fill(self, module: nn.Module, prefix: str = "") -> None:
@@ -106,7 +111,12 @@ class Stored:
             _fill(place, self.checkpoint)
             if any(need.suffix == _INPUT_SCALE for need in place.needs):
                 scales[place.module] = self.checkpoint.tensor(f"{place.module}.{_INPUT_SCALE}")
-        _round(module, places, scales, self.checkpoint.folder)
+        _round(module, places, scales, self.family.experts, self.checkpoint.folder)
+
+    @cached_property
+    def family(self) -> Family:
+        """The family that the checkpoint's model is of."""
+        return family_of(self.checkpoint.config, str(self.checkpoint.folder))
 
     @cached_property
     def _modules(self) -> set[str]:
@@ -129,7 +139,7 @@ class Stored:
             owner, _, last = name.rpartition(".")
             on_disk = (prefix + name).rpartition(".")[0]
             linear = last == "weight" and isinstance(module.get_submodule(owner), nn.Linear)
-            if tensor.ndim == 3 and last in ("gate_up_proj", "down_proj"):
+            if tensor.ndim == 3 and last in self.family.experts.shards:
                 places.extend(self._expert_places(tensor, owner, on_disk, last))
             elif linear and (form := self._format_of(on_disk)) is not None:
                 places.append(_decoded(tensor, owner, on_disk, form))
@@ -139,7 +149,7 @@ class Stored:
 
     def _expert_places(self, fused: Tensor, owner: str, on_disk: str, last: str) -> Iterator["_Place"]:
         """Those of a parameter of fused experts; they lie on the disk as it does, or one by one."""
-        shards = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+        shards = self.family.experts.shards[last]
         whole, first = f"{on_disk}.{last}", f"{on_disk}.0.{shards[0]}"
         if whole in self.checkpoint.tensors or (first not in self._modules and self._format_of(first) is None):
             yield _copied(fused, owner, whole)
@@ -220,7 +230,7 @@ def _check(places: Iterable[_Place], on_disk: Mapping[str, TensorEntry], aliases
         elif found.dtype not in need.dtypes:
             report.error_msgs.append(f"{need.name} is {found.dtype}, not {' or '.join(need.dtypes)}")
     surplus = on_disk.keys() - needed - aliases
-    report.unexpected_keys.extend(name for name in surplus if not name.startswith("mtp."))
+    report.unexpected_keys.extend(surplus)
     return report
 
 
@@ -246,7 +256,9 @@ def _fill(place: _Place, checkpoint: Checkpoint) -> None:
         into.copy_(weights)
 
 
-def _round(model: nn.Module, places: Iterable[_Place], scales: Mapping[str, Tensor], folder: Path) -> None:
+def _round(
+    model: nn.Module, places: Iterable[_Place], scales: Mapping[str, Tensor], names: ExpertNames, folder: Path
+) -> None:
     """Lets every module round its inputs as its format does."""
     slices: dict[str, dict[tuple[int, str], _Place]] = {}
     for place in places:
@@ -259,7 +271,7 @@ def _round(model: nn.Module, places: Iterable[_Place], scales: Mapping[str, Tens
         experts: Any = model.get_submodule(owner)
         roundings = []
         for number in range(len(experts.down_proj)):
-            gate, up, down = (of_expert.get((number, f"{shard}_proj")) for shard in ("gate", "up", "down"))
+            gate, up, down = (of_expert.get((number, shard)) for shard in (names.gate, names.up, names.down))
             gate_up = _shared_rounding(gate, up, scales, folder)
             roundings.append(ExpertRounding(gate_up=gate_up, down=_rounding(down, scales)))
         if any(rounding.gate_up or rounding.down for rounding in roundings):

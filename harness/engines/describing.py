@@ -14,12 +14,16 @@ from torch import nn
 from harness.engines.decoding import formats_of
 from harness.engines.protocol import EngineInfo
 from harness.formats.config import Format
+from harness.model.checkpoint import read_json
+from harness.model.families import family_of
+from harness.model.family import Family
 
 
 def describe(name: str, model: Any, folder: Path, dtype: str, requested: str, device: torch.device) -> EngineInfo:
     """What computes the transformers model `model` of `folder`, whose device may be another now, on `device`; without
     what the engines of this room do differently."""
     trunk, head = model.get_decoder(), model.get_output_embeddings()
+    family = family_of(read_json(folder / "config.json"), str(folder))
     config = trunk.config
     cuda = device.type == "cuda"
     return EngineInfo(
@@ -36,13 +40,13 @@ def describe(name: str, model: Any, folder: Path, dtype: str, requested: str, de
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "attention_implementation": config._attn_implementation,
             "deltanet_implementation": _deltanet_kernels(config, device),
-            "experts_implementation": _experts_implementation(trunk),
+            "experts_implementation": _experts_implementation(family, trunk),
             "weight_decoder": _weight_decoder(model),
             "score_logits_dtype": "float32",
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "weight_bytes_per_token": _bytes_per_token(trunk, head),
+            "weight_bytes_per_token": _bytes_per_token(family, trunk, head),
         },
-        kernels=_kernels(trunk, head, device),
+        kernels=_kernels(family, trunk, head, device),
     )
 
 
@@ -55,14 +59,14 @@ def _deltanet_kernels(config: Any, device: torch.device) -> str:
     return "transformers reference"
 
 
-def _kernels(trunk: Any, head: Any, device: torch.device) -> dict[str, str]:
+def _kernels(family: Family, trunk: Any, head: Any, device: torch.device) -> dict[str, str]:
     """Kind of layer -> what computes it. The kind of a linear layer is the end of its name, `mlp.down_proj`."""
     found: dict[str, set[str]] = {}
-    for name, module in [*trunk.named_modules(), ("lm_head", head)]:
+    for name, module in [*trunk.named_modules(), (family.head, head)]:
         kind = ".".join(name.split(".")[-2:])
         if isinstance(module, nn.Linear):
             found.setdefault(kind, set()).add(_linear_kernel(module))
-        elif _is_experts(module):
+        elif _is_experts(family, module):
             found.setdefault(kind, set()).add(_experts_kernel(module))
     kernels = {kind: " | ".join(sorted(ways)) for kind, ways in sorted(found.items())}
     kernels["full_attention"] = trunk.config._attn_implementation
@@ -85,9 +89,9 @@ def _linear_kernel(module: nn.Linear) -> str:
     return f"{weights.num_bits}-bit {weights.type} weights, compressed-tensors decompress → {product}{inputs}"
 
 
-def _is_experts(module: nn.Module) -> bool:
+def _is_experts(family: Family, module: nn.Module) -> bool:
     """Whether `module` is transformers' fused experts: all of a layer's in two 3-D parameters."""
-    return isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    return isinstance(getattr(module, family.experts.down, None), nn.Parameter)
 
 
 def _experts_kernel(module: Any) -> str:
@@ -105,9 +109,10 @@ def _experts_way(module: Any) -> str:
     return "eager experts, one after another" if implementation == "eager" else f"{implementation} experts"
 
 
-def _experts_implementation(trunk: Any) -> str | None:
+def _experts_implementation(family: Family, trunk: Any) -> str | None:
     """How routed experts are computed; None in a dense model."""
-    return " | ".join(sorted({_experts_way(module) for module in trunk.modules() if _is_experts(module)})) or None
+    ways = {_experts_way(module) for module in trunk.modules() if _is_experts(family, module)}
+    return " | ".join(sorted(ways)) or None
 
 
 def _decoded_kernel(formats: tuple[Format | None, ...], product: str) -> str:
@@ -143,7 +148,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(model)}.values())
 
 
-def _bytes_per_token(trunk: Any, head: Any) -> int:
+def _bytes_per_token(family: Family, trunk: Any, head: Any) -> int:
     """Weight bytes that one decode step reads at batch 1: the text trunk and the head, but of the embedding table one
     row and of the routed experts only those that a token is sent to. Scales that decompression left behind
     are resident but not read. KV cache and DeltaNet state come on top and grow with the prompt."""
@@ -152,9 +157,9 @@ def _bytes_per_token(trunk: Any, head: Any) -> int:
     total: int = head.weight.numel() * head.weight.element_size()
     for name, tensor in trunk.named_parameters():
         size = tensor.numel() * tensor.element_size()
-        if name == "embed_tokens.weight":
+        if family.part_of(name) == "embedding":
             size //= tensor.shape[0]
-        elif ".experts." in name:
+        elif family.is_routed(name):
             size = round(size * experts_share)
         elif name.endswith(("_scale", "_zero_point")):
             size = 0

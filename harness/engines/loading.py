@@ -22,6 +22,8 @@ from harness.engines.process import DTYPES, out_of_memory
 from harness.errors import UserError
 from harness.formats.config import QuantizationConfig, parse
 from harness.model.checkpoint import open_checkpoint
+from harness.model.families import family_of
+from harness.model.family import Family
 
 
 def load_model(folder: Path, dtype: str = "bfloat16", device: torch.device | str = "cpu") -> Any:
@@ -40,7 +42,7 @@ def load_model(folder: Path, dtype: str = "bfloat16", device: torch.device | str
 def load_empty(folder: Path, dtype: str) -> tuple[Any, Stored]:
     """The transformers model of `folder` on the meta device, where its weights take no memory, and what its modules are
     filled from. `UserError` as in `load_model`, as far as names, shapes and types of tensors show it."""
-    auto, config, quantization = _configuration(folder)
+    auto, config, quantization, family = _configuration(folder)
     stored_as = QuantizationConfig((), (), False)
     if quantization is not None:
         stored_as = _parsed(config, quantization, folder)
@@ -49,22 +51,22 @@ def load_empty(folder: Path, dtype: str) -> tuple[Any, Stored]:
         with torch.device("meta"):
             model = decoding.empty_model(auto, config, DTYPES[dtype])
         report = stored.prepare(model)
-    _refuse_partial(folder, vars(report))
+    _refuse_partial(folder, family, vars(report))
     return model.eval(), stored
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
-    auto, config, quantization = _configuration(folder)
+    auto, config, quantization, family = _configuration(folder)
     load = _load_decoded if quantization is not None and _is_moe(config) else _load_by_transformers
     with _loading(folder):
         model, report = load(auto, config, quantization, folder, dtype)
-    _refuse_partial(folder, report)
+    _refuse_partial(folder, family, report)
     return model.eval()
 
 
-def _configuration(folder: Path) -> tuple[Any, Any, Any]:
-    """transformers' class for the checkpoint in `folder`, its configuration, and how it is quantized, None where it is
-    not."""
+def _configuration(folder: Path) -> tuple[Any, Any, Any, Family]:
+    """transformers' class for the checkpoint in `folder`, its configuration, how it is quantized, None where it is not,
+    and its family."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no config.json.", "Name a folder that has one.")
@@ -90,7 +92,8 @@ def _configuration(folder: Path) -> tuple[Any, Any, Any]:
     # The class whose tensor names are the checkpoint's: the names and patterns in a quantization_config are
     # written for those, and a text-only class built from a multimodal checkpoint renames them.
     multimodal = getattr(config, "vision_config", None) is not None
-    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM, config, quantization
+    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    return auto, config, quantization, family_of(raw, str(config_file))
 
 
 @contextlib.contextmanager
@@ -152,12 +155,12 @@ def _load_by_transformers(
     return model, report
 
 
-def _refuse_partial(folder: Path, report: dict[str, Any]) -> None:
+def _refuse_partial(folder: Path, family: Family, report: dict[str, Any]) -> None:
     """transformers fills a tensor it misses with random numbers and only warns; here that is an error.
 
-    `mtp.*` (the multi-token-prediction head) is no part of the model class and is excused by transformers itself.
+    The MTP head (multi-token prediction) is no part of the model class and is excused by transformers itself.
     """
-    unexpected = [key for key in report["unexpected_keys"] if not key.startswith("mtp.")]
+    unexpected = [key for key in report["unexpected_keys"] if family.part_of(key) != "mtp"]
     for what, keys in (
         ("lacks", sorted(report["missing_keys"])),
         ("has the wrong shape for", sorted(key[0] for key in report["mismatched_keys"])),

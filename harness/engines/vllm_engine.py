@@ -42,6 +42,8 @@ from harness.engines.protocol import (
 from harness.engines.vllm_log import KERNEL_LINES, MEMORY_LINES, Log, first_line, kv_tokens, reason
 from harness.errors import UserError
 from harness.formats.config import parse
+from harness.model.checkpoint import read_json
+from harness.model.families import family_of
 
 T = TypeVar("T")
 
@@ -291,6 +293,8 @@ class VllmEngine(Engine):
 
         config = self._engine.vllm_config
         layers = self.ask("harness_layers")[0]
+        family = family_of(read_json(folder / "config.json"), str(folder))
+        attention = next((layers[kind] for kind in family.engine_attention if kind in layers), None)
         weights = self.ask("harness_weights")
         on_cpu = config.device_config.device_type == "cpu"
         parallel = config.parallel_config
@@ -305,7 +309,7 @@ class VllmEngine(Engine):
             effective={
                 "arguments": {name: value for name, value in self._arguments.items() if name != "model"},
                 "model_class": config.model_config.architecture,
-                "attention_implementation": layers.get("self_attn.attn") or layers.get("attn.attn"),
+                "attention_implementation": attention,
                 "tensor_parallel": parallel.tensor_parallel_size,
                 "pipeline_parallel": parallel.pipeline_parallel_size,
                 "data_parallel": parallel.data_parallel_size,

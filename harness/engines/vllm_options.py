@@ -12,6 +12,8 @@ from typing import Any
 
 from harness.engines.protocol import Start
 from harness.errors import UserError
+from harness.model.checkpoint import read_json
+from harness.model.families import family_of
 
 Release = tuple[int, int]
 OLDEST: Release = (0, 19)
@@ -156,8 +158,8 @@ def check_heads(folder: Path, options: Mapping[str, Any]) -> None:
     names: list[str] = []
     if index.is_file():
         names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if not any(name.startswith("mtp.") for name in names):
+    if not family_of(read_json(folder / "config.json"), str(folder)).has_part(names, "mtp"):
         raise UserError(
             f"{folder} has no MTP head, and speculative_tokens asks for one.",
-            "Keep the source's mtp.* tensors, or leave speculative_tokens at 0.",
+            "Keep the source's MTP tensors, or leave speculative_tokens at 0.",
         )

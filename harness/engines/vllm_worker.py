@@ -9,6 +9,9 @@ import resource
 import sys
 from typing import Any
 
+from harness.model.families import family_of
+from harness.model.family import Family
+
 
 class HarnessWorker:
     """Methods of a worker that holds a part of the model; names carry the prefix `harness_` against clashes."""
@@ -30,16 +33,17 @@ class HarnessWorker:
         """`resident`: bytes of all parameters and buffers of this worker; `per_token`: of those that one decoded token
         reads at batch 1, the text model's without the embedding table, routed experts by the share that a token
         visits."""
-        config = self.model_runner.model_config.hf_text_config
+        model_config = self.model_runner.model_config
+        config, family = model_config.hf_text_config, _family(model_config)
         share = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_experts", 0) or 1)
         resident, read = 0, 0
         for name, module in self._harness_model().named_modules():
             tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             size = sum(_num_bytes(module, tensor) for _, tensor in tensors)
             resident += size
-            if "visual" in name or name.endswith("embed_tokens"):
+            if family.part_of(name) in ("visual", "embedding"):
                 continue
-            read += round(size * share) if ".experts" in name else size
+            read += round(size * share) if family.is_routed(name) else size
         return {"resident": resident, "per_token": read}
 
     def harness_memory(self) -> dict[str, int | None]:
@@ -76,6 +80,10 @@ class HarnessWorker:
 
     def _harness_model(self) -> Any:
         return self.model_runner.get_model()
+
+
+def _family(model_config: Any) -> Family:
+    return family_of({"architectures": model_config.hf_config.architectures}, "The model")
 
 
 def _num_bytes(module: Any, tensor: Any) -> int:
