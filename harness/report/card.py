@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.record.store import Record
-from harness.report import build_tables, columns, exchange, figure_data, figures, hub, page
+from harness.report import build_tables, columns, exchange, figure_data, figures, hub_scores, page
 from harness.report.blocks import filled
 from harness.report.evidence import Evidence, gather
 from harness.report.pieces import Link, paragraphs
@@ -164,7 +164,7 @@ def _front_matter(evidence: Evidence) -> str:
         else None,
         "tags": ["nvfp4", "compressed-tensors", "deltanet"],
         "datasets": build_tables.calibration_datasets(built),
-        "model-index": hub.model_index(evidence, next(iter(suite.variants))) if evidence.repo else None,
+        "model-index": hub_scores.model_index(evidence, next(iter(suite.variants))) if evidence.repo else None,
     }
     # JSON strings and lists of printable characters are YAML.
     lines = [

@@ -1,4 +1,5 @@
-"""What the formats of `export` have in common: what a run says, apart from any format, and how files are written."""
+"""What the exports have in common: what a run of a task or of perplexity says, apart from any format, and how files are
+written."""
 
 import hashlib
 import json
@@ -21,6 +22,8 @@ from harness.suite.names import SOURCE, is_hub_id, row_parts
 from harness.suite.schema import Suite
 
 HARNESS = "nvfp4-harness"
+"""The name that exports give the harness."""
+
 Json = dict[str, Any]
 
 
@@ -34,13 +37,11 @@ class Score:
     standard_error: float | None  # lm-eval's own, of a single run
     num_items: int  # of each repetition
     num_repetitions: int
-    higher_is_better: bool | None
-    outcomes: tuple[float, ...]  # of the items, where each has a number
     estimate: Estimate | None  # over documents, where the figure is their mean
 
 
 def scores_of(record: Record) -> list[Score]:
-    """Every figure of a run, a group's too, in lm-eval's order."""
+    """Every figure of a run, those of groups too, in lm-eval's order."""
     found: dict[tuple[str, str], list[Json]] = {}
     for result in record.kind("result"):
         found.setdefault((result["task"], result["metric"]), []).append(result)
@@ -58,17 +59,15 @@ def _score(record: Record, task: str, metric: str, results: Sequence[Json]) -> S
         metric=metric,
         value=value,
         standard_error=results[0]["standard_error"] if len(results) == 1 else None,
-        # lm-eval does not say it of every group.
+        # lm-eval gives no number of items for some groups.
         num_items=results[0]["num_items"] or sum(item["repetition"] == 0 for item in items),
         num_repetitions=len(results),
-        higher_is_better=results[0].get("higher_is_better"),
-        outcomes=tuple(float(outcome) for _, outcome in own),
         estimate=_mean_over_documents(own, value),
     )
 
 
 def _mean_over_documents(outcomes: Sequence[tuple[int, float]], value: float) -> Estimate | None:
-    """The mean of (document, outcome), repetitions of a document together; None where `value` is something else."""
+    """The mean of (document, outcome), repetitions of a document together; None where `value` is not this mean."""
     by_doc: dict[int, list[float]] = {}
     for doc_id, outcome in outcomes:
         by_doc.setdefault(doc_id, []).append(outcome)
@@ -79,28 +78,19 @@ def _mean_over_documents(outcomes: Sequence[tuple[int, float]], value: float) ->
 
 
 def first_metric(record: Record, task: str) -> str | None:
-    """The metric that a task names first; a group's is that of its members."""
+    """The metric that a task names first; for a group, the first metric of its members."""
     items = record.kind("item")
     own = [item for item in items if item["task"] == task] or items
     return next(iter(own[0]["outcomes"]), None) if own else None
 
 
 def tasks_of(evidence: Evidence, row: str) -> Iterator[tuple[str, Record]]:
-    """A row's runs of tasks that measure the model, by the name that the suite gives the task."""
+    """A row's runs of tasks that measure the model, with the suite's names of the tasks. Runs that the audit calls
+    invalid are left out, and runs whose engine computed another model than the checkpoint says."""
     for label, records in evidence.tasks.items():
         record = records.get(row)
         if record and not task_tables.invalid(record, records.get(SOURCE)) and not runs.served_as(record):
             yield label, record
-
-
-def perplexities_of(evidence: Evidence, row: str) -> Iterator[tuple[str, Record, Estimate]]:
-    """A row's perplexities that are of the model: protocol, run, and the mean in nats per token or word."""
-    for protocol, records in evidence.perplexities.items():
-        record = records.get(row)
-        clusters = runs.clusters_of(record) if record and not runs.served_as(record) else []
-        if record and clusters:
-            nats, weights = zip(*clusters, strict=True)
-            yield protocol, record, stats.weighted_mean(nats, weights, runs.clustering(record)[1])
 
 
 @dataclass(frozen=True)
@@ -115,16 +105,17 @@ class Dataset:
 
 
 def dataset_of_task(record: Record, task: str) -> Dataset:
+    """The dataset of one of lm-eval's tasks, as the header names it."""
     about = about_task(record, task)
     repo, revision = about.get("dataset"), about.get("dataset_revision")
     if not is_hub_id(repo):
         return Dataset(task)
-    # Parts of different revisions have none in common.
+    # A revision with a space lists those of several parts, which have none in common.
     return Dataset(task, repo, about.get("dataset_config"), revision=revision if " " not in (revision or "") else None)
 
 
 def dataset_of_text(record: Record) -> Dataset:
-    """What a perplexity is of, by the suite that it was run with."""
+    """The text of a perplexity, as the suite of the run names it."""
     name = (record.run.dataset or {}).get("name") or "text"
     text = (record.run.suite.get("ppl") or {}).get("text") or {}
     if not is_hub_id(text.get("dataset")):
@@ -133,75 +124,68 @@ def dataset_of_text(record: Record) -> Dataset:
 
 
 def about_task(record: Record, task: str) -> Json:
-    """What the header knows of one of lm-eval's tasks: version, dataset, examples; nothing of a group."""
+    """What the header says of one of lm-eval's tasks: version, dataset, examples; nothing for a group."""
     about: Json = ((record.run.dataset or {}).get("tasks") or {}).get(task) or {}
     return about
 
 
 def settings_of(record: Record) -> Json:
-    """How the suite puts a task: the keys of `suite.Task`."""
+    """The suite's settings of a task: the keys of `suite.schema.Task`."""
     settings: Json = (record.run.dataset or {}).get("settings") or {}
     return settings
 
 
 def base_model_of(suite: Suite) -> str | None:
-    """The source's name on the Hub, if it has one."""
+    """The source's name on the Hub; None if it has none."""
     return next((name for name in (suite.source.base_model, suite.source.location) if is_hub_id(name)), None)
 
 
 def model_id(evidence: Evidence, row: str) -> str:
-    """`owner/name`: the source's on the Hub, or the variant's where it is published; else `<suite>/<variant>`. In a
-    setup the model is the same."""
+    """`owner/name` on the Hub of the source or of a published variant, else `<suite>/<variant>`; the same in every
+    setup."""
     variant, _ = row_parts(row)
     on_the_hub = base_model_of(evidence.suite) if variant == SOURCE else evidence.repo
     return on_the_hub or f"{evidence.suite.name}/{variant}"
 
 
 def url_of(evidence: Evidence, record: Record) -> str | None:
-    """Where a record can be looked at, once the repository is there."""
+    """The record's page on the Hub, once the repository is there; None for evidence without a repository."""
     if evidence.repo is None:
         return None
     return f"https://huggingface.co/{evidence.repo}/blob/main/{quote(evidence.record_path(record))}"
 
 
 def path_part(name: str) -> str:
-    """A name as one part of a path that every file system takes; a name that must change for that gets its digest, so
-    that two of them stay two."""
+    """A name as one part of a path that every file system takes. A name that must change for that gets its digest in
+    front, so that two names stay two."""
     safe = re.sub(r"[^A-Za-z0-9_.+=@-]+", "_", name).strip(".")[:80]
-    is_device = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d|data)(\..*)?", safe)
+    is_device = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", safe)
     return safe if safe == name and not is_device else f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{safe}"
 
 
 def epoch_of(utc: str) -> int:
-    """Seconds since 1970 of a time as results write it."""
+    """Seconds since 1970 of a time as records write it."""
     return round(datetime.strptime(utc, UTC_FORMAT).replace(tzinfo=UTC).timestamp())
 
 
 def steady(value: float) -> float:
-    """A figure to eight significant digits: those after them may depend on the order in which a machine adds, which is
-    true of every sum, and most of a bootstrap's."""
+    """A figure to eight significant digits. The digits after them depend on the order in which a machine adds."""
     return float(f"{value:.8g}")
 
 
 def without_none(values: Mapping[str, Any]) -> Json:
+    """The values that are not None, by key."""
     return {key: value for key, value in values.items() if value is not None}
 
 
-def strings(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values for a format that takes strings only."""
-    return {
-        key: value if isinstance(value, str) else json.dumps(value)
-        for key, value in values.items()
-        if value is not None
-    }
-
-
-# ASCII alone, so that no reader takes a character of a name for the end of a line.
+# JSON is written in ASCII alone, so that no reader takes a character of a name for the end of a line.
 
 
 def json_bytes(document: Any) -> bytes:
+    """A JSON file with one document."""
     return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
 
 
 def json_lines_bytes(documents: Sequence[Any]) -> bytes:
+    """A JSON Lines file, a document a line."""
     return "".join(json.dumps(one, allow_nan=False) + "\n" for one in documents).encode()

@@ -1,7 +1,7 @@
-"""A row's tasks as `lm_eval --output_path` writes them."""
+"""Tasks as `lm_eval --output_path` writes them, for lm-eval's own tables and for the converters that read its files."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 
@@ -23,34 +23,39 @@ from harness.report.exchange import (
 from harness.sampling import PRESETS
 
 
-def lm_eval_files(evidence: Evidence, row: str) -> dict[str, bytes]:
-    """A row's tasks as `lm_eval --output_path` writes them: for each repetition of a run its `results_<date>.json`, and
-    for each task in it `samples_<task>_<date>.jsonl`. The date is that of the run's start; where lm-eval has
-    microseconds, it counts the repetitions.
+def lm_eval_files(evidence: Evidence, rows: Sequence[str]) -> dict[str, bytes]:
+    """The tasks of some rows: for each repetition of a run its `results_<date>.json`, and for each task in it
+    `samples_<task>_<date>.jsonl`. The date is that of the run's start; the place of the microseconds counts the
+    repetitions.
 
-    Not kept in records, and so not in the samples: `doc`, `target`, `arguments`, `resps`, `filtered_resps` (the texts)
-    and `prompt_hash`, in whose place is the digest of the prompt's token ids. `doc_hash` and `target_hash` are
-    lm-eval's. Of the results, `task_hashes`, which are made of them, the tasks' whole configurations, and
-    what lm-eval knows of the tokenizer and the environment are left out.
+    Records keep no texts, so the samples have no `doc`, `target`, `arguments`, `resps` and `filtered_resps`, and in
+    place of `prompt_hash` the digest of the prompt's token ids. `doc_hash` and `target_hash` are lm-eval's. The results
+    lack `task_hashes`, which are made of these, the tasks' whole configurations, and what lm-eval knows of the
+    tokenizer and the environment.
     """
-    files = {}
-    for label, records in evidence.tasks.items():
-        if row not in records:
-            continue
-        record = records[row]
-        folder = f"lm-eval/{path_part(row)}/{path_part(label)}"
-        date = datetime.strptime(record.run.started_utc, UTC_FORMAT).strftime("%Y-%m-%dT%H-%M-%S")
-        for repetition in sorted({result["repetition"] for result in record.kind("result")}):
-            stamp = f"{date}.{repetition:06d}"
-            files[f"{folder}/results_{stamp}.json"] = json_bytes(_lm_eval_results(evidence, row, record, repetition))
-            items = [item for item in record.kind("item") if item["repetition"] == repetition]
-            for task in dict.fromkeys(item["task"] for item in items):
-                lines = [line for item in items if item["task"] == task for line in _lm_eval_samples(item)]
-                files[f"{folder}/samples_{path_part(task)}_{stamp}.jsonl"] = json_lines_bytes(lines)
+    files: dict[str, bytes] = {}
+    for row in rows:
+        for label, records in evidence.tasks.items():
+            if row in records:
+                files |= _files_of_run(evidence, row, f"lm-eval/{path_part(row)}/{path_part(label)}", records[row])
     return files
 
 
-def _lm_eval_results(evidence: Evidence, row: str, record: Record, repetition: int) -> Json:
+def _files_of_run(evidence: Evidence, row: str, folder: str, record: Record) -> dict[str, bytes]:
+    """The files of one run, in a folder of their own."""
+    files = {}
+    date = datetime.strptime(record.run.started_utc, UTC_FORMAT).strftime("%Y-%m-%dT%H-%M-%S")
+    for repetition in sorted({result["repetition"] for result in record.kind("result")}):
+        stamp = f"{date}.{repetition:06d}"
+        files[f"{folder}/results_{stamp}.json"] = json_bytes(_results(evidence, row, record, repetition))
+        items = [item for item in record.kind("item") if item["repetition"] == repetition]
+        for task in dict.fromkeys(item["task"] for item in items):
+            lines = [line for item in items if item["task"] == task for line in _samples(item)]
+            files[f"{folder}/samples_{path_part(task)}_{stamp}.jsonl"] = json_lines_bytes(lines)
+    return files
+
+
+def _results(evidence: Evidence, row: str, record: Record, repetition: int) -> Json:
     results: dict[str, Json] = {}
     higher: dict[str, Json] = {}
     samples: dict[str, Json] = {}
@@ -75,7 +80,7 @@ def _lm_eval_results(evidence: Evidence, row: str, record: Record, repetition: i
         "results": results,
         **({"groups": groups} if groups else {}),
         "group_subtasks": {task: [] for task in leaves},
-        "configs": {task: _lm_eval_config(task, about, settings) for task, about in leaves.items()},
+        "configs": {task: _config(task, about, settings) for task, about in leaves.items()},
         "versions": {task: about.get("version") for task, about in leaves.items()},
         "n-shot": {task: about.get("num_fewshot") for task, about in leaves.items()},
         "higher_is_better": higher,
@@ -102,7 +107,7 @@ def _lm_eval_results(evidence: Evidence, row: str, record: Record, repetition: i
     }
 
 
-def _lm_eval_config(task: str, about: Json, settings: Json) -> Json:
+def _config(task: str, about: Json, settings: Json) -> Json:
     sampling = asdict(PRESETS[settings["preset"]]) if settings.get("preset") in PRESETS else {}
     generation = {**sampling, "max_gen_toks": settings.get("max_new_tokens")}
     return without_none(
@@ -117,7 +122,7 @@ def _lm_eval_config(task: str, about: Json, settings: Json) -> Json:
     )
 
 
-def _lm_eval_samples(item: Json) -> Iterator[Json]:
+def _samples(item: Json) -> Iterator[Json]:
     """A line for each filter, as lm-eval has them."""
     by_filter: dict[str, Json] = {}
     for metric, outcome in item["outcomes"].items():

@@ -187,16 +187,11 @@ def _with_test(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "test": test_name(row["new_tokens"], row["prompt_tokens"])}
 
 
-def test_depth(prompt_tokens: int) -> int:
-    """What llama-bench calls the depth of a decode: the tokens before it. There is no empty prompt, so one token is
-    depth 0."""
-    return prompt_tokens if prompt_tokens > 1 else 0
-
-
 def test_name(new_tokens: int, prompt_tokens: int) -> str:
-    """llama-bench's name of a decode: `tg32` of 33 new tokens, whose first belongs to the prefill, and `tg32 @ d4096`
-    after 4,096 tokens (https://github.com/ggml-org/llama.cpp/tree/master/tools/llama-bench)."""
-    depth = test_depth(prompt_tokens)
+    """llama-bench's name of a decode: `tg32` for 33 new tokens, whose first belongs to the prefill, and `tg32 @ d4096`
+    after 4,096 tokens. There is no empty prompt, so a prompt of one token is depth 0
+    (https://github.com/ggml-org/llama.cpp/tree/master/tools/llama-bench)."""
+    depth = prompt_tokens if prompt_tokens > 1 else 0
     return f"tg{new_tokens - 1}" + (f" @ d{depth}" if depth else "")
 
 

@@ -1,6 +1,5 @@
 """What the Hub reads of a variant: scores in registered benchmarks, and the `model-index` of a card's front matter."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from harness.report.exchange import (
     dataset_of_text,
     first_metric,
     model_id,
-    perplexities_of,
     scores_of,
     settings_of,
     tasks_of,
@@ -45,14 +43,14 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     },
     "mmlu_pro": _MMLU_PRO,
 }
-"""lm-eval's name of a task -> the registered benchmark that it puts in full.
+"""lm-eval's name of a task -> the registered benchmark that the task asks in full.
 
-The Hub's documentation (https://huggingface.co/docs/hub/eval-results) names four benchmarks, these and cais/hle, which
-lm-eval does not have. Their task ids are those of Every Eval Ever 0.3.0 (`tools/hf_community_evals.py`) and of the
-results that Hugging Face's own staff has entered, for example
-https://huggingface.co/Zyphra/ZAYA1-8B/commit/6186b0866e84fc168b3409510ff6e7e8a03d6f72; the documentation's example says
-`gpqa_diamond` instead. A value on these leaderboards is a percentage from 0 to 100, as both of them have it: the
-example of 0.412 in the documentation is alone with its fraction.
+The Hub's documentation (https://huggingface.co/docs/hub/eval-results) names four benchmarks: these, and cais/hle, which
+lm-eval does not have. The task ids are those of Every Eval Ever 0.3.0 (`tools/hf_community_evals.py`) and of results
+that Hugging Face's own staff has entered, for example
+https://huggingface.co/Zyphra/ZAYA1-8B/commit/6186b0866e84fc168b3409510ff6e7e8a03d6f72; the documentation's example has
+`gpqa_diamond` instead. A value on these leaderboards is a percentage from 0 to 100, as both of these sources have it;
+only the documentation's example is a fraction, 0.412.
 """
 
 
@@ -60,9 +58,10 @@ def eval_results(evidence: Evidence, variant: str) -> dict[str, list[Json]]:
     """The entries of `.eval_results/<benchmark>.yaml`, by benchmark: {dataset {id, task_id, revision}, value, date,
     source {url, name}, notes}, the value in per cent.
 
-    Only whole runs of the tasks in `BENCHMARKS` on the dataset itself count, without a limit; the score is the metric
-    that the task names first. Of several runs of one benchmark (with and without a chat, for example) the suite's first
-    speaks, since a leaderboard has one place for a model. Perplexities and speeds have no leaderboard.
+    Only whole runs without a limit count, of the tasks in `BENCHMARKS` on the benchmark's own dataset. The score is the
+    metric that the task names first. A leaderboard has one place for a model: of several runs of one benchmark (with
+    and without a chat, for example) it gets the first in the suite's order. Perplexities and speeds have no
+    leaderboard.
     """
     found: dict[str, list[Json]] = {}
     for _, record in tasks_of(evidence, variant):
@@ -100,7 +99,7 @@ def _source(evidence: Evidence, record: Record) -> Json | None:
 
 
 def _notes(record: Record, score: Score) -> str:
-    """What a leaderboard's reader must know of a value in per cent."""
+    """What the reader of a leaderboard must know of a value in per cent."""
     settings, about = settings_of(record), about_task(record, score.task)
     said = [
         f"{score.metric} of {score.task}, lm-eval {(record.run.dataset or {}).get('lm_eval')}",
@@ -135,12 +134,12 @@ def model_index(evidence: Evidence, variant: str) -> list[Json]:
             metric = {"type": name, "value": score.value, "name": f"{score.metric} ({_count(score)})"}
             named = label if label == score.task else f"{label}: {score.task}"
             results.append(_indexed(named, dataset_of_task(record, score.task), metric, _source(evidence, record)))
-    for protocol, record, nats in perplexities_of(evidence, variant):
-        unit = (record.run.dataset or {}).get("unit", "token")
-        metric = {"type": "perplexity", "value": math.exp(nats.value), "name": f"perplexity per {unit}, {protocol}"}
-        results.append(
-            _indexed(f"perplexity by {protocol}", dataset_of_text(record), metric, _source(evidence, record))
-        )
+    for row in evidence.tables["perplexity"].rows:
+        if row["variant"] == variant and row["ppl"] is not None and not row.get("served_as"):
+            protocol, record = row["protocol"], row["run"]
+            metric = {"type": "perplexity", "value": row["ppl"], "name": f"perplexity per {row['unit']}, {protocol}"}
+            source = _source(evidence, record)
+            results.append(_indexed(f"perplexity by {protocol}", dataset_of_text(record), metric, source))
     return [{"name": model_id(evidence, variant).rpartition("/")[2], "results": results}] if results else []
 
 
