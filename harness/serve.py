@@ -103,7 +103,7 @@ def size(
     )
 
 
-def arguments(
+def vllm_arguments(
     sizing: Sizing,
     *,
     name: str,

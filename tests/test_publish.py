@@ -24,7 +24,7 @@ from harness import demo
 from harness.cli import main
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint
-from harness.publication import hub as model_hub
+from harness.publication import upload as uploads
 from harness.publication.folder import PUBLISHED, Assembled
 from harness.publication.leaks import of_this_machine
 from harness.quantize.build import build
@@ -87,7 +87,7 @@ def place(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A copy of the project as the working directory, without a token and online."""
     shutil.copytree(project, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
-    monkeypatch.delenv(model_hub.TOKEN, raising=False)
+    monkeypatch.delenv(uploads.TOKEN, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     return tmp_path / "project"
 
@@ -472,17 +472,17 @@ def test_an_upload_without_a_token_is_refused_before_anything_is_done(
     token: str | None, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if token is not None:
-        monkeypatch.setenv(model_hub.TOKEN, token)
+        monkeypatch.setenv(uploads.TOKEN, token)
     assert run() == 2
     told = capsys.readouterr().err
-    assert model_hub.TOKEN in told and "hf_" not in told
+    assert uploads.TOKEN in told and "hf_" not in told
     assert not Path("publish").exists()
 
 
 def test_an_upload_is_refused_where_the_hub_is_switched_off(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(model_hub.TOKEN, TOKEN)
+    monkeypatch.setenv(uploads.TOKEN, TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert run() == 2
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err and not Path("publish").exists()
@@ -645,7 +645,7 @@ def test_settings_that_are_no_secrets_may_be_said(tmp_path: Path) -> None:
 def server(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub on this machine that this process uploads to, with the right token."""
     with hub(TOKEN) as running:
-        monkeypatch.setenv(model_hub.TOKEN, TOKEN)
+        monkeypatch.setenv(uploads.TOKEN, TOKEN)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         yield running
@@ -666,8 +666,8 @@ def assembled(tmp_path: Path) -> Assembled:
     return Assembled(tmp_path / "assembled", "0" * 64, sizes, (), ())
 
 
-def upload(assembled: Assembled, *, public: bool = False) -> model_hub.Uploaded:
-    return model_hub.upload(assembled.folder, assembled.files, REPO, "tiny a16", TOKEN, public=public, bars=False)
+def upload(assembled: Assembled, *, public: bool = False) -> uploads.Uploaded:
+    return uploads.upload_folder(assembled.folder, assembled.files, REPO, "tiny a16", TOKEN, public=public, bars=False)
 
 
 def refusal(assembled: Assembled) -> str:
@@ -754,12 +754,12 @@ def test_a_refused_folder_is_not_uploaded(server: Hub, place: Path) -> None:
 def test_a_hub_that_hangs_dies_or_fails_is_a_sentence_and_the_next_upload_succeeds(
     end: str, trouble: str | int, says: str, server: Hub, assembled: Assembled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_hub, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(uploads, "_PATIENCE_SECONDS", 0.5)
     server.trouble = {end: trouble}
     told = refusal(assembled)
     assert says in told and server.url in told
     server.trouble = {}
-    monkeypatch.setattr(model_hub, "_PATIENCE_SECONDS", 30.0)
+    monkeypatch.setattr(uploads, "_PATIENCE_SECONDS", 30.0)
     upload(assembled)
     assert uploaded(server) == contents(assembled.folder)
 

@@ -66,7 +66,7 @@ def test_gpus_that_share_layers_add_their_memory() -> None:
     with pytest.raises(UserError, match=r"leave no room for a sequence in .*90% of 1 × 24 GiB"):
         serve.size(serving_footprint(config, plan.counts), gpu_gib=24)
     both = serve.size(serving_footprint(config, plan.counts), gpu_gib=24, num_gpus=2)
-    assert "--tensor-parallel-size" in serve.arguments(both, name="x", num_gpus=2)
+    assert "--tensor-parallel-size" in serve.vllm_arguments(both, name="x", num_gpus=2)
 
 
 AWKWARD = ["--served-model-name", "it's a $name", "--max-model-len", "16"]
@@ -166,7 +166,8 @@ def test_the_options_help_names_the_defaults_that_sizing_has(capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main([*asked, "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert f"({options.utilization:g})" in told and f"({options.users})" in told and "(6.5, without images 3)" in told
+    assert f"(default: {options.utilization:g})" in told and f"(default: {options.users})" in told
+    assert "(default: 6.5, without images 3)" in told
 
 
 def test_mtp_is_refused_where_the_source_shows_no_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

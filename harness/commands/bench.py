@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from harness.record.store import Record, RunWriter
     from harness.suite.schema import Bench
 
-HELP = "Decode and prefill speed of the source and its variants."
+HELP = "Measure decode and prefill speed of the source and its variants, or of a running server."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what a measure is asked, and a server to measure in place of an engine."""
+    """Adds the arguments of every measure, and a server to measure in place of an engine."""
     add_measuring(parser)
     parser.add_argument(
-        "--server", metavar="URL", help="measure a running OpenAI-compatible server of the one --variant"
+        "--server",
+        metavar="URL",
+        help="measure the running OpenAI-compatible server at this URL, which serves the one --variant",
     )
 
 

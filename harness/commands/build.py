@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.commands.options import add_method, add_variants_and_places, open_job
+from harness.commands.options import add_job, add_method, add_variants, open_job
 from harness.commands.output import print_json, progress_bars
 from harness.errors import UserError
 
@@ -15,37 +15,45 @@ if TYPE_CHECKING:
     from harness.quantize.artifact import Artifact
 
 
-HELP = "Build variants as compressed-tensors checkpoints."
+HELP = "Build a suite's variants, or one checkpoint by one recipe, as compressed-tensors checkpoints."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
-    parser.add_argument("source", metavar="SOURCE", nargs="?", help="build this checkpoint instead of a suite's")
-    parser.add_argument("--recipe", help="with SOURCE")
+    """Adds the source and its recipe, or a suite and its variants."""
+    parser.add_argument(
+        "source", metavar="SOURCE", nargs="?", help="build from this checkpoint: a folder, a hub id or demo:dense"
+    )
+    parser.add_argument("--recipe", metavar="NAME", help="with SOURCE: the recipe to build by")
     parser.add_argument("--out", type=Path, metavar="DIR", help="with SOURCE: the new folder")
-    parser.add_argument("--calibration", type=Path, metavar="F", help="with SOURCE: a TOML file of samples")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="with SOURCE: a TOML file that names calibration samples"
+    )
     add_method(parser)
-    add_variants_and_places(parser)
+    add_variants(parser)
+    add_job(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
-    from harness.report.numbers import format_bytes
-
+    """Builds what is missing, and prints a line an artifact."""
     built = _built_variants(options, given) if options.source is None else [_built_source(options)]
     if options.json:
-        print_json([_built_as_json(one) for one in built])
+        print_json([_as_json(artifact) for artifact in built])
         return 0
-    for one in built:
-        total = sum(count.output_bytes for count in one.counts)
-        how = "reused" if one.reused else f"built in {sum(seconds for _, seconds in one.stage_seconds):.1f} s"
-        print(f"{one.folder}  {format_bytes(total)}  {how}  digest {one.digest[:12]}")
-        for line in _calibration_lines(one):
+
+    from harness.report.numbers import format_bytes
+
+    for artifact in built:
+        total = sum(count.output_bytes for count in artifact.counts)
+        seconds = sum(seconds for _, seconds in artifact.stage_seconds)
+        how = "reused" if artifact.reused else f"built in {seconds:.1f} s"
+        print(f"{artifact.folder}  {format_bytes(total)}  {how}  digest {artifact.digest[:12]}")
+        for line in _calibration_lines(artifact):
             print(f"  {line}")
     return 0
 
 
 def _built_variants(options: argparse.Namespace, given: Sequence[str]) -> list[Artifact]:
-    """The suite's variants, or the named ones."""
+    """The artifacts of the suite's variants, or of the named ones."""
     if options.recipe or options.out or options.calibration or options.scales or options.codes:
         raise UserError(
             "--recipe, --scales, --codes, --calibration and --out go with a SOURCE.",
@@ -58,7 +66,7 @@ def _built_variants(options: argparse.Namespace, given: Sequence[str]) -> list[A
 
 
 def _built_source(options: argparse.Namespace) -> Artifact:
-    """One checkpoint by one recipe, without a suite."""
+    """The artifact of one checkpoint by one recipe, without a suite."""
     if options.suite or options.variant:
         raise UserError("--suite and --variant do not go with a SOURCE.", "Leave them out, or leave SOURCE out.")
     if not (options.recipe and options.out):
@@ -81,7 +89,7 @@ def _built_source(options: argparse.Namespace) -> Artifact:
         return build(source, recipe, options.out, progress, calibration)
 
 
-def _built_as_json(artifact: Artifact) -> dict[str, Any]:
+def _as_json(artifact: Artifact) -> dict[str, Any]:
     from harness.record.provenance import peak_rss_bytes
 
     return {
@@ -99,7 +107,7 @@ def _built_as_json(artifact: Artifact) -> dict[str, Any]:
 
 
 def _calibration_lines(artifact: Artifact) -> Iterator[str]:
-    """What calibration has to say of a new artifact."""
+    """Sentences about the calibration of a new artifact: speed, memory, error, damping, experts without tokens."""
     from harness.record.provenance import peak_rss_bytes
     from harness.report.numbers import format_bytes
 

@@ -1,4 +1,4 @@
-"""`harness demo synthesize`"""
+"""`harness demo synthesize`: writes a checkpoint of random weights."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ from pathlib import Path
 from harness.commands.options import whole_number
 from harness.commands.output import progress_bars
 
-HELP = "The embedded models and synthetic checkpoints."
+HELP = "Write synthetic checkpoints: `harness demo synthesize`."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
+    """Adds `synthesize` and its configuration, folder and size."""
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
     text = "Write a checkpoint of random weights in a configuration's true shapes."
     synthesize = kinds.add_parser("synthesize", help=text, description=text)
-    synthesize.add_argument("config", type=Path, metavar="CONFIG", help="a config.json")
+    synthesize.add_argument("config", type=Path, metavar="CONFIG", help="the config.json of the model")
     synthesize.add_argument("out", type=Path, metavar="OUT", help="the new folder")
-    synthesize.add_argument("--layers", type=whole_number, metavar="N", help="instead of the configuration's")
-    synthesize.add_argument("--vocabulary", type=whole_number, metavar="N", help="instead of the configuration's")
-    synthesize.add_argument("--seed", type=int, default=0, metavar="S", help="(0)")
+    synthesize.add_argument(
+        "--layers", type=whole_number, metavar="N", help="how many layers to write (default: as in CONFIG)"
+    )
+    synthesize.add_argument(
+        "--vocabulary",
+        type=whole_number,
+        metavar="N",
+        help="how many tokens the vocabulary has (default: as in CONFIG)",
+    )
+    synthesize.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the seed of the random weights (default: 0)"
+    )
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Writes the checkpoint, and prints its size."""
     from harness.demo.synthesize import synthesize
     from harness.model.checkpoint import read_json
     from harness.report.numbers import format_bytes

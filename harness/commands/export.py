@@ -1,4 +1,4 @@
-"""`harness export`"""
+"""`harness export`: writes the results of the records in the formats that other tools read."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.commands.options import add_json, add_suite_and_results, load_suite
+from harness.commands.options import add_json, add_results, add_suite, add_variants, load_suite
 from harness.commands.output import print_json, stored_records
 from harness.errors import UserError
 
-HELP = "Write what the records say in the formats that other tools read."
+HELP = "Write the results of the records in the formats that other tools read."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
-    add_suite_and_results(parser)
-    parser.add_argument("--variant", action="append", metavar="V", help="only this variant (may be repeated)")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder; other files in it stay")
+    """Adds the suite, its records and variants, and the new folder."""
+    add_suite(parser)
+    add_results(parser)
+    add_variants(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", required=True, help="the folder to write to; other files in it stay"
+    )
     add_json(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Writes the files that changed, and names them."""
     from harness.report import card
     from harness.report.evidence import gather
     from harness.report.export import export

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from harness.measure.packs import Pack
     from harness.suite.schema import Fidelity, Suite
 
-HELP = "How far every variant predicts from its source, token by token, and what is noise."
+HELP = "Measure how far every variant's predictions are from its source's, token by token, beside the noise."
 
 _PACKS, _SCRATCH = ".packs", ".streamed"  # beside the artifacts; no variant can be called so
 _RESTART, _BATCH, _ENGINE = NOISE
@@ -37,7 +37,7 @@ _WHOLE = "whole vocabulary"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what a measure is asked."""
+    """Adds the arguments of every measure."""
     add_measuring(parser)
 
 

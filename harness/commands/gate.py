@@ -1,43 +1,51 @@
-"""`harness gate`"""
+"""`harness gate`: judges the rules of a suite by its records, and keeps the baselines that rules compare with."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from harness.commands.options import DEFAULT_SUITE, add_json, load_suite, path_or_none
+from harness.commands.options import add_json, add_results, add_suite, load_suite, path_or_none
 from harness.commands.output import print_json, stored_records
 from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.record.store import Record
+    from harness.suite.schema import Suite
 
 HELP = "Judge the suite's rules by the records: pass, fail, inconclusive or incomparable."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
-    parser.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
+    """Adds the suite, the new records, the baselines, and where verdicts are written."""
+    add_suite(parser)
+    add_results(parser)
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="DIR", help="the new records (results)"
+        "--baselines",
+        type=Path,
+        metavar="DIR",
+        help="the folder whose baselines/ names the records to compare with (default: results)",
     )
     parser.add_argument(
-        "--baselines", type=Path, metavar="DIR", help="records with baselines/, to compare with (results)"
+        "--junit", type=path_or_none, metavar="FILE", help="write the verdicts as JUnit XML, a test case for each rule"
     )
-    parser.add_argument("--junit", type=path_or_none, metavar="FILE", help="write JUnit XML, a test case for each rule")
     parser.add_argument(
         "--step-summary",
         type=path_or_none,
         metavar="FILE",
-        help='append Markdown, for example to "$GITHUB_STEP_SUMMARY"',
+        help='append the verdicts as Markdown, for example to "$GITHUB_STEP_SUMMARY"',
     )
-    parser.add_argument("--update-baseline", action="store_true", help="make the newest records the baseline")
-    parser.add_argument("--reason", metavar="TEXT", help="with --update-baseline: why; it is kept")
+    parser.add_argument(
+        "--update-baseline", action="store_true", help="judge nothing; make the newest records the baseline"
+    )
+    parser.add_argument("--reason", metavar="TEXT", help="with --update-baseline: why, which the baseline keeps")
     add_json(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
-    from harness.record import baselines
-    from harness.report import gate, gate_output, tables
-
+    """Prints a verdict for each rule, or makes a baseline; returns the exit code of the worst verdict."""
     if options.update_baseline != (options.reason is not None):
         raise UserError("--update-baseline and --reason go together.", "A baseline is changed for a reason: give both.")
     suite = load_suite(options)
@@ -49,28 +57,38 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
             raise UserError(f"{place} cannot be written.", "Name a file in a folder that exists.")
     records, skipped = stored_records(options.results)
     if options.update_baseline:
-        from harness.record.provenance import git
+        return _update_baseline(options, suite, folder, records)
 
-        checkout = git(Path(__file__).parent)
-        chosen = gate.for_baseline(suite, records)
-        commit = checkout["commit"] if checkout else None
-        path = baselines.update(folder, suite.name, chosen, reason=options.reason, commit=commit)
-        named = {where: {row: str(one.path) for row, one in rows.items()} for where, rows in chosen.items()}
-        if options.json:
-            print_json({"baseline": str(path), "records": named})
-        else:
-            print(f"{path}: updated", *(f"  {file}" for rows in named.values() for file in rows.values()), sep="\n")
-        return 0
+    from harness.record import baselines
+    from harness.report import gate, gate_output, tables
+
     judgements = gate.judge(suite, records, baselines.read(folder, suite.name), skipped)
     if options.json:
         print_json({"suite": suite.name, "judgements": gate_output.verdict_rows(judgements)})
     else:
-        print(
-            f"{tables.terminal_table(gate_output.verdict_table(judgements))}\n\n{gate_output.verdict_counts(judgements)}"
-        )
+        table = tables.terminal_table(gate_output.verdict_table(judgements))
+        print(f"{table}\n\n{gate_output.verdict_counts(judgements)}")
     if options.junit:
         options.junit.write_text(gate_output.junit(suite.name, judgements), encoding="utf-8")
     if options.step_summary:
         with options.step_summary.open("a", encoding="utf-8") as page:
             page.write(gate_output.step_summary(suite.name, judgements))
     return gate.exit_code(judgements)
+
+
+def _update_baseline(options: argparse.Namespace, suite: Suite, folder: Path, records: Sequence[Record]) -> int:
+    """Makes the newest records the baseline of the suite, and names them."""
+    from harness.record import baselines
+    from harness.record.provenance import git
+    from harness.report import gate
+
+    checkout = git(Path(__file__).parent)
+    chosen = gate.for_baseline(suite, records)
+    commit = checkout["commit"] if checkout else None
+    path = baselines.update(folder, suite.name, chosen, reason=options.reason, commit=commit)
+    named = {where: {row: str(record.path) for row, record in rows.items()} for where, rows in chosen.items()}
+    if options.json:
+        print_json({"baseline": str(path), "records": named})
+    else:
+        print(f"{path}: updated", *(f"  {file}" for rows in named.values() for file in rows.values()), sep="\n")
+    return 0

@@ -1,4 +1,4 @@
-"""`harness import`"""
+"""`harness import`: makes a record of what `vllm bench` measured on another machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.options import add_places, open_job, whole_number
+from harness.commands.options import add_job, open_job, whole_number
 from harness.commands.output import print_json
 from harness.errors import UserError
 
@@ -19,18 +19,28 @@ if TYPE_CHECKING:
     from harness.record.store import Record
 
 
-HELP = "Take what `vllm bench` wrote on another machine into the records."
+HELP = "Store what `vllm bench` measured on another machine as a record."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
-    parser.add_argument("file", metavar="FILE", type=Path, help="JSON of vllm bench serve, latency or throughput")
-    parser.add_argument("--variant", metavar="V", required=True, help="that it was run on")
-    parser.add_argument("--machine", metavar="NAME", required=True, help="a name for the machine that ran it")
-    parser.add_argument("--vllm-version", metavar="X", default="unknown", help="that ran it")
-    for name in ("--batch", "--prompt-tokens", "--new-tokens"):
-        parser.add_argument(name, type=whole_number, metavar="N", help="of vllm bench latency, whose file has it not")
-    add_places(parser)
+    """Adds the file, and what it does not say: the variant, the machine, vLLM's release, the size of a batch."""
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="the JSON that vllm bench serve, latency or throughput wrote"
+    )
+    parser.add_argument("--variant", metavar="NAME", required=True, help="the variant that was measured")
+    parser.add_argument("--machine", metavar="NAME", required=True, help="a name for the machine that measured it")
+    parser.add_argument(
+        "--vllm-version", metavar="X", default="unknown", help="vLLM's release on that machine (default: unknown)"
+    )
+    for name, what in (
+        ("--batch", "requests in a batch"),
+        ("--prompt-tokens", "tokens of a prompt"),
+        ("--new-tokens", "generated tokens of a request"),
+    ):
+        parser.add_argument(
+            name, type=whole_number, metavar="N", help=f"{what}, for a file of vllm bench latency, which lacks it"
+        )
+    add_job(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from harness.commands.options import add_variants_and_places, open_job, whole_number
+from harness.commands.options import add_job, add_variants, open_job, whole_number
 from harness.commands.output import print_json
 
 if TYPE_CHECKING:
@@ -19,18 +19,21 @@ if TYPE_CHECKING:
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
-    """Adds what every measure is asked."""
-    add_variants_and_places(parser)
-    parser.add_argument("--engine", metavar="NAME", help="instead of the suite's")
-    parser.add_argument("--dtype", metavar="TYPE", help="instead of the suite's")
+    """Adds the arguments of every measure."""
+    add_variants(parser)
+    add_job(parser)
+    parser.add_argument("--engine", metavar="NAME", help="the engine (default: the suite's)")
+    parser.add_argument("--dtype", metavar="TYPE", help="the type of activations (default: the suite's)")
     parser.add_argument(
-        "--limit", type=whole_number, metavar="N", help="only the first N windows, repetitions or documents"
+        "--limit", type=whole_number, metavar="N", help="measure only the first N windows, repetitions or documents"
     )
 
 
 def add_fresh(parser: argparse.ArgumentParser) -> None:
     """Adds `--fresh`, for a measure that keeps what it computes."""
-    parser.add_argument("--fresh", action="store_true", help="forget what earlier runs have computed")
+    parser.add_argument(
+        "--fresh", action="store_true", help="compute everything again, also what earlier runs have kept"
+    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Arguments that several subcommands take, and what their values are."""
+"""Arguments that several subcommands take, the values they accept, and the suite or job that they name."""
 
 from __future__ import annotations
 
@@ -18,39 +18,73 @@ if TYPE_CHECKING:
 DEFAULT_SUITE = "suites/demo.toml"
 
 
+# -- Arguments -----------------------------------------------------------------------------------------------------
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds `--json`."""
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, and nothing else there")
 
 
-def add_places(parser: argparse.ArgumentParser) -> None:
-    """Adds the suite, the folders of artifacts and records, and `--json`."""
-    parser.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE}, or the embedded one where there is none)")
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="DIR", help="(artifacts)")
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
+def add_suite(parser: argparse.ArgumentParser) -> None:
+    """Adds `--suite`."""
+    parser.add_argument(
+        "--suite",
+        metavar="FILE",
+        help=f"the suite's TOML file (default: {DEFAULT_SUITE}, or the embedded suite where that file is missing)",
+    )
+
+
+def add_variants(parser: argparse.ArgumentParser) -> None:
+    """Adds `--variant`, which may be repeated."""
+    parser.add_argument(
+        "--variant", action="append", metavar="NAME", help="only this variant of the suite (may be repeated)"
+    )
+
+
+def add_artifacts(parser: argparse.ArgumentParser) -> None:
+    """Adds `--artifacts`, the folder of everything that is built."""
+    parser.add_argument(
+        "--artifacts",
+        type=Path,
+        default=Path("artifacts"),
+        metavar="DIR",
+        help="the folder of the built variants (default: artifacts)",
+    )
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """Adds `--results`, the folder of the records."""
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="the folder of the records (default: results)",
+    )
+
+
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """Adds what `open_job` needs: the suite and the folders of artifacts and records; and `--json`."""
+    add_suite(parser)
+    add_artifacts(parser)
+    add_results(parser)
     add_json(parser)
-
-
-def add_variants_and_places(parser: argparse.ArgumentParser) -> None:
-    """Adds `--variant`, as often as wanted, and the places."""
-    parser.add_argument("--variant", action="append", metavar="V", help="only this variant (may be repeated)")
-    add_places(parser)
-
-
-def add_suite_and_results(parser: argparse.ArgumentParser) -> None:
-    """Adds the suite and the folder of records, for a command that reads records only."""
-    parser.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
     """Adds how scales and codes are chosen."""
-    parser.add_argument("--scales", metavar="METHOD", help="absmax, search or weighted-search instead of the recipe's")
-    parser.add_argument("--codes", metavar="METHOD", help="rtn or gptq instead of the recipe's")
+    parser.add_argument(
+        "--scales", metavar="METHOD", help="choose scales by absmax, search or weighted-search, not as the recipe says"
+    )
+    parser.add_argument("--codes", metavar="METHOD", help="choose codes by rtn or gptq, not as the recipe says")
+
+
+# -- Values --------------------------------------------------------------------------------------------------------
 
 
 def path_or_none(text: str) -> Path | None:
-    """None where a shell variable that holds no path was given."""
+    """A path; None for the empty text that an unset shell variable leaves."""
     return Path(text) if text else None
 
 
@@ -70,8 +104,11 @@ def whole_number(text: str) -> int:
     return value
 
 
+# -- What the arguments name ---------------------------------------------------------------------------------------
+
+
 def suite_file(options: argparse.Namespace) -> Path:
-    """The suite's file: the named one, `suites/demo.toml`, or the embedded one where that does not exist."""
+    """The suite's file: the named one, else `suites/demo.toml`, else the embedded one."""
     path = Path(options.suite or DEFAULT_SUITE)
     if options.suite is None and not path.exists():
         from harness import demo
@@ -89,13 +126,14 @@ def load_suite(options: argparse.Namespace) -> Suite:
 
 @contextmanager
 def open_job(options: argparse.Namespace, given: Sequence[str]) -> Iterator[Job]:
-    """The job of a command over its suite, with progress bars while it runs."""
-    from harness.job import Job
-    from harness.record.schema import new_id
-
+    """The job of a command over its suite, with progress bars while it runs. `given`: the words of the command line."""
     suite = load_suite(options)
     # Found out before a model is loaded, not after it was measured.
     if options.results.exists() and not options.results.is_dir():
         raise UserError(f"{options.results} is not a folder.", "Give another --results.")
+
+    from harness.job import Job
+    from harness.record.schema import new_id
+
     with progress_bars() as progress:
         yield Job(suite, options.artifacts, options.results, progress, ("harness", *given), new_id())

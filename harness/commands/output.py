@@ -1,17 +1,19 @@
-"""What several subcommands print: tables and findings on stdout, JSON in their place, progress bars on stderr."""
+"""What several subcommands print: tables and findings or one JSON document on stdout, progress bars on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
 
 if TYPE_CHECKING:
+    import rich.progress
+
     from harness.audit.findings import Finding
     from harness.progress import Progress
     from harness.record.store import Record, Skipped
@@ -21,7 +23,25 @@ _MOST_FINDINGS = 20
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Draws one bar per description on stderr; silent where stderr is no terminal."""
+    """Draws one bar per description on stderr, beginning with the first progress that is told; draws nothing where
+    stderr is no terminal."""
+    with ExitStack() as stack:
+        bars: list[Any] = []
+        tasks: dict[str, Any] = {}
+
+        def advance(done: int, total: int, description: str, note: str = "", /) -> None:
+            if not bars:
+                bars.append(stack.enter_context(_empty_bars()))
+            if description not in tasks:
+                for task in tasks.values():
+                    bars[0].stop_task(task)
+                tasks[description] = bars[0].add_task(description, total=total, note="")
+            bars[0].update(tasks[description], completed=done, total=total, note=note)
+
+        yield advance
+
+
+def _empty_bars() -> rich.progress.Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -33,25 +53,15 @@ def progress_bars() -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(done: int, total: int, description: str, note: str = "", /) -> None:
-            if description not in tasks:
-                for task in tasks.values():
-                    bars.stop_task(task)
-                tasks[description] = bars.add_task(description, total=total, note="")
-            bars.update(tasks[description], completed=done, total=total, note=note)
-
-        yield advance
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def print_json(document: Any) -> None:
-    """Prints the one JSON document of a command with `--json`."""
+    """Prints the document of a command with `--json`."""
     print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for a terminal: the first column to the left, the others to the right."""
     from tabulate import tabulate
 
@@ -69,11 +79,11 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 def stored_records(folder: Path) -> tuple[list[Record], list[Skipped]]:
     """Every complete run of a results folder, and the files that are not used, which are named on stderr."""
-    from harness.record import store
+    from harness.record.store import read_all
 
     if not folder.is_dir() and (folder.exists() or folder != Path("results")):
         raise UserError(f"{folder} is not a folder.", "Give the folder of the records as --results.")
-    records, skipped = store.read_all(folder)
-    for one in skipped:
-        print(f"harness: {one.path} is not used: {one.reason}", file=sys.stderr)
+    records, skipped = read_all(folder)
+    for file in skipped:
+        print(f"harness: {file.path} is not used: {file.reason}", file=sys.stderr)
     return records, skipped

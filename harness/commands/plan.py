@@ -1,42 +1,63 @@
-"""`harness plan`: what a recipe makes of a model, in bytes."""
+"""`harness plan`: what a recipe makes of a model, by its configuration alone: tensors, bytes, memory traffic."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from harness.commands.options import add_json, add_method, positive_number, whole_number
-from harness.commands.output import print_json, table
+from harness.commands.output import format_table, print_json
 from harness.errors import UserError
 
-HELP = "What a recipe makes of a model, in bytes, without reading weights."
+if TYPE_CHECKING:
+    from harness.model.family import ModelConfig
+    from harness.quantize.plan import CalibrationMemory, Plan
+    from harness.quantize.recipes import Recipe
+
+HELP = "Show what a recipe makes of a model: tensors, bytes, memory traffic. No weights are read."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
+    """Adds the model, the recipe, and what calibration and the ceiling of speed depend on."""
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint folder, a config.json, a hub id or demo:dense")
-    parser.add_argument("--revision", help="of a hub id")
-    parser.add_argument("--recipe", help="without one, every tensor is kept")
+    parser.add_argument("--revision", metavar="REV", help="the branch, tag or commit of a hub id")
+    parser.add_argument("--recipe", metavar="NAME", help="the recipe to plan (default: none, every tensor is kept)")
     add_method(parser)
-    parser.add_argument("--batch-tokens", type=whole_number, default=8192, metavar="N", help="of calibration (8192)")
     parser.add_argument(
-        "--hidden-gb", type=positive_number, default=4.0, metavar="G", help="hidden states in memory (4)"
+        "--batch-tokens",
+        type=whole_number,
+        default=8192,
+        metavar="N",
+        help="tokens in one forward pass of calibration (default: 8192)",
     )
-    parser.add_argument("--memory-gb", type=positive_number, metavar="G", help="refuse a calibration that needs more")
     parser.add_argument(
-        "--bandwidth-gbs", type=positive_number, metavar="B", help="memory bandwidth in 10⁹ bytes per second"
+        "--hidden-gb",
+        type=positive_number,
+        default=4.0,
+        metavar="GB",
+        help="memory for calibration's hidden states; the rest lies on disk (default: 4)",
+    )
+    parser.add_argument(
+        "--memory-gb", type=positive_number, metavar="GB", help="refuse a calibration that needs more memory than this"
+    )
+    parser.add_argument(
+        "--bandwidth-gbs",
+        type=positive_number,
+        metavar="GB/S",
+        help="memory bandwidth in 10⁹ bytes per second; adds the ceiling of decode speed",
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Prints the plan: a row per role, what a decoded token reads, and how much memory calibration takes."""
     if not options.recipe and (options.scales or options.codes):
         raise UserError("--scales and --codes go with a --recipe.", "Name one.")
 
     from harness.quantize.plan import COMPUTED_BYTES, calibration_memory, check_memory
     from harness.quantize.recipes import recipe_named
-    from harness.report.numbers import format_bytes
     from harness.resolve import plan_source
 
     recipe = recipe_named(options.recipe).with_method(options.scales, options.codes) if options.recipe else None
@@ -53,64 +74,69 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         if options.memory_gb:
             check_memory(memory, round(options.memory_gb * 1e9))
     bandwidth = options.bandwidth_gbs and options.bandwidth_gbs * 1e9
-    traffic = {"source": plan.source_traffic, "output": plan.output_traffic}
     if options.json:
-        print_json(
-            {
-                "architecture": config.architecture,
-                "recipe": recipe.name if recipe else None,
-                "num_tensors": plan.num_tensors,
-                "num_quantized": plan.num_quantized,
-                "source_bytes": plan.source_bytes,
-                "output_bytes": plan.output_bytes,
-                "roles": [asdict(count) for count in plan.counts],
-                "calibration_memory": asdict(memory) | {"total": memory.total} if memory else None,
-                "traffic": {
-                    name: asdict(one) | {"ceiling_tokens_per_second": one.ceiling(bandwidth) if bandwidth else None}
-                    for name, one in traffic.items()
-                },
-            }
-        )
+        print_json(_as_json(config, plan, recipe, memory, bandwidth))
         return 0
     print(f"{config.architecture}, {config.num_layers} layers; recipe {recipe.name if recipe else 'none: all kept'}\n")
-    rows = [
-        (
-            c.role,
-            c.format,
-            f"{c.num_tensors:,}",
-            f"{c.num_params:,}",
-            format_bytes(c.source_bytes),
-            format_bytes(c.output_bytes),
-        )
-        for c in plan.counts
-    ]
-    params = sum(count.num_params for count in plan.counts)
-    rows.append(
-        (
-            "total",
-            "",
-            f"{plan.num_tensors:,}",
-            f"{params:,}",
-            format_bytes(plan.source_bytes),
-            format_bytes(plan.output_bytes),
-        )
-    )
-    print(table(("role", "format", "tensors", "parameters", "source", "output"), rows))
-    kept = plan.num_tensors - plan.num_quantized
-    print(f"\n{plan.num_quantized:,} tensors quantized, {kept:,} kept; 1 GB = 10⁹ bytes.\n")
-    lines = [
-        ("weights read per decoded token", *(format_bytes(one.weight_bytes) for one in traffic.values())),
-        ("DeltaNet state per sequence", *(format_bytes(one.state_bytes) for one in traffic.values())),
-        ("KV cache per token (16-bit)", *(format_bytes(one.kv_bytes_per_token) for one in traffic.values())),
-    ]
-    if bandwidth:
-        name = f"decode ceiling at {options.bandwidth_gbs:g} GB/s, batch 1"
-        lines.append((name, *(f"{one.ceiling(bandwidth):,.2f} tok/s" for one in traffic.values())))
-    print(table(("", "source", "output"), lines))
+    _print_plan(plan, bandwidth)
     if memory is not None and recipe is not None:
+        from harness.report.numbers import format_bytes
+
         print(
             f"\nCalibration (scales {recipe.method.scales}, codes {recipe.method.codes}) holds one layer at a time: at "
             f"most {format_bytes(memory.total)} of memory with {options.batch_tokens:,} tokens in a forward pass."
         )
-        print(table(("of it", ""), [(name, format_bytes(size)) for name, size in asdict(memory).items()]))
+        print(format_table(("of it", ""), [(name, format_bytes(size)) for name, size in asdict(memory).items()]))
     return 0
+
+
+def _as_json(
+    config: ModelConfig, plan: Plan, recipe: Recipe | None, memory: CalibrationMemory | None, bandwidth: float | None
+) -> dict[str, Any]:
+    return {
+        "architecture": config.architecture,
+        "recipe": recipe.name if recipe else None,
+        "num_tensors": plan.num_tensors,
+        "num_quantized": plan.num_quantized,
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "roles": [asdict(count) for count in plan.counts],
+        "calibration_memory": asdict(memory) | {"total": memory.total} if memory else None,
+        "traffic": {
+            name: asdict(traffic) | {"ceiling_tokens_per_second": traffic.ceiling(bandwidth) if bandwidth else None}
+            for name, traffic in (("source", plan.source_traffic), ("output", plan.output_traffic))
+        },
+    }
+
+
+def _print_plan(plan: Plan, bandwidth: float | None) -> None:
+    """Prints a table of the roles and one of what decoding reads, before and after."""
+    from harness.report.numbers import format_bytes
+
+    rows = [
+        (
+            count.role,
+            count.format,
+            f"{count.num_tensors:,}",
+            f"{count.num_params:,}",
+            format_bytes(count.source_bytes),
+            format_bytes(count.output_bytes),
+        )
+        for count in plan.counts
+    ]
+    num_params = sum(count.num_params for count in plan.counts)
+    sizes = (format_bytes(plan.source_bytes), format_bytes(plan.output_bytes))
+    rows.append(("total", "", f"{plan.num_tensors:,}", f"{num_params:,}", *sizes))
+    print(format_table(("role", "format", "tensors", "parameters", "source", "output"), rows))
+    kept = plan.num_tensors - plan.num_quantized
+    print(f"\n{plan.num_quantized:,} tensors quantized, {kept:,} kept; 1 GB = 10⁹ bytes.\n")
+    both = (plan.source_traffic, plan.output_traffic)
+    lines = [
+        ("weights read per decoded token", *(format_bytes(traffic.weight_bytes) for traffic in both)),
+        ("DeltaNet state per sequence", *(format_bytes(traffic.state_bytes) for traffic in both)),
+        ("KV cache per token (16-bit)", *(format_bytes(traffic.kv_bytes_per_token) for traffic in both)),
+    ]
+    if bandwidth:
+        name = f"decode ceiling at {bandwidth / 1e9:g} GB/s, batch 1"
+        lines.append((name, *(f"{traffic.ceiling(bandwidth):,.2f} tok/s" for traffic in both)))
+    print(format_table(("", "source", "output"), lines))

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from harness.record.store import Record
     from harness.suite.schema import Perplexity, Suite
 
-HELP = "Perplexity of the source and its variants on the same tokens."
+HELP = "Measure the perplexity of the source and its variants on the same tokens."
 
 _STORED = ".log-probs"  # no variant can be called so
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what a measure is asked."""
+    """Adds the arguments of a measure that keeps what it computes."""
     add_measuring(parser)
     add_fresh(parser)
 

@@ -1,4 +1,4 @@
-"""`harness publish`"""
+"""`harness publish`: assembles the upload folder of a variant, checks it, and uploads it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,38 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from harness.commands.options import add_places, open_job, suite_file
-from harness.commands.output import print_json, stored_records, table
+from harness.commands.options import add_job, open_job, suite_file
+from harness.commands.output import format_table, print_json, stored_records
 
-HELP = "Assemble the upload folder of a variant, check it, and upload it to the model hub."
+HELP = "Assemble a variant's upload folder, check it, and upload it to the model hub."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
-    parser.add_argument("--variant", metavar="V", required=True)
-    parser.add_argument("--repo", metavar="ID", required=True, help="owner/name; made private where there is none")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder (publish/SUITE/VARIANT)")
-    parser.add_argument("--dry-run", action="store_true", help="upload nothing; without it HF_TOKEN must be set")
-    parser.add_argument("--public", action="store_true", help="make a new repository public, or upload to one that is")
+    """Adds the variant, the repository, and how far to go."""
+    parser.add_argument("--variant", metavar="NAME", required=True, help="the variant to publish")
     parser.add_argument(
-        "--allow-inconclusive", action="store_true", help="go on where the gate cannot tell, or has nothing to compare"
+        "--repo", metavar="OWNER/NAME", required=True, help="the repository; a missing one is made, and made private"
     )
-    add_places(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="the folder to assemble (default: publish/SUITE/VARIANT)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="upload nothing (an upload needs HF_TOKEN)")
+    parser.add_argument(
+        "--public", action="store_true", help="make a missing repository public, or upload to a public one"
+    )
+    parser.add_argument(
+        "--allow-inconclusive", action="store_true", help="publish although the gate cannot tell or cannot compare"
+    )
+    add_job(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
-    from harness.publication import hub
+    """Prints the folder's files and what stands against publishing them, then uploads; returns 1 for findings, 3 where
+    the gate cannot tell."""
+    from harness.publication import upload
 
-    hub.check_repo(options.repo)
-    token = None if options.dry_run else hub.token_of(os.environ)
+    upload.check_repo(options.repo)
+    token = None if options.dry_run else upload.token_of(os.environ)
 
     from harness.publication.folder import assemble
     from harness.report.numbers import format_bytes
@@ -53,14 +61,14 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if not options.json:
         rows = [(name, format_bytes(size)) for name, size in made.files.items()]
         if rows:
-            print(table(("file", "size"), [*rows, ("total", format_bytes(sum(made.files.values())))]))
+            print(format_table(("file", "size"), [*rows, ("total", format_bytes(sum(made.files.values())))]))
         print(*(f"  {one}" for one in told), f"{out}: {'assembled' if rows else 'REFUSED'}", sep="\n")
         if made.exit_code == 3:
             print("Measure what the gate asks for, or give --allow-inconclusive.")
     uploaded = None
     if token is not None and made.exit_code == 0:
         message = f"{suite} {variant}, artifact {made.artifact_digest[:12]}"
-        uploaded = hub.upload(
+        uploaded = upload.upload_folder(
             made.folder,
             made.files,
             options.repo,

@@ -1,4 +1,4 @@
-"""`harness repair`: mends what needs no quantizing anew."""
+"""`harness repair`: mends in a quantized checkpoint what needs no quantizing again."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ from dataclasses import asdict
 from pathlib import Path
 
 from harness.commands.options import add_json, positive_number
-from harness.commands.output import print_findings, print_json, progress_bars, table
+from harness.commands.output import format_table, print_findings, print_json, progress_bars
 
-HELP = "Mend in a quantized checkpoint what needs no quantizing anew."
+HELP = "Mend a quantized checkpoint where that needs no quantizing again, as a new folder."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="is only read")
+    """Adds the checkpoint, the new folder, and what may be taken from where."""
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint to mend, which is only read")
     parser.add_argument("out", metavar="OUT", type=Path, help="the new folder")
-    parser.add_argument("--source", metavar="SOURCE", help="gives missing 16-bit tensors and tokenizer files")
     parser.add_argument(
-        "--max-error", type=positive_number, metavar="X", help="most that a layer may lose of its norm (0.05)"
+        "--source", metavar="SOURCE", help="the 16-bit checkpoint that missing tensors and tokenizer files come from"
+    )
+    parser.add_argument(
+        "--max-error",
+        type=positive_number,
+        metavar="X",
+        help="refuse to write where a shared scale costs a layer more than this share of its norm (default: 0.05)",
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Prints what was mended or refused and the verdict on the new folder; returns 1 where it fails."""
     from harness.audit.repair import MAX_RELATIVE_ERROR, repair
     from harness.resolve import find_source
 
@@ -41,7 +47,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
             for one in outcome.scales
             for error in [f"{one.relative_error:.4f}" + (" refused" if one in outcome.refused else "")]
         ]
-        print(f"{table(('layer that vLLM fuses', 'scale', 'before', 'shared', 'error added'), rows)}\n")
+        print(f"{format_table(('layer that vLLM fuses', 'scale', 'before', 'shared', 'error added'), rows)}\n")
     for kind, names in (("tensors", outcome.tensors), ("files", outcome.files)):
         if names:
             print(f"{len(names):,} {kind} from the source: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")

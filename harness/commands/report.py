@@ -1,4 +1,4 @@
-"""`harness report`"""
+"""`harness report`: writes the card, its figures and the marked tables of Markdown pages, or checks them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.commands.options import add_json, add_suite_and_results, load_suite
+from harness.commands.options import add_json, add_results, add_suite, load_suite
 from harness.commands.output import print_json, stored_records
 from harness.errors import UserError
 
-HELP = "Write the card, figures and marked tables, if the records support its claims."
+HELP = "Write the card, its figures and the marked tables, if the records support every claim."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
-    parser.add_argument("pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (README.md)")
-    add_suite_and_results(parser)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything is stale")
-    parser.add_argument("--overwrite", action="store_true", help="replace marked tables that were edited by hand too")
+    """Adds the pages, the suite and its records, and whether to write."""
+    parser.add_argument(
+        "pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (default: README.md if it exists)"
+    )
+    add_suite(parser)
+    add_results(parser)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is stale")
+    parser.add_argument("--overwrite", action="store_true", help="also replace marked tables that were edited by hand")
     add_json(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Writes the files that changed, or names those that are stale; returns 1 for stale files, for tables edited by
+    hand and for claims without support."""
     from harness.report import blocks, card, claims
 
     suite = load_suite(options)

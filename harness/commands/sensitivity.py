@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.options import add_places, open_job
+from harness.commands.options import add_job, open_job
 from harness.commands.output import print_json
 from harness.suite.names import SOURCE
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from harness.record.store import Record
 
 
-HELP = "What each format would cost each projection of each layer."
+HELP = "Measure what each format would cost each projection of each layer."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
-    add_places(parser)
+    """Adds the suite, whose calibration samples are used."""
+    add_job(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

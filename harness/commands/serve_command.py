@@ -1,50 +1,68 @@
-"""`harness serve-command`: how to serve a variant."""
+"""`harness serve-command`: the commands that serve a variant, and the memory that serving takes."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from harness.commands.options import DEFAULT_SUITE, add_json, load_suite, positive_number, whole_number
-from harness.commands.output import print_json, table
+from harness.commands.options import (
+    add_artifacts,
+    add_json,
+    add_suite,
+    load_suite,
+    positive_number,
+    whole_number,
+)
+from harness.commands.output import format_table, print_json
 from harness.errors import UserError
 
-HELP = "How to serve a variant: commands for vLLM and Docker, with sizes."
+HELP = "Print commands that serve a variant with vLLM or Docker, and the memory that serving takes."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
+    """Adds the variant and the GPUs that serve it."""
     from harness.serve import OVERHEAD_GB, USERS, UTILIZATION
 
-    parser.add_argument("--suite", metavar="F", help=f"({DEFAULT_SUITE})")
-    parser.add_argument("--variant", metavar="V", required=True)
-    parser.add_argument("--gpu-memory", type=positive_number, metavar="GIB", required=True, help="of one GPU")
-    parser.add_argument("--gpus", type=whole_number, default=1, metavar="N", help="that share every layer (1)")
+    add_suite(parser)
+    parser.add_argument("--variant", metavar="NAME", required=True, help="the variant to serve")
+    parser.add_argument(
+        "--gpu-memory", type=positive_number, metavar="GIB", required=True, help="the memory of one GPU, in GiB"
+    )
+    parser.add_argument(
+        "--gpus", type=whole_number, default=1, metavar="N", help="how many GPUs share every layer (default: 1)"
+    )
     parser.add_argument(
         "--utilization",
         type=positive_number,
         default=UTILIZATION,
-        metavar="U",
-        help=f"of the GPU's memory ({UTILIZATION:g})",
+        metavar="SHARE",
+        help=f"the share of the GPU's memory that vLLM may take (default: {UTILIZATION:g})",
     )
     parser.add_argument(
-        "--users", type=whole_number, default=USERS, metavar="N", help=f"requests at the same time ({USERS})"
+        "--users",
+        type=whole_number,
+        default=USERS,
+        metavar="N",
+        help=f"how many requests run at the same time (default: {USERS})",
     )
+    with_images, without = OVERHEAD_GB[True], OVERHEAD_GB[False]
     parser.add_argument(
         "--overhead-gb",
         type=positive_number,
-        metavar="G",
-        help=f"what vLLM keeps for itself ({OVERHEAD_GB[True]:g}, without images {OVERHEAD_GB[False]:g})",
+        metavar="GB",
+        help=f"the memory that vLLM keeps for itself (default: {with_images:g}, without images {without:g})",
     )
-    parser.add_argument("--mtp", type=whole_number, default=0, metavar="K", help="speculate K tokens by the MTP head")
-    parser.add_argument("--no-images", action="store_true", help="without the vision tower")
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="DIR", help="(artifacts)")
+    parser.add_argument(
+        "--mtp", type=whole_number, default=0, metavar="K", help="speculate K tokens with the MTP head (default: none)"
+    )
+    parser.add_argument("--no-images", action="store_true", help="serve text only, without the vision tower")
+    add_artifacts(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Prints the sizing as a table and a command for each way to serve."""
     from harness import serve
     from harness.model.families import part_of_role
     from harness.quantize.recipes import recipe_named
@@ -69,12 +87,12 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     )
     model = (options.artifacts / suite.name / variant).as_posix()
     model = model if model.startswith("/") else f"./{model}"
-    given = serve.arguments(sizing, name=f"{suite.name}-{variant}", speculative_tokens=options.mtp, **common)
+    arguments = serve.vllm_arguments(sizing, name=f"{suite.name}-{variant}", speculative_tokens=options.mtp, **common)
     commands = {
-        "vllm": serve.vllm_line(model, given),
-        "docker, bash": serve.docker_bash(model, given),
-        "docker, PowerShell": serve.docker_powershell(model, given),
-        "compose.yaml": serve.compose(model, given),
+        "vllm": serve.vllm_line(model, arguments),
+        "docker, bash": serve.docker_bash(model, arguments),
+        "docker, PowerShell": serve.docker_powershell(model, arguments),
+        "compose.yaml": serve.compose(model, arguments),
     }
     if options.json:
         print_json({"sizing": asdict(sizing), "commands": commands})
@@ -89,7 +107,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         ("longest single sequence, tokens", f"{sizing.max_model_len:,}"),
         (f"tokens of {sizing.users} sequences together", f"{sizing.shared_tokens:,}"),
     ]
-    print(table(("", ""), rows))
+    print(format_table(("", ""), rows))
     for title, text in commands.items():
         print(f"\n# {title}\n{text}")
     return 0

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from harness.record.store import Record
     from harness.suite.schema import Suite, Task
 
-HELP = "Task evals by lm-eval of the source and its variants, item by item."
+HELP = "Put the source and its variants to lm-eval's tasks, and keep every item."
 
 _JOURNALS = ".answers"  # no variant can be called so
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what a measure is asked, and which tasks."""
+    """Adds the arguments of a measure that keeps what it computes, and the tasks."""
     add_measuring(parser)
-    parser.add_argument("--task", action="append", metavar="T", help="only this task (may be repeated)")
+    parser.add_argument("--task", action="append", metavar="NAME", help="only this task of the suite (may be repeated)")
     add_fresh(parser)
 
 

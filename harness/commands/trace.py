@@ -1,4 +1,4 @@
-"""`harness trace`"""
+"""`harness trace`: follows every number of a card to its record."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ HELP = "Follow every number of a card to its record, and compute it again."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
-    parser.add_argument("card", metavar="CARD", type=Path, help="a Markdown file, for example reports/demo/README.md")
+    """Adds the card, and the suite that it was written for."""
+    parser.add_argument("card", metavar="CARD", type=Path, help="the card, for example reports/demo/README.md")
     parser.add_argument(
-        "--suite", metavar="F", help="that the card was written for (what its newest record was made with)"
+        "--suite", metavar="FILE", help="the card's suite (default: the suite that the card's newest record keeps)"
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Prints how many references were followed, and every line that does not come out of its records again."""
     from harness.report.trace import trace
     from harness.suite.load import load
 

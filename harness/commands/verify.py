@@ -1,4 +1,4 @@
-"""`harness verify`: checks a checkpoint, or the variants of a suite against their source."""
+"""`harness verify`: checks the variants of a suite against their source, or one checkpoint."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.options import add_variants_and_places, open_job
-from harness.commands.output import print_findings, print_json, progress_bars, table
+from harness.commands.options import add_job, add_variants, open_job
+from harness.commands.output import format_table, print_findings, print_json, progress_bars
 from harness.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,17 +17,23 @@ if TYPE_CHECKING:
     from harness.job import Job
 
 
-HELP = "Check a compressed-tensors checkpoint, ours or not."
+HELP = "Check compressed-tensors checkpoints, whether the harness built them or not."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the subcommand is asked."""
-    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="without one, the suite's variants")
-    parser.add_argument("--source", metavar="SOURCE", help="with DIR: the checkpoint that it was made from")
-    add_variants_and_places(parser)
+    """Adds the folder and its source, or a suite and its variants."""
+    parser.add_argument(
+        "folder", metavar="DIR", nargs="?", type=Path, help="the checkpoint to check (default: the suite's variants)"
+    )
+    parser.add_argument(
+        "--source", metavar="SOURCE", help="with DIR: the 16-bit checkpoint that it was made from, to compare with"
+    )
+    add_variants(parser)
+    add_job(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Prints the findings, a table of round trips and a verdict for each checkpoint; returns 1 where one failed."""
     from harness.resolve import chosen_variants, find_source
 
     if options.folder is None:
@@ -65,7 +71,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
                 for trip in outcome.round_trips
             ]
             heads = ("role", "format", "tensors", "max |error|", "mean |error|", "relative L2", "SNR dB")
-            print(f"\n{table(heads, rows)}\n")
+            print(f"\n{format_table(heads, rows)}\n")
         unsure = "" if outcome.compared_with_source else " (not compared with a source: give --source)"
         print(f"{'passed' if outcome.passed else 'FAILED'}{unsure}")
     return 0 if passed else 1

@@ -1,2 +1,2 @@
 """Publishing a variant: `folder` assembles and checks what is uploaded, `leaks` searches it for what belongs to this
-machine, `hub` uploads it."""
+machine, `upload` sends it to the Hub."""

@@ -31,8 +31,8 @@ def usage(evidence: Evidence, link: Link) -> str:
     gib = int(str(fitting["gpu_gib"]))
     sizing = serve.size(needed, gpu_gib=gib)
     name = f"{evidence.suite.name}-{variant}"
-    given = serve.arguments(sizing, name=name)
-    speculating = serve.arguments(sizing, name=name, speculative_tokens=1)
+    given = serve.vllm_arguments(sizing, name=name)
+    speculating = serve.vllm_arguments(sizing, name=name, speculative_tokens=1)
     python = (
         "from vllm import LLM, SamplingParams\n\n"
         f"llm = LLM({json.dumps(model)}, max_model_len={min(sizing.max_model_len, _PYTHON_LENGTH)})\n"

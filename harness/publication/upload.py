@@ -55,7 +55,7 @@ def token_of(environment: Mapping[str, str]) -> str:
     return token
 
 
-def upload(
+def upload_folder(
     folder: Path, files: Mapping[str, int], repo: str, message: str, token: str, *, public: bool, bars: bool
 ) -> Uploaded:
     """Uploads the `files` of a folder (bytes by path) as one commit to the repository `repo`, which is made where there
