@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import harness
+from harness.formats.table import FORMATS
 
 ROOT = Path(harness.__file__).parent
 FLOORS = {
@@ -35,7 +36,7 @@ ONLY_IN = {
     "vllm": ("harness/engines/vllm_*.py",),
     "llmcompressor": (),
 }
-REPORT_SEES = {"model", "suite", "record", "errors", "sampling", "serve", "harness"}
+REPORT_SEES = {"formats", "model", "suite", "record", "errors", "sampling", "serve", "harness"}
 MAY_PRINT: dict[str, str | None] = {
     "harness/cli.py": None,
     "harness/__main__.py": None,
@@ -115,7 +116,7 @@ def test_the_program_sees_the_source() -> None:
     """Guards the tests below against passing over nothing."""
     assert len(TREES) > 20
     assert {"harness", "harness.formats.nvfp4", "harness.cli"} <= set(TREES)
-    assert Import("harness.model.checkpoint", "harness.formats.config", False) in OURS
+    assert Import("harness.model.checkpoint", "harness.formats.format", False) in OURS
     assert Import("harness.model.checkpoint", "torch", False) in IMPORTS
 
 
@@ -166,6 +167,27 @@ def test_heavy_packages_are_imported_in_their_one_place(package: str, places: tu
         path_of(found.by).relative_to(ROOT.parent) for found in IMPORTS if found.module.split(".")[0] == package
     }
     assert [path for path in importers if not any(path.match(place) for place in places)] == []
+
+
+FORMAT_NAMES = {word for form in FORMATS.values() for word in (form.name, form.compressor)}
+
+
+def format_names(tree: ast.AST) -> list[str]:
+    """The string constants in `tree` that are the name of a format or of a compressor."""
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return [f"line {node.lineno}: {node.value}" for node in constants if node.value in FORMAT_NAMES]
+
+
+@pytest.mark.parametrize("module", [module for module in TREES if room(module) != "formats"])
+def test_only_the_formats_know_their_names(module: str) -> None:
+    """Everything else asks a format what it does, or imports it."""
+    assert format_names(TREES[module]) == []
+
+
+@pytest.mark.parametrize("line", ["form.name == 'NVFP4'", "{'float-quantized': 1}", "x = row['FP8_DYNAMIC']"])
+def test_the_program_finds_names_of_formats(line: str) -> None:
+    assert format_names(ast.parse(line))
+    assert not format_names(ast.parse("x = 'NVFP4 weights'"))
 
 
 def output_and_exits(tree: ast.AST, allowed: str | None) -> Iterator[str]:

@@ -26,7 +26,7 @@ from transformers import Qwen3_5ForConditionalGeneration
 from harness.demo.synthesize import synthesize
 from harness.errors import UserError
 from harness.formats import nvfp4
-from harness.formats.config import NVFP4A16
+from harness.formats.nvfp4 import NVFP4A16
 from harness.model.checkpoint import INDEX, open_checkpoint
 from harness.quantize.artifact import CALIBRATION, MANIFEST, Artifact
 from harness.quantize.build import build

@@ -28,10 +28,11 @@ from harness.engines.layers import Half, TextModel
 from harness.engines.protocol import open_engine
 from harness.errors import UserError
 from harness.formats import nvfp4
+from harness.formats.format import ABSMAX
 from harness.quantize import experts
 from harness.quantize.artifact import Artifact
 from harness.quantize.build import build
-from harness.quantize.recipes import ABSMAX, RECIPES, ROUND_TO_NEAREST
+from harness.quantize.recipes import RECIPES, ROUND_TO_NEAREST
 from tests.artifacts import load, quiet
 from tests.calibrated import build_demo, demo_calibration, demo_ids, recipe
 

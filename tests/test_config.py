@@ -9,7 +9,9 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.utils.match import is_match, match_name, match_targets
 
 from harness.errors import UserError
-from harness.formats.config import FORMATS, Format, num_bytes, parse, quantization_config
+from harness.formats.config import parse, quantization_config
+from harness.formats.format import Format, num_bytes
+from harness.formats.table import FORMATS
 from harness.model.families import parse_config
 from harness.model.families.qwen35 import FAMILY
 from harness.model.family import expected_tensors
@@ -149,7 +151,7 @@ def group(form: Format, *targets: str) -> dict[str, Any]:
     return quantization_config({form: targets}, ())["config_groups"]["group_0"]
 
 
-A16, W4A4, FP8 = FORMATS
+A16, W4A4, FP8 = FORMATS.values()
 FOREIGN = {
     "a class name and an ignore list": {"g": group(W4A4, "Linear")},
     "patterns before the class name": {"a": group(W4A4, "Linear"), "b": group(FP8, r"re:.*self_attn\..*")},
@@ -180,7 +182,7 @@ def test_configurations_of_other_tools_resolve_as_compressed_tensors_resolves_th
     assert resolved
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
 def test_a_format_has_the_arguments_of_the_preset_of_its_name(form: Format) -> None:
     scheme = QuantizationConfig.model_validate(quantization_config({form: ["Linear"]}, [])).config_groups["group_0"]
     preset = preset_name_to_scheme(form.name, ["Linear"])
@@ -190,7 +192,7 @@ def test_a_format_has_the_arguments_of_the_preset_of_its_name(form: Format) -> N
         assert (ours and ours.model_dump(exclude=observer)) == (theirs and theirs.model_dump(exclude=observer))
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
 def test_a_format_is_recognised_from_its_configuration_and_only_from_it(form: Format) -> None:
     config = quantization_config({form: ["Linear"]}, [])
     assert parse(config, "here").groups[0].format is form
@@ -198,7 +200,7 @@ def test_a_format_is_recognised_from_its_configuration_and_only_from_it(form: Fo
     assert parse(config, "here").groups[0].format is None
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
 def test_a_format_stores_the_parameters_that_its_compressor_names(form: Format) -> None:
     scheme = QuantizationConfig.model_validate(quantization_config({form: ["Linear"]}, [])).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(form.compressor)

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
-from harness.engines.emulation import ExpertRounding, input_rounding, round_expert_inputs, round_inputs
+from harness.engines.emulation import ExpertRounding, round_expert_inputs, round_inputs
 from harness.formats import fp8, nvfp4
-from harness.formats.config import FP8_DYNAMIC, NVFP4, NVFP4A16
+from harness.formats.fp8 import FP8_DYNAMIC
+from harness.formats.nvfp4 import NVFP4, NVFP4A16
 
 NUM_EXPERTS, HIDDEN, INNER = 6, 48, 32
 UNROUNDED = [ExpertRounding(None, None)] * NUM_EXPERTS
@@ -77,7 +78,7 @@ def test_the_roundings_run_whatever_implementation_transformers_would_choose(imp
 def test_each_expert_rounds_its_own_two_inputs_and_each_kernel_would_see_them() -> None:
     module = experts_module()
     scales = [(torch.tensor([50.0 + 10 * n]), torch.tensor([500.0 - 40 * n])) for n in range(NUM_EXPERTS)]
-    roundings = [ExpertRounding(input_rounding(NVFP4, a), input_rounding(NVFP4, b)) for a, b in scales]
+    roundings = [ExpertRounding(NVFP4.rounding(a), NVFP4.rounding(b)) for a, b in scales]
     round_expert_inputs(module, roundings)
     hidden, chosen, shares = routed(12)
     expected = torch.zeros_like(hidden)
@@ -126,7 +127,7 @@ def linear() -> Iterator[nn.Linear]:
 
 def test_a_linear_layer_rounds_its_input_on_every_call(linear: nn.Linear) -> None:
     scale = torch.tensor([300.0])
-    round_inputs(linear, input_rounding(NVFP4, scale))
+    round_inputs(linear, NVFP4.rounding(scale))
     for x in (torch.randn(5, 32), torch.randn(2, 3, 32)):
         expected = nn.functional.linear(nvfp4.fake_quantize(x, scale), linear.weight)
         assert torch.equal(linear(x), expected)
@@ -134,8 +135,7 @@ def test_a_linear_layer_rounds_its_input_on_every_call(linear: nn.Linear) -> Non
 
 
 def test_a_format_with_16_bit_activations_leaves_a_layer_alone(linear: nn.Linear) -> None:
-    assert input_rounding(None) is None
-    assert input_rounding(NVFP4A16) is None
+    assert NVFP4A16.rounding() is None
     round_inputs(linear, None)
     x = torch.randn(5, 32)
     assert torch.equal(linear(x), nn.functional.linear(x, linear.weight))
@@ -143,15 +143,15 @@ def test_a_format_with_16_bit_activations_leaves_a_layer_alone(linear: nn.Linear
 
 def test_fp8_needs_no_scale_and_nvfp4_does(linear: nn.Linear) -> None:
     x = torch.randn(5, 32)
-    rounding = input_rounding(FP8_DYNAMIC)
+    rounding = FP8_DYNAMIC.rounding()
     assert rounding is not None
     assert torch.equal(rounding(x), fp8.fake_quantize_tokens(x))
     with pytest.raises(ValueError, match="NVFP4 needs an input_global_scale"):
-        input_rounding(NVFP4)
+        NVFP4.rounding()
 
 
 def test_a_rounding_follows_its_layer_to_another_device_and_back() -> None:
-    rounding = input_rounding(NVFP4, torch.tensor([300.0]))
+    rounding = NVFP4.rounding(torch.tensor([300.0]))
     assert rounding is not None
     x = torch.randn(4, 32)
     before = rounding(x)

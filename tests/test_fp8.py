@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from harness.formats import fp8, nvfp4
-from harness.formats.config import FP8_DYNAMIC, NVFP4
+from harness.formats.fp8 import FP8_DYNAMIC
+from harness.formats.nvfp4 import NVFP4
 
 WEIGHTS = QuantizationArgs(**dict(FP8_DYNAMIC.weights))
 SCHEME = QuantizationScheme(targets=["Linear"], weights=WEIGHTS)

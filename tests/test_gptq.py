@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.formats import nvfp4
+from harness.formats.nvfp4 import NVFP4
 from harness.quantize.gptq import Rounded, aimed, gptq
 
 DAMPING = 0.01
@@ -87,7 +88,7 @@ def moments_of(x: Tensor) -> Tensor:
 def test_it_is_the_papers_algorithm(width: int) -> None:
     w, scales, x = problem(width, rows=24, width=width, tokens=2 * width)
     expected = plain_gptq(w[0], scales[0], moments_of(x)[0], DAMPING)
-    found = decoded(gptq(w, w, scales, moments_of(x), DAMPING), scales)[0]
+    found = decoded(gptq(NVFP4, w, w, scales, moments_of(x), DAMPING), scales)[0]
     # A value that float32 puts on the other side of a rounding boundary moves all that follow in its row.
     same = (found - expected).abs().amax(1) <= 1e-6 * scales[0].amax()
     assert same.float().mean() > 0.8
@@ -106,7 +107,7 @@ def diagonal(width: int) -> Tensor:
 @pytest.mark.parametrize("moments", [identity, diagonal])
 def test_independent_inputs_leave_nothing_to_take_back(moments: Callable[[int], Tensor]) -> None:
     w, scales, _ = problem(5, rows=16, width=160)
-    rounded = gptq(w, w, scales, moments(160), DAMPING)
+    rounded = gptq(NVFP4, w, w, scales, moments(160), DAMPING)
     torch.testing.assert_close(decoded(rounded, scales), nearest(w, scales))
     assert rounded.error == rounded.rtn_error
     flat = w.view(-1, 160)
@@ -129,7 +130,7 @@ def test_the_layers_error_on_its_calibration_inputs_is_never_above_round_to_near
 ) -> None:
     w, scales, x = problem(seed, rows=rows, width=16 * blocks, tokens=tokens, spread=spread)
     x[:, :, torch.randperm(16 * blocks, generator=torch.Generator().manual_seed(seed))[:num_dead]] = 0
-    rounded = gptq(w, w, scales, moments_of(x), DAMPING)
+    rounded = gptq(NVFP4, w, w, scales, moments_of(x), DAMPING)
     error = output_error(decoded(rounded, scales) - w, x)
     rtn = output_error(nearest(w, scales) - w, x)
     slack = 1e-5 * output_error(w, x)
@@ -143,7 +144,7 @@ def test_the_layers_error_on_its_calibration_inputs_is_never_above_round_to_near
 
 def test_inputs_that_go_together_are_worth_more_than_half_of_the_error() -> None:
     w, scales, x = problem(7, rows=64, width=256, tokens=1000)
-    rounded = gptq(w, w, scales, moments_of(x), DAMPING)
+    rounded = gptq(NVFP4, w, w, scales, moments_of(x), DAMPING)
     assert rounded.error < 0.5 * rounded.rtn_error
     assert rounded.num_rows_rtn == 0
 
@@ -151,14 +152,16 @@ def test_inputs_that_go_together_are_worth_more_than_half_of_the_error() -> None
 def test_a_dead_column_is_rounded_to_nearest() -> None:
     w, scales, x = problem(8, rows=16, width=96)
     x[:, :, 17] = 0
-    found = decoded(gptq(w, w, scales, moments_of(x), DAMPING), scales)
+    found = decoded(gptq(NVFP4, w, w, scales, moments_of(x), DAMPING), scales)
     torch.testing.assert_close(found[:, :, 17], nearest(w, scales)[:, :, 17])
 
 
 def test_several_matrices_at_once_are_each_of_them_alone() -> None:
     w, scales, x = problem(9, num=3, rows=10, width=144)
-    together = gptq(w, w, scales, moments_of(x), DAMPING)
-    alone = [gptq(w[n : n + 1], w[n : n + 1], scales[n : n + 1], moments_of(x)[n : n + 1], DAMPING) for n in range(3)]
+    together = gptq(NVFP4, w, w, scales, moments_of(x), DAMPING)
+    alone = [
+        gptq(NVFP4, w[n : n + 1], w[n : n + 1], scales[n : n + 1], moments_of(x)[n : n + 1], DAMPING) for n in range(3)
+    ]
     # Batched and single matrix products may differ in a last bit, which can tip a tie.
     assert (together.codes == torch.cat([one.codes for one in alone])).float().mean() > 0.99
     for name in ("error", "rtn_error", "output"):
@@ -167,9 +170,9 @@ def test_several_matrices_at_once_are_each_of_them_alone() -> None:
 
 def test_a_singular_matrix_takes_damping_and_says_how_much() -> None:
     w, scales, x = problem(10, rows=6, width=64, tokens=2)
-    regular = gptq(w, w, scales, moments_of(problem(10, tokens=500)[2]), DAMPING)
+    regular = gptq(NVFP4, w, w, scales, moments_of(problem(10, tokens=500)[2]), DAMPING)
     assert regular.damping == DAMPING
-    singular = gptq(w, w, scales, moments_of(x), 0.0)
+    singular = gptq(NVFP4, w, w, scales, moments_of(x), 0.0)
     assert 0 < singular.damping <= DAMPING
     assert singular.error <= singular.rtn_error
 
@@ -178,7 +181,7 @@ def test_a_matrix_that_is_not_positive_takes_more_than_was_asked_for() -> None:
     w, scales, x = problem(11, rows=6, width=64)
     moments = moments_of(x)
     moments = moments - 0.05 * torch.eye(64) * moments.diagonal(dim1=1, dim2=2).mean()  # as if rounded very coarsely
-    rounded = gptq(w, w, scales, moments, 1e-4)
+    rounded = gptq(NVFP4, w, w, scales, moments, 1e-4)
     assert rounded.damping > 1e-3
 
 
@@ -208,7 +211,7 @@ def test_aiming_at_the_unquantized_output_repairs_what_came_before() -> None:
     errors = []
     for target in (w, aimed(w, moments, shift, DAMPING)):
         scales = scales_of(target)
-        found = decoded(gptq(w, target, scales, moments, DAMPING), scales)
+        found = decoded(gptq(NVFP4, w, target, scales, moments, DAMPING), scales)
         errors.append((found @ changed.double().mT - w.double() @ x.double().mT).square().sum())
     assert errors[1] < 0.9 * errors[0]
 
@@ -218,7 +221,7 @@ def test_a_row_that_gptq_makes_worse_is_rounded_to_nearest_and_counted() -> None
     for seed in range(30):  # clipped hard, so that what is taken back has nowhere to go
         w, scales, x = problem(seed, rows=32, width=32, tokens=3, spread=3.0)
         scales = scales * 0.3
-        rounded = gptq(w, w, scales, moments_of(x), DAMPING)
+        rounded = gptq(NVFP4, w, w, scales, moments_of(x), DAMPING)
         counted += rounded.num_rows_rtn
         same = (decoded(rounded, scales) - nearest(w, scales)).abs().amax(2) < 1e-9
         assert same.sum() >= rounded.num_rows_rtn
@@ -237,7 +240,7 @@ def damped_error(found: Tensor, w: Tensor, x: Tensor, damping: float) -> Tensor:
 def test_visiting_the_columns_again_lowers_the_error_and_more_visits_never_raise_it(width: int) -> None:
     w, scales, x = problem(width + 1, num=2, rows=24, width=width, tokens=3 * width)
     errors = [
-        damped_error(decoded(gptq(w, w, scales, moments_of(x), DAMPING, sweeps), scales), w, x, DAMPING)
+        damped_error(decoded(gptq(NVFP4, w, w, scales, moments_of(x), DAMPING, sweeps), scales), w, x, DAMPING)
         for sweeps in (0, 1, 2, 6)
     ]
     for fewer, more in pairwise(errors):
@@ -249,13 +252,13 @@ def test_inputs_that_are_mixed_at_random_leave_visits_something_to_gain() -> Non
     generator = torch.Generator().manual_seed(20)
     x = torch.randn(1, 600, 128, generator=generator) @ torch.randn(1, 128, 128, generator=generator)
     w, scales, _ = problem(20, rows=48, width=128)
-    once, again = (gptq(w, w, scales, moments_of(x), DAMPING, sweeps).error for sweeps in (0, 2))
+    once, again = (gptq(NVFP4, w, w, scales, moments_of(x), DAMPING, sweeps).error for sweeps in (0, 2))
     assert again < 0.85 * once
 
 
 def test_after_enough_visits_no_single_code_can_be_changed_for_the_better() -> None:
     w, scales, x = problem(21, rows=6, width=32, tokens=200)
-    found = decoded(gptq(w, w, scales, moments_of(x), DAMPING, 50), scales)
+    found = decoded(gptq(NVFP4, w, w, scales, moments_of(x), DAMPING, 50), scales)
     least = damped_error(found, w, x, DAMPING)
     for column in range(32):
         for value in torch.cat((GRID, -GRID)):
@@ -267,5 +270,5 @@ def test_after_enough_visits_no_single_code_can_be_changed_for_the_better() -> N
 def test_a_dead_column_stays_rounded_to_nearest_however_often_it_is_visited() -> None:
     w, scales, x = problem(22, rows=16, width=160)
     x[:, :, 17] = 0
-    found = decoded(gptq(w, w, scales, moments_of(x), DAMPING, 2), scales)
+    found = decoded(gptq(NVFP4, w, w, scales, moments_of(x), DAMPING, 2), scales)
     torch.testing.assert_close(found[:, :, 17], nearest(w, scales)[:, :, 17])

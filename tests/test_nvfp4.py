@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.formats import nvfp4
-from harness.formats.config import NVFP4A16
+from harness.formats.nvfp4 import NVFP4A16
 
 ARGS = QuantizationArgs(**dict(NVFP4A16.weights))
 SCHEME = QuantizationScheme(targets=["Linear"], weights=ARGS)

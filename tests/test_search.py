@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.formats import nvfp4
-from harness.quantize.recipes import ABSMAX, SEARCH, WEIGHTED_SEARCH
-from harness.quantize.search import block_scales
+from harness.formats.format import ABSMAX, SEARCH, WEIGHTED_SEARCH
+from harness.formats.nvfp4 import block_scales
 
 GRID = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 CODES = torch.arange(1, 127, dtype=torch.uint8)

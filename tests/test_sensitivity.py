@@ -18,7 +18,10 @@ from harness.demo import checkpoint_path
 from harness.engines.layers import Batch, Half, HiddenStates, TextModel, batches_of
 from harness.engines.loading import load_model
 from harness.errors import UserError
-from harness.formats.config import FORMATS, FP8_DYNAMIC, NVFP4, NVFP4A16, Format
+from harness.formats.format import Format
+from harness.formats.fp8 import FP8_DYNAMIC
+from harness.formats.nvfp4 import NVFP4, NVFP4A16
+from harness.formats.table import FORMATS
 from harness.model.checkpoint import Checkpoint, open_checkpoint
 from harness.model.families.qwen35 import FAMILY
 from harness.model.source import source_of
@@ -100,7 +103,7 @@ def test_every_layer_group_and_format_is_measured_once(demo: Any, demo_moe: Any)
             (layer, role, form.name)
             for layer in range(8)
             for role in (ATTENTION if layer in (3, 7) else DELTANET) + second
-            for form in FORMATS
+            for form in FORMATS.values()
         }
         assert set(found) == expected
 
@@ -190,7 +193,7 @@ def share(changed: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return float((a - b).square().sum() / b.square().sum())
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", FORMATS.values())
 @pytest.mark.parametrize(
     ("layer", "role", "half", "names"),
     [
@@ -300,7 +303,7 @@ def test_experts_that_no_token_reaches_give_no_nan(tmp_path: Path) -> None:
     assert all(0 < one[error] < 0.2 for one in found.values() for error in ("output_error", "layer_error"))
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", FORMATS.values())
 def test_an_experts_error_equals_arithmetic_token_by_token(tmp_path: Path, form: Format) -> None:
     half, groups, batches, hidden, added = moe_half(tmp_path)
     assert half.experts is not None

@@ -26,7 +26,7 @@ from harness.engines.protocol import Chunk, Engine, Prompt, open_engine
 from harness.engines.streamed import Streamed, log_probs
 from harness.errors import UserError
 from harness.formats import nvfp4
-from harness.formats.config import NVFP4, NVFP4A16
+from harness.formats.nvfp4 import NVFP4, NVFP4A16
 from harness.model.checkpoint import open_checkpoint
 from harness.model.families.qwen35 import FAMILY
 from harness.quantize.recipes import RECIPES, Recipe

@@ -43,7 +43,9 @@ from harness.engines import decoding, heads, loading
 from harness.engines.protocol import Engine, open_engine
 from harness.errors import UserError
 from harness.formats import fp8, nvfp4
-from harness.formats.config import NVFP4A16, Format, parse, quantization_config
+from harness.formats.config import parse, quantization_config
+from harness.formats.format import Format
+from harness.formats.nvfp4 import NVFP4A16
 from harness.measure import perplexity
 from harness.model.checkpoint import open_checkpoint
 from harness.model.families.qwen35 import FAMILY

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from harness.audit.findings import REFUSED, UNINITIALISED, Finding
 from harness.audit.matching import Meant, matches
-from harness.formats.config import Format, Group, QuantizationConfig
+from harness.formats.config import Group, QuantizationConfig
+from harness.formats.format import Format
+from harness.formats.table import input_scale_names, packed_names
 from harness.model.checkpoint import TensorEntry
 from harness.model.family import Family, Linear, ModelConfig, Part, expected_tensors
 
@@ -102,7 +104,9 @@ def _fused_experts(name: str, meant: list[Meant], tensors_of: Mapping[str, list[
 
 def _is_quantized(stored: Mapping[str, TensorEntry], module: str) -> bool:
     weight = stored.get(f"{module}.weight")
-    return f"{module}.weight_packed" in stored or (weight is not None and weight.dtype not in KEPT_DTYPES)
+    return any(f"{module}.{suffix}" in stored for suffix in packed_names()) or (
+        weight is not None and weight.dtype not in KEPT_DTYPES
+    )
 
 
 def _expect_linear(
@@ -191,7 +195,7 @@ def _lost_part(part: Part, prefix: str, count: int, source_has_mtp: bool | None)
 
 
 def _missing(name: str) -> Finding:
-    if name.endswith(".input_global_scale"):
+    if name.rpartition(".")[2] in input_scale_names():
         problem = "is missing, the calibrated scale of the activations, which its group (W4A4) calls for"
         return Finding("error", name, problem, "vLLM divides activations by whatever memory holds: NaN or noise")
     return Finding("error", name, "is missing", UNINITIALISED)

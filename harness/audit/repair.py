@@ -32,11 +32,10 @@ import torch
 from torch import Tensor
 
 from harness.audit.keys import Expectation, Module, expect, is_complete
-from harness.audit.scales import GLOBAL_SCALES, are_unequal, fused_groups, global_scales, scale_findings
-from harness.audit.source import decoded_rows, open_source, texts
+from harness.audit.scales import are_unequal, fused_groups, global_scales, scale_findings
+from harness.audit.source import open_source, texts
 from harness.audit.verify import Verification, verify
 from harness.errors import UserError
-from harness.formats import nvfp4
 from harness.formats.config import parse
 from harness.model.checkpoint import (
     INDEX,
@@ -62,8 +61,6 @@ E4M3's normal numbers, and the source should be quantized anew."""
 _LOG = "harness-repair.json"
 _LOCK = ".harness-repair-lock"
 _ADDED = "model-from-source.safetensors"
-_SMALLEST = 2.0**-9
-"""The smallest positive E4M3 number: a block scale that would round to nothing."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".partial")
 # The builder's manifest lists digests that the repaired files no longer have.
 _NOT_COPIED = ("config.json", INDEX, _LOG, "harness-build.json")
@@ -178,7 +175,7 @@ def _shared_scales(
         progress(done, len(groups), "repair: choose scales")
         if not _can_be_mended(checkpoint, members):
             continue
-        for suffix in GLOBAL_SCALES:
+        for suffix in members[0].form.healthy_scales:
             values = global_scales(checkpoint, members, suffix)
             if not are_unequal(values):
                 continue
@@ -186,7 +183,7 @@ def _shared_scales(
             shared = torch.stack([checkpoint.tensor(name) for name in names]).amin(0)
             globals_ |= dict.fromkeys(names, shared)
             error = 0.0
-            if suffix == "weight_global_scale":
+            if suffix == members[0].form.shared_scale_name:
                 changed = [_Rescaled(module, shared) for module in members if values[module.name] != float(shared)]
                 rescaled |= {one.module.name: one for one in changed}
                 error = max(_relative_error(checkpoint, one) for one in changed)
@@ -197,7 +194,7 @@ def _shared_scales(
 def _can_be_mended(checkpoint: Checkpoint, members: Sequence[Module]) -> bool:
     return (
         len({module.form.name for module in members}) == 1
-        and members[0].form.compressor == "nvfp4-pack-quantized"
+        and members[0].form.shared_scale_name is not None
         and all(is_complete(checkpoint.tensors, module) for module in members)
         and not any(any(True for _ in scale_findings(checkpoint, module)) for module in members)
     )
@@ -206,9 +203,10 @@ def _can_be_mended(checkpoint: Checkpoint, members: Sequence[Module]) -> bool:
 def _relative_error(checkpoint: Checkpoint, one: _Rescaled) -> float:
     squared = norm = 0.0
     for first, count in _row_pieces(one.module):
-        old = decoded_rows(checkpoint, one.module, first, count)
-        packed, scales = _encoded_rows(checkpoint, one, first, count)
-        new = nvfp4.decode(packed, scales, one.shared, torch.float32)
+        form = one.module.form
+        old = form.decode_rows(checkpoint, one.module.name, first, count, torch.float32)
+        written = {**_encoded_rows(checkpoint, one, first, count), str(form.shared_scale_name): one.shared}
+        new = form.decode(written, torch.float32)
         norm += float(old.square().sum(dtype=torch.float64))
         squared += float((new - old).square().sum(dtype=torch.float64))
     return math.sqrt(squared / norm) if norm else 0.0
@@ -221,13 +219,10 @@ def _row_pieces(module: Module) -> Iterator[tuple[int, int]]:
         yield first, min(step, module.linear.out_features - first)
 
 
-def _encoded_rows(checkpoint: Checkpoint, one: _Rescaled, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Packed codes `[count, in/2]` and block scales `[count, in/16]` of some rows against the shared global scale."""
-    own = checkpoint.tensor(f"{one.module.name}.weight_global_scale")
-    scales = checkpoint.rows(f"{one.module.name}.weight_scale", first, count)
-    scales = (scales.float() * (one.shared / own)).clamp_(min=_SMALLEST).to(torch.float8_e4m3fn)
-    weights = decoded_rows(checkpoint, one.module, first, count)
-    return nvfp4.pack(nvfp4.encode(weights, scales, one.shared)), scales
+def _encoded_rows(checkpoint: Checkpoint, one: _Rescaled, first: int, count: int) -> dict[str, Tensor]:
+    """The stored tensors of some rows, by suffix, against the shared scale."""
+    form = one.module.form
+    return form.rescaled(form.stored_rows(checkpoint, one.module.name, first, count), one.shared)
 
 
 def _missing_tensors(
@@ -316,10 +311,10 @@ def _mended(
     if entry.name in globals_:
         return iter((globals_[entry.name],))
     module, _, suffix = entry.name.rpartition(".")
-    if module not in rescaled or suffix not in ("weight_packed", "weight_scale"):
+    if module not in rescaled or not rescaled[module].module.form.weight_tensors.get(suffix):
         return None
-    one, which = rescaled[module], 0 if suffix == "weight_packed" else 1
-    return (_encoded_rows(checkpoint, one, first, count)[which] for first, count in _row_pieces(one.module))
+    one = rescaled[module]
+    return (_encoded_rows(checkpoint, one, first, count)[suffix] for first, count in _row_pieces(one.module))
 
 
 def _new_name(checkpoint: Checkpoint) -> str:

@@ -13,12 +13,8 @@ import torch
 
 from harness.audit.findings import Finding
 from harness.audit.keys import Module
+from harness.formats.table import input_scale_names
 from harness.model.checkpoint import PIECE_BYTES, Checkpoint
-
-GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
-LIMITS = {"weight_global_scale": (1.0, math.inf), "input_global_scale": (1.0, 1e4)}
-"""Healthy ones are 2688 over a weight's or an activation's largest magnitude: thousands, and 50 to 150. Beyond these
-bounds lie reciprocals."""
 
 OUTLIER_RATIO = 1e3
 """How far an expert's global scale may be from the median of its layer. All experts of a layer read the same hidden
@@ -26,6 +22,7 @@ states, so their largest activations differ by small factors. A scale that is to
 r below E4M3's maximum; the format keeps its precision over 448 * 2^6 = 28,672, ordinary blocks need some 30 of it, so
 beyond a thousand they begin to vanish; one too large by r clips activations to 1/r of their size."""
 
+_E4M3 = "F8_E4M3"
 _DEFAULT_SCALE = 1.0
 _DEFAULT_RATIO = 10.0
 
@@ -43,12 +40,20 @@ class ScaleRange:
 
 
 def scale_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
-    """What is wrong with the scales, and in FP8 the codes, of one complete module."""
-    if module.form.compressor == "float-quantized":
-        yield from _fp8_findings(checkpoint, module)
-        return
-    name = module.name
-    codes = checkpoint.tensor(f"{name}.weight_scale").view(torch.uint8)
+    """What is wrong with the scales and, where codes can be wrong on their own, the codes of one complete module."""
+    stored = {part.suffix: part for part in module.form.stored(module.linear.out_features, module.linear.in_features)}
+    if stored["weight_scale"].dtype == _E4M3:
+        yield from _block_scale_findings(checkpoint, module)
+    else:
+        yield from _row_scale_findings(checkpoint, module)
+    for suffix, (low, high) in module.form.healthy_scales.items():
+        yield from _shared_scale_findings(checkpoint, f"{module.name}.{suffix}", low, high)
+    if "weight" in stored and stored["weight"].dtype == _E4M3:
+        yield from _code_findings(checkpoint, module)
+
+
+def _block_scale_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
+    codes = checkpoint.tensor(f"{module.name}.weight_scale").view(torch.uint8)
     for problem, bad in (
         ("holds NaN", (codes & 0x7F) == 0x7F),
         ("holds zeros", (codes & 0x7F) == 0),
@@ -57,29 +62,29 @@ def scale_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
         if count := int(bad.sum()):
             yield Finding(
                 "error",
-                f"{name}.weight_scale",
+                f"{module.name}.weight_scale",
                 f"{problem} in {count} of {codes.numel()} blocks",
                 "the FP4 kernels take block scales as positive: those blocks decode to NaN, zero or garbage",
             )
-    for suffix, (low, high) in LIMITS.items():
-        if f"{name}.{suffix}" not in checkpoint.tensors:
-            continue
-        value = float(checkpoint.tensor(f"{name}.{suffix}"))
-        if not math.isfinite(value) or value <= 0:
-            yield Finding(
-                "error", f"{name}.{suffix}", f"is {value}", "every output of the layer becomes NaN, infinite or zero"
-            )
-        elif not low <= value <= high:
-            yield Finding(
-                "error",
-                f"{name}.{suffix}",
-                f"is {value:.4g}, outside {low:g} to {high:g}: stored as its reciprocal, as Model Optimizer does?",
-                "compressed-tensors divides by it: the layer's numbers come out larger or smaller by its square",
-            )
 
 
-def _fp8_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
-    name, width = module.name, module.linear.in_features
+def _shared_scale_findings(checkpoint: Checkpoint, name: str, low: float, high: float) -> Iterator[Finding]:
+    if name not in checkpoint.tensors:
+        return
+    value = float(checkpoint.tensor(name))
+    if not math.isfinite(value) or value <= 0:
+        yield Finding("error", name, f"is {value}", "every output of the layer becomes NaN, infinite or zero")
+    elif not low <= value <= high:
+        yield Finding(
+            "error",
+            name,
+            f"is {value:.4g}, outside {low:g} to {high:g}: stored as its reciprocal, as Model Optimizer does?",
+            "compressed-tensors divides by it: the layer's numbers come out larger or smaller by its square",
+        )
+
+
+def _row_scale_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
+    name = module.name
     scales = checkpoint.tensor(f"{name}.weight_scale").float()
     if count := int((~(scales.isfinite() & (scales > 0))).sum()):
         yield Finding(
@@ -95,16 +100,20 @@ def _fp8_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
             f"is {middle:.4g} in the median, which makes weights of {448 * middle:.4g}: stored as its reciprocal?",
             "compressed-tensors multiplies by it: the layer's outputs come out larger by its square",
         )
+
+
+def _code_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
+    name, rows, width = module.name, module.linear.out_features, module.linear.in_features
     step, count = max(1, PIECE_BYTES // width), 0
-    for first in range(0, module.linear.out_features, step):
-        rows = checkpoint.rows(f"{name}.weight", first, min(step, module.linear.out_features - first))
+    for first in range(0, rows, step):
+        codes = checkpoint.rows(f"{name}.weight", first, min(step, rows - first))
         # E4M3 has no infinity: all exponent and mantissa bits set is its one NaN, of either sign.
-        count += int(((rows.view(torch.uint8) & 0x7F) == 0x7F).sum())
+        count += int(((codes.view(torch.uint8) & 0x7F) == 0x7F).sum())
     if count:
         yield Finding(
             "error",
             f"{name}.weight",
-            f"holds NaN in {count} of {module.linear.out_features * width} codes",
+            f"holds NaN in {count} of {rows * width} codes",
             "every token's output of those rows becomes NaN",
         )
 
@@ -115,6 +124,11 @@ def fused_groups(modules: Iterable[Module]) -> dict[str, list[Module]]:
     for module in modules:
         groups.setdefault(module.linear.fused_into, []).append(module)
     return groups
+
+
+def _shared_scales(members: Iterable[Module]) -> list[str]:
+    """The suffixes of the scales that some modules must share where vLLM fuses them."""
+    return list(dict.fromkeys(suffix for module in members for suffix in module.form.healthy_scales))
 
 
 def global_scales(checkpoint: Checkpoint, members: Iterable[Module], suffix: str) -> dict[str, float]:
@@ -141,7 +155,7 @@ def fused_findings(checkpoint: Checkpoint, modules: Iterable[Module]) -> Iterato
                 "its shards are stored as " + ", ".join(f"{m.name}: {m.form.name}" for m in members),
                 "vLLM refuses a fused layer of several formats, or silently takes the first shard's",
             )
-        for suffix in GLOBAL_SCALES if len(members) > 1 else ():
+        for suffix in _shared_scales(members) if len(members) > 1 else ():
             values = global_scales(checkpoint, members, suffix)
             if are_unequal(values):
                 ratio = max(values.values()) / min(values.values())
@@ -163,7 +177,7 @@ def expert_ranges(checkpoint: Checkpoint, modules: Iterable[Module]) -> tuple[li
             layers.setdefault(f"{expert.experts}.*.{projection}", []).append(module)
     ranges, findings = [], []
     for layer, members in layers.items():
-        for suffix in GLOBAL_SCALES:
+        for suffix in _shared_scales(members):
             stored = global_scales(checkpoint, members, suffix)
             values = {name: value for name, value in stored.items() if 0 < value < math.inf}
             if not values:
@@ -183,7 +197,7 @@ def expert_ranges(checkpoint: Checkpoint, modules: Iterable[Module]) -> tuple[li
 
 def _outlier(tensor: str, value: float, median: float) -> Finding:
     problem = f"is {value:.4g}, where the median of the layer's experts is {median:.4g}"
-    if tensor.endswith("input_global_scale"):
+    if tensor.rpartition(".")[2] in input_scale_names():
         why = ": a default, or the trace of an expert that no calibration token reached"
         return Finding("warning", tensor, problem + why, "a token routed there is clipped or rounded to nothing")
     return Finding("warning", tensor, problem, "the expert's weights are far smaller or larger than the others'")

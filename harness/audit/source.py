@@ -11,7 +11,6 @@ import torch
 from harness.audit.findings import Finding
 from harness.audit.keys import Expectation, Module
 from harness.errors import UserError
-from harness.formats import fp8, nvfp4
 from harness.model.checkpoint import INDEX, PIECE_BYTES, Checkpoint, open_checkpoint, read_json
 from harness.progress import Progress
 
@@ -178,13 +177,4 @@ def _decoded_pieces(checkpoint: Checkpoint, original: Checkpoint, module: Module
     for first in range(0, linear.out_features, step):
         count = min(step, linear.out_features - first)
         theirs = original.rows(module.tensor, linear.first_row + first, count).float()
-        yield decoded_rows(checkpoint, module, first, count), theirs
-
-
-def decoded_rows(checkpoint: Checkpoint, module: Module, first: int, count: int) -> torch.Tensor:
-    """Rows `first` to `first + count` of a module's weight, decoded to float32 `[count, in]`."""
-    scales = checkpoint.rows(f"{module.name}.weight_scale", first, count)
-    if module.form.compressor == "float-quantized":
-        return fp8.decode(checkpoint.rows(f"{module.name}.weight", first, count), scales, torch.float32)
-    packed = checkpoint.rows(f"{module.name}.weight_packed", first, count)
-    return nvfp4.decode(packed, scales, checkpoint.tensor(f"{module.name}.weight_global_scale"), torch.float32)
+        yield module.form.decode_rows(checkpoint, module.name, first, count, torch.float32), theirs

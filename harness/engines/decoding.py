@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from harness.engines.emulation import ExpertRounding, Rounding, input_rounding, round_expert_inputs, round_inputs
+from harness.engines.emulation import ExpertRounding, round_expert_inputs, round_inputs
 from harness.errors import UserError
-from harness.formats import fp8, nvfp4
-from harness.formats.config import FORMATS, Format, QuantizationConfig
+from harness.formats.config import QuantizationConfig
+from harness.formats.format import Format, Rounding
+from harness.formats.table import FORMATS
 from harness.model.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from harness.model.families import family_of
 from harness.model.family import ExpertNames, Family
@@ -34,7 +35,6 @@ from harness.model.family import ExpertNames, Family
 _FLOATS = ("BF16", "F16", "F32")
 _CHUNK_ELEMENTS = 1 << 22
 """Weights read and decoded at a time: their float32 temporaries stay small beside the model."""
-_INPUT_SCALE = "input_global_scale"
 
 
 @dataclass
@@ -109,8 +109,8 @@ class Stored:
         scales = {}
         for place in places:
             _fill(place, self.checkpoint)
-            if any(need.suffix == _INPUT_SCALE for need in place.needs):
-                scales[place.module] = self.checkpoint.tensor(f"{place.module}.{_INPUT_SCALE}")
+            if place.form is not None and place.form.needs_calibration:
+                scales[place.module] = self.checkpoint.tensor(f"{place.module}.{place.form.input_scale_name}")
         _round(module, places, scales, self.family.experts, self.checkpoint.folder)
 
     @cached_property
@@ -128,7 +128,7 @@ class Stored:
             raise UserError(
                 f"{self.checkpoint.folder} stores {module} in the format of '{group.name}', which the harness does not "
                 "decode.",
-                f"It decodes {', '.join(form.name for form in FORMATS)}.",
+                f"It decodes {', '.join(FORMATS)}.",
             )
         return None if group is None else group.format
 
@@ -237,23 +237,14 @@ def _check(places: Iterable[_Place], on_disk: Mapping[str, TensorEntry], aliases
 def _fill(place: _Place, checkpoint: Checkpoint) -> None:
     """Reads what the place needs and decodes it into it; some rows at a time."""
     target = place.target.view(-1, place.target.shape[-1] if place.target.ndim else 1)
-    names = {need.suffix: need.name for need in place.needs}
     step = max(1, _CHUNK_ELEMENTS // target.shape[1])
     for start in range(0, len(target), step):
         into = target[start : start + step]
-
-        def rows(suffix: str, start: int = start, count: int = len(into)) -> Tensor:
-            return checkpoint.rows(names[suffix], start, count)
-
         if place.form is None:
-            (suffix,) = names
-            weights = rows(suffix)
-        elif place.form.compressor == "float-quantized":
-            weights = fp8.decode(rows("weight"), rows("weight_scale"), into.dtype)
+            into.copy_(checkpoint.rows(place.needs[0].name, start, len(into)))
         else:
-            divisor = checkpoint.tensor(names["weight_global_scale"]).float()
-            weights = nvfp4.decode(rows("weight_packed"), rows("weight_scale"), divisor)
-        into.copy_(weights)
+            dtype = place.form.loaded_dtype(into.dtype)
+            into.copy_(place.form.decode_rows(checkpoint, place.module, start, len(into), dtype))
 
 
 def _round(
@@ -266,7 +257,7 @@ def _round(
             slices.setdefault(place.owner, {})[place.expert] = place
         elif place.form is not None:
             linear: Any = model.get_submodule(place.owner)
-            round_inputs(linear, input_rounding(place.form, scales.get(place.module)))
+            round_inputs(linear, place.form.rounding(scales.get(place.module)))
     for owner, of_expert in slices.items():
         experts: Any = model.get_submodule(owner)
         roundings = []
@@ -279,7 +270,7 @@ def _round(
 
 
 def _rounding(place: _Place | None, scales: Mapping[str, Tensor]) -> Rounding | None:
-    return None if place is None else input_rounding(place.form, scales.get(place.module))
+    return None if place is None or place.form is None else place.form.rounding(scales.get(place.module))
 
 
 def _shared_rounding(

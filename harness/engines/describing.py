@@ -13,7 +13,7 @@ from torch import nn
 
 from harness.engines.decoding import formats_of
 from harness.engines.protocol import EngineInfo
-from harness.formats.config import Format
+from harness.formats.format import Format
 from harness.model.checkpoint import read_json
 from harness.model.families import family_of
 from harness.model.family import Family

@@ -20,33 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harness.formats import fp8, nvfp4
-from harness.formats.config import Format
-
-Rounding = Callable[[Tensor], Tensor]
-"""Activations `[..., in]` to what remains of them, in the same dtype."""
-
-
-def input_rounding(form: Format | None, global_scale: Tensor | None = None) -> Rounding | None:
-    """What `form` does to a layer's input; None where it leaves the input alone.
-
-    `global_scale [1]` is the layer's `input_global_scale`; `ValueError` without one where the format needs it.
-    """
-    if form is None or form.input_activations is None:
-        return None
-    if form.compressor == "float-quantized":
-        return fp8.fake_quantize_tokens
-    if global_scale is None:
-        raise ValueError(f"{form.name} needs an input_global_scale")
-    scale, moved = global_scale, global_scale
-
-    def rounding(x: Tensor) -> Tensor:
-        nonlocal moved
-        if moved.device != x.device:  # once: the layer has moved since
-            moved = scale.to(x.device)
-        return nvfp4.round_trip(x, nvfp4.activation_block_scales(x, moved), moved)
-
-    return rounding
+from harness.formats.format import Rounding
 
 
 def round_inputs(linear: nn.Linear, rounding: Rounding | None) -> None:

@@ -36,9 +36,11 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
-from harness.engines.emulation import ExpertRounding, Rounding, input_rounding, routed_outputs
+from harness.engines.emulation import ExpertRounding, routed_outputs
 from harness.formats import fp8, nvfp4
-from harness.formats.config import FP8_DYNAMIC, NVFP4
+from harness.formats.format import Rounding
+from harness.formats.fp8 import FP8_DYNAMIC
+from harness.formats.nvfp4 import NVFP4
 
 Layer = Any
 """A torch module of vLLM's, which carries tensors under names that no class declares."""
@@ -248,7 +250,7 @@ class CpuNvFp4Experts(_CpuExperts, nvfp4_moe.CompressedTensorsW4A4Nvfp4MoEMethod
 
 
 def _by(input_global_scale: Tensor) -> Rounding | None:
-    return input_rounding(NVFP4, input_global_scale.reshape(1).clone())
+    return NVFP4.rounding(input_global_scale.reshape(1).clone())
 
 
 class CpuFp8Experts(_CpuExperts, fp8_moe.CompressedTensorsW8A8Fp8MoEMethod):
@@ -263,7 +265,7 @@ class CpuFp8Experts(_CpuExperts, fp8_moe.CompressedTensorsW8A8Fp8MoEMethod):
         self.fp8_backend = None
 
     def process_weights_after_loading(self, layer: Layer) -> None:
-        rounding = input_rounding(FP8_DYNAMIC)
+        rounding = FP8_DYNAMIC.rounding()
         w13, w2 = (
             [
                 fp8.decode(codes, scales, layer.orig_dtype)

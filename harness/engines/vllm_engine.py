@@ -398,7 +398,7 @@ def _served_as(folder: Path, layers: Mapping[str, str]) -> str | None:
     if raw is None:
         return None
     groups = parse(raw, str(folder / "config.json")).groups
-    asks = any(one.format is not None and one.format.name == "NVFP4" for one in groups)
+    asks = any(one.format is not None and one.format.input_bits == 4 for one in groups)
     weight_only = sorted({how for how in layers.values() if "fp4" in how.lower() and vllm_options.is_weight_only(how)})
     return f"16-bit activations ({', '.join(weight_only)})" if asks and weight_only else None
 

@@ -1,1 +1,1 @@
-"""Number formats on disk: NVFP4 blocks and the compressed-tensors configuration that names them."""
+"""Number formats, a module each, and the compressed-tensors configuration that names them."""

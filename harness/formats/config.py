@@ -1,7 +1,6 @@
 """`quantization_config`: which modules of a checkpoint are stored in which format.
 
-A `Format` is one way to store a linear layer: its compressed-tensors arguments and the tensors it leaves on
-disk. `quantization_config` writes the JSON that vLLM and transformers read; `parse` reads any such JSON back,
+`quantization_config` writes the JSON that vLLM and transformers read; `parse` reads any such JSON back,
 ours or not, and answers which format a module has.
 
 Two rules of vLLM's loader shape what is written (compressed_tensors.py and utils.py of its quantization layer,
@@ -18,94 +17,14 @@ from functools import cached_property
 from typing import Any
 
 from harness.errors import UserError
-from harness.formats import nvfp4
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor on disk: `suffix` follows the module's name, `dtype` is a safetensors dtype name."""
-
-    suffix: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return num_bytes(self.dtype, self.shape)
-
-
-@dataclass(frozen=True)
-class Format:
-    """One way to store a linear layer. `weights` and `input_activations` are `QuantizationArgs` keys."""
-
-    name: str
-    compressor: str
-    weights: tuple[tuple[str, Any], ...]
-    input_activations: tuple[tuple[str, Any], ...] | None = None
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether a scale of the activations is stored, which only data can choose."""
-        return self.input_activations is not None and dict(self.input_activations)["dynamic"] is not True
-
-    def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
-        """The tensors that replace `weight [out_features, in_features]`."""
-        if self.compressor == "float-quantized":
-            return (
-                StoredTensor("weight", "F8_E4M3", (out_features, in_features)),
-                StoredTensor("weight_scale", "BF16", (out_features, 1)),
-            )
-        tensors = (
-            StoredTensor("weight_packed", "U8", (out_features, in_features // 2)),
-            StoredTensor("weight_scale", "F8_E4M3", (out_features, in_features // nvfp4.BLOCK)),
-            StoredTensor("weight_global_scale", "F32", (1,)),
-        )
-        return (*tensors, StoredTensor("input_global_scale", "F32", (1,))) if self.needs_calibration else tensors
-
-
-_NVFP4_ARGS = (
-    ("num_bits", 4),
-    ("type", "float"),
-    ("strategy", "tensor_group"),
-    ("group_size", nvfp4.BLOCK),
-    ("symmetric", True),
-    ("dynamic", False),
-    ("scale_dtype", "torch.float8_e4m3fn"),
-    ("zp_dtype", "torch.float8_e4m3fn"),
-)
-_NVFP4_LOCAL_ARGS = tuple((key, "local" if key == "dynamic" else value) for key, value in _NVFP4_ARGS)
-
-
-def _fp8_args(strategy: str, *, dynamic: bool) -> tuple[tuple[str, Any], ...]:
-    return (("num_bits", 8), ("type", "float"), ("strategy", strategy), ("symmetric", True), ("dynamic", dynamic))
-
-
-NVFP4A16 = Format("NVFP4A16", "nvfp4-pack-quantized", _NVFP4_ARGS)
-NVFP4 = Format("NVFP4", "nvfp4-pack-quantized", _NVFP4_ARGS, _NVFP4_LOCAL_ARGS)
-FP8_DYNAMIC = Format(
-    "FP8_DYNAMIC", "float-quantized", _fp8_args("channel", dynamic=False), _fp8_args("token", dynamic=True)
-)
-FORMATS = (NVFP4A16, NVFP4, FP8_DYNAMIC)
-
-_ITEM_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
-}
-
-
-def num_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor of a safetensors `dtype`; `KeyError` for a dtype that is not whole bytes."""
-    total = _ITEM_BYTES[dtype]
-    for size in shape:
-        total *= size
-    return total
+from harness.formats.format import Arguments, Format
+from harness.formats.table import FORMATS
 
 
 @dataclass(frozen=True)
 class Group:
-    """One config group: the modules it targets and their format; None where this harness knows no such format."""
+    """A group of the configuration: the modules that it targets and their format, None for a format that the harness
+    does not know."""
 
     name: str
     targets: tuple[str, ...]
@@ -210,19 +129,20 @@ def parse(config: Mapping[str, Any] | None, where: str) -> QuantizationConfig:
     )
 
 
-_DEFINING_ARGS = ("num_bits", "type", "strategy", "group_size", "dynamic")
+_DEFINING = ("num_bits", "type", "strategy", "group_size", "dynamic")
 
 
 def _recognise(group: Mapping[str, Any], compressor: str) -> Format | None:
-    def signature(args: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
-        return None if args is None else tuple(args.get(key) for key in _DEFINING_ARGS)
+    """The format that a group of the configuration describes."""
 
-    for form in FORMATS:
-        activations = dict(form.input_activations) if form.input_activations else None
-        if (form.compressor, signature(dict(form.weights)), signature(activations)) == (
-            compressor,
-            signature(group.get("weights")),
-            signature(group.get("input_activations")),
-        ):
+    def defining(arguments: Mapping[str, Any] | Arguments | None) -> tuple[Any, ...] | None:
+        if arguments is None:
+            return None
+        known = dict(arguments)
+        return tuple(known.get(key) for key in _DEFINING)
+
+    wanted = compressor, defining(group.get("weights")), defining(group.get("input_activations"))
+    for form in FORMATS.values():
+        if (form.compressor, defining(form.weights), defining(form.input_activations)) == wanted:
             return form
     return None

@@ -9,10 +9,15 @@ and means w[i, j] = weight[i, j] * weight_scale[i]. Activations store nothing: e
 max|x| / 448 when the model runs.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
+from harness.formats import names
+from harness.formats.format import ABSMAX, E4M3_MAX, Arguments, Format, Rounding, StoredTensor
 
 
 def channel_decode_scales(w: Tensor) -> Tensor:
@@ -40,3 +45,48 @@ def fake_quantize_tokens(x: Tensor) -> Tensor:
     scales = x.float().abs().amax(-1, keepdim=True) / E4M3_MAX
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     return ((x.float() / scales).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scales).to(x.dtype)
+
+
+def _arguments(strategy: str, *, dynamic: bool) -> Arguments:
+    return (("num_bits", 8), ("type", "float"), ("strategy", strategy), ("symmetric", True), ("dynamic", dynamic))
+
+
+@dataclass(frozen=True)
+class Fp8Channel(Format):
+    """FP8 with a scale an output channel, with inputs as `input_activations` says."""
+
+    weight_tensors: ClassVar[Mapping[str, int]] = {"weight": 1, "weight_scale": 1}
+
+    def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
+        """See `Format`."""
+        return (
+            StoredTensor("weight", "F8_E4M3", (out_features, in_features)),
+            StoredTensor("weight_scale", "BF16", (out_features, 1)),
+        )
+
+    def choose_scales(
+        self, w: Tensor, shared: Tensor, method: str = ABSMAX, importance: Tensor | None = None
+    ) -> Tensor:
+        """Multipliers `[rows, 1]`, by the largest magnitude whatever the method."""
+        return channel_decode_scales(w)
+
+    def encode(self, w: Tensor, scales: Tensor, shared: Tensor) -> Tensor:
+        """E4M3 codes, float8_e4m3fn."""
+        return encode(w, scales)
+
+    def pack(self, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+        """See `Format`."""
+        return {"weight": codes, "weight_scale": scales}
+
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """See `Format`."""
+        return decode(tensors["weight"], tensors["weight_scale"], dtype)
+
+    def rounding(self, input_scale: Tensor | None = None) -> Rounding | None:
+        """With a scale of its own per token."""
+        return None if self.input_activations is None else fake_quantize_tokens
+
+
+FP8_DYNAMIC = Fp8Channel(
+    names.FP8_DYNAMIC, "float-quantized", _arguments("channel", dynamic=False), _arguments("token", dynamic=True)
+)

@@ -11,17 +11,41 @@ and means, for column j:
     w[i, j] = E2M1[code[i, j]] * weight_scale[i, j // 16] / weight_global_scale
 
 That equation is the contract with every reader (vLLM, transformers, compressed-tensors). How the scales and
-codes are chosen is the writer's business; here it is round-to-nearest with absolute-maximum scales. All
-arithmetic is float32: the reference writer computes the global scale in bfloat16, so its files differ from
-ours in that last digit and decode by the same equation.
+codes are chosen is the writer's business. All arithmetic is float32: the reference writer computes the global
+scale in bfloat16, so its files differ from ours in that last digit and decode by the same equation.
 
-Scales are named by direction: an *encode* scale multiplies weights on their way into the format (the stored
-global scale is one), a *decode* scale multiplies codes on their way out (the block scale is one).
+**W4A4.** In the format NVFP4 the inputs of a layer are rounded in the same way when the model runs, with block scales
+of their own and a stored divisor, `input_global_scale [1]`, from the largest input that calibration saw. In NVFP4A16
+inputs keep their 16 bits.
+
+**Block scales** are chosen by the largest magnitude, or searched for the least error; any of them is the same format on
+disk. The largest magnitude of a block need not be represented exactly: a smaller scale clips it and rounds the other 15
+finer, a larger one may put more of them near grid points. With the global scale fixed, the candidates for a block's
+scale are the E4M3 codes around that of the largest magnitude, and those from 3 below to 7 above it contain the best
+one (ScaleSweep, arXiv 2606.07618): the search is exact. The weighted search counts each column's squared error
+times the second moment of its input, which is what the layer's output feels, and takes the best of the same codes: a
+still smaller scale, which clips more of what these inputs weigh little, is left out.
 """
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from harness.formats import names
+from harness.formats.format import (
+    ABSMAX,
+    E4M3_MAX,
+    WEIGHTED_SEARCH,
+    Arguments,
+    Format,
+    Rounding,
+    StoredTensor,
+)
 
 BLOCK = 16
 """Columns that share one block scale."""
@@ -30,10 +54,16 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes by code (2 exponent bits, 1 mantissa bit); bit 3 of a code is the sign, so code 8 is -0."""
 
 E2M1_MAX = 6.0
-E4M3_MAX = 448.0
 
 ZERO_BLOCK_SCALE = 0.125
 """Stored where a block scale would round to 0: the reference's epsilon. Such a block decodes to zeros."""
+
+_SMALLEST_SCALE = 2.0**-9
+"""The smallest positive E4M3 number: a block scale that would round to nothing."""
+_OFFSETS = range(-3, 8)
+"""E4M3 codes that a search tries, counted from the code of the scale by largest magnitude."""
+_LOWEST_CODE, _HIGHEST_CODE = 1, 126
+"""Codes of the least and the greatest positive E4M3 value."""
 
 
 def global_encode_scale(amax: Tensor) -> Tensor:
@@ -135,3 +165,175 @@ def decode(packed: Tensor, scales: Tensor, global_scale: Tensor, dtype: torch.dt
     table = torch.cat((magnitudes, -magnitudes))
     values = _blocks(table[unpack(packed).int()])
     return (values * (scales.float() / global_scale).unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def block_scales(w: Tensor, global_scale: Tensor, method: str, importance: Tensor | None = None) -> Tensor:
+    """Block scales `[rows, in/16]` float8_e4m3fn of `w [rows, in]` under `global_scale` (`[1]`, or `[rows, 1]`).
+
+    `importance [in]` is the second moment of every input (`weighted-search` only); a block all of whose inputs have
+    none is searched unweighted, since otherwise any scale would do. The search is float32 on tensors laid out
+    `[16, blocks]`, so that sums over a block are sums of whole rows.
+    """
+    rows, width = w.shape
+    if method == ABSMAX:
+        return absmax_block_scales(w, global_scale)
+    weights = None
+    if method == WEIGHTED_SEARCH and importance is not None:
+        weights = importance.float().view(-1, BLOCK)
+        weights = torch.where(weights.amax(1, keepdim=True) > 0, weights, torch.ones_like(weights)).T  # [16, in/16]
+    x = w.float().abs().view(rows, -1, BLOCK).permute(2, 0, 1).reshape(BLOCK, -1)
+    per_block = global_scale.view(-1, 1).expand(rows, width // BLOCK).reshape(-1)
+    codes = _search(x, per_block, None if weights is None else weights.repeat(1, rows))
+    return codes.view(torch.float8_e4m3fn).view(rows, -1)
+
+
+def _search(x: Tensor, global_scale: Tensor, weights: Tensor | None) -> Tensor:
+    """The codes `[blocks]` uint8 of the best scales for magnitudes `x [16, blocks]`."""
+    nearest = (x.amax(0) * (global_scale / E2M1_MAX)).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    middle = nearest.view(torch.uint8).to(torch.int16)
+    best = torch.full_like(global_scale, torch.inf)
+    chosen = middle.clamp(_LOWEST_CODE, _HIGHEST_CODE).to(torch.uint8)
+    scaled, rounded, scratch = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    for offset in _OFFSETS:
+        code = (middle + offset).clamp_(_LOWEST_CODE, _HIGHEST_CODE).to(torch.uint8)
+        scale = code.view(torch.float8_e4m3fn).float()
+        torch.mul(x, global_scale / scale, out=scaled)
+        torch.clamp(scaled, max=E2M1_MAX, out=rounded)
+        error = round_magnitudes(rounded, out=rounded, scratch=scratch).sub_(scaled).square_()
+        if weights is not None:
+            error.mul_(weights)
+        # In units of the global scale, which all candidates share: squared, its own would leave float32's range.
+        total = error.sum(0).mul_(scale.square_())
+        better = total < best
+        best = torch.where(better, total, best)
+        chosen = torch.where(better, code, chosen)
+    # A block of zeros has no error under any scale: it takes the format's own.
+    zero = torch.full_like(nearest, ZERO_BLOCK_SCALE).view(torch.uint8)
+    return torch.where(x.amax(0) > 0, chosen, zero)
+
+
+_ARGUMENTS: Arguments = (
+    ("num_bits", 4),
+    ("type", "float"),
+    ("strategy", "tensor_group"),
+    ("group_size", BLOCK),
+    ("symmetric", True),
+    ("dynamic", False),
+    ("scale_dtype", "torch.float8_e4m3fn"),
+    ("zp_dtype", "torch.float8_e4m3fn"),
+)
+_INPUT_ARGUMENTS = tuple((key, "local" if key == "dynamic" else value) for key, value in _ARGUMENTS)
+
+
+@dataclass(frozen=True)
+class Nvfp4(Format):
+    """NVFP4 weights, with inputs as `input_activations` says."""
+
+    block = BLOCK
+    weight_tensors: ClassVar[Mapping[str, int]] = {"weight_packed": 1, "weight_scale": 1, "weight_global_scale": 0}
+    shared_scale_name = "weight_global_scale"
+    input_scale_name = "input_global_scale"
+    # Healthy divisors are 2688 over a weight's or an activation's largest magnitude: thousands, and 50 to 150. Beyond
+    # these bounds lie reciprocals.
+    healthy_scales: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "weight_global_scale": (1.0, math.inf),
+        "input_global_scale": (1.0, 1e4),
+    }
+    has_grid = True
+
+    def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
+        """See `Format`."""
+        tensors = (
+            StoredTensor("weight_packed", "U8", (out_features, in_features // 2)),
+            StoredTensor("weight_scale", "F8_E4M3", (out_features, in_features // BLOCK)),
+            StoredTensor("weight_global_scale", "F32", (1,)),
+        )
+        return (*tensors, StoredTensor("input_global_scale", "F32", (1,))) if self.needs_calibration else tensors
+
+    def shared_scale(self, amax: Tensor) -> Tensor:
+        """The divisor `weight_global_scale`."""
+        return global_encode_scale(amax)
+
+    def choose_scales(
+        self, w: Tensor, shared: Tensor, method: str = ABSMAX, importance: Tensor | None = None
+    ) -> Tensor:
+        """Block scales `[rows, in/16]` float8_e4m3fn."""
+        return block_scales(w, shared, method, importance)
+
+    def encode(self, w: Tensor, scales: Tensor, shared: Tensor) -> Tensor:
+        """E2M1 codes, uint8."""
+        return encode(w, scales, shared)
+
+    def pack(self, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+        """See `Format`."""
+        return {"weight_packed": pack(codes), "weight_scale": scales}
+
+    def nearest(self, x: Tensor, decode_scales: Tensor) -> Tensor:
+        """See `Format`."""
+        magnitude = (x / decode_scales).abs_().clamp_(max=E2M1_MAX)
+        return round_magnitudes(magnitude).mul_(decode_scales).copysign_(x)
+
+    def codes_on_grid(self, values: Tensor, decode_scales: Tensor) -> Tensor:
+        """See `Format`."""
+        magnitude = (values / decode_scales).abs_()
+        table = torch.tensor(E2M1, device=values.device)
+        codes = torch.bucketize(magnitude, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+        return codes.bitwise_or_(torch.signbit(values).to(torch.uint8).bitwise_left_shift_(3))
+
+    def decode_scales(self, scales: Tensor, shared: Tensor) -> Tensor:
+        """Block scale over global scale."""
+        return scales.float() / shared
+
+    def rescaled(self, tensors: Mapping[str, Tensor], shared: Tensor) -> dict[str, Tensor]:
+        """Block scales are multiplied by new over old divisor and rounded to E4M3 again; codes are chosen anew for the
+        rounded scales from the decoded weights."""
+        weights = self.decode(tensors, torch.float32)
+        scales = tensors["weight_scale"].float() * (shared / tensors["weight_global_scale"])
+        scales = scales.clamp_(min=_SMALLEST_SCALE).to(torch.float8_e4m3fn)
+        return self.pack(self.encode(weights, scales, shared), scales)
+
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """See `Format`."""
+        shared = tensors["weight_global_scale"].float()
+        return decode(tensors["weight_packed"], tensors["weight_scale"], shared, dtype)
+
+    def loaded_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """BF16, whatever the model computes in."""
+        return torch.bfloat16
+
+    def round_trip(self, w: Tensor) -> Tensor:
+        """See `Format`; without codes in between, which gives the same numbers sooner."""
+        w = w.float()
+        return fake_quantize(w, global_encode_scale(w.abs().amax()))
+
+    def input_scale(self, amax: Tensor) -> Tensor:
+        """The divisor `input_global_scale`."""
+        return global_encode_scale(amax)
+
+    def rounding(self, input_scale: Tensor | None = None) -> Rounding | None:
+        """With block scales in compressed-tensors' order of operations."""
+        if self.input_activations is None:
+            return None
+        if input_scale is None:
+            raise ValueError(f"{self.name} needs an input_global_scale")
+        scale, moved = input_scale, input_scale
+
+        def rounded(x: Tensor) -> Tensor:
+            nonlocal moved
+            if moved.device != x.device:  # once: the layer has moved since
+                moved = scale.to(x.device)
+            return round_trip(x, activation_block_scales(x, moved), moved)
+
+        return rounded
+
+    def rounding_in_calibration(self, input_scale: Tensor | None = None) -> Rounding | None:
+        """With block scales in the order of operations of weights. The other order rounds one scale in two million to
+        the other side; every published artifact was calibrated with this one."""
+        if self.input_activations is None or input_scale is None:
+            return self.rounding(input_scale)
+        scale = input_scale
+        return lambda x: fake_quantize(x, scale)
+
+
+NVFP4A16 = Nvfp4(names.NVFP4A16, "nvfp4-pack-quantized", _ARGUMENTS)
+NVFP4 = Nvfp4(names.NVFP4, "nvfp4-pack-quantized", _ARGUMENTS, _INPUT_ARGUMENTS)

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from harness.formats.config import Format, num_bytes
+from harness.formats.format import Format, num_bytes
+from harness.formats.names import KEPT
 from harness.model.family import Family, Linear, ModelConfig, Role, expected_tensors
 
 
@@ -58,9 +59,7 @@ def output_bytes(tensor: SourceTensor, form: Format | None) -> int:
     """Bytes of `tensor` once stored in `form`; its own bytes where it is kept."""
     if form is None:
         return tensor.num_bytes
-    return sum(
-        stored.num_bytes for linear in tensor.linears for stored in form.stored(linear.out_features, linear.in_features)
-    )
+    return sum(form.num_bytes(linear.out_features, linear.in_features) for linear in tensor.linears)
 
 
 def count_roles(tensors: Sequence[SourceTensor], formats: Mapping[str, Format]) -> tuple[RoleCount, ...]:
@@ -71,7 +70,7 @@ def count_roles(tensors: Sequence[SourceTensor], formats: Mapping[str, Format]) 
     return tuple(
         RoleCount(
             role=role,
-            format=formats[role].name if role in formats else "kept",
+            format=formats[role].name if role in formats else KEPT,
             num_tensors=len(members),
             num_params=sum(member.num_params for member in members),
             source_bytes=sum(member.num_bytes for member in members),

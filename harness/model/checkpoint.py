@@ -27,7 +27,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.formats.config import num_bytes
+from harness.formats.format import num_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -10,7 +10,7 @@ from typing import Any
 from blake3 import blake3
 
 from harness.errors import UserError
-from harness.formats.config import Format
+from harness.formats.format import Format
 from harness.model.census import RoleCount, SourceTensor
 from harness.model.checkpoint import (
     INDEX,

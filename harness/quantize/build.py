@@ -30,7 +30,9 @@ import torch
 
 from harness import __version__
 from harness.errors import UserError
-from harness.formats.config import Format, quantization_config
+from harness.formats.config import quantization_config
+from harness.formats.format import Format
+from harness.formats.names import KEPT
 from harness.model.census import SourceTensor, output_bytes
 from harness.model.checkpoint import (
     INDEX,
@@ -172,7 +174,7 @@ def build(
 
 def _scratch_bytes(what: Plan, calibration: Calibration, width: int) -> int:
     """What a calibrated build has on the disk beside its output: the layers' tensors, and the hidden states."""
-    layers = sum(count.output_bytes for count in what.counts if count.format != "kept")
+    layers = sum(count.output_bytes for count in what.counts if count.format != KEPT)
     return layers + layerwise.hidden_bytes(calibration, what.recipe, width)
 
 
@@ -232,7 +234,7 @@ def _write_shards(
     where calibration made them and else encoded on the way."""
     made = layerwise.read_layers(state.folder, len(state.layers)) if state.layers else None
     with workers() as pool:
-        encoder = Encoder(checkpoint, fused_groups(tensors, formats), recipe.method.scales, pool)
+        encoder = Encoder(checkpoint, formats, fused_groups(tensors, formats), recipe.method.scales, pool)
         for shard in checkpoint.shards:
             members = [tensor for tensor in tensors if checkpoint.tensors[tensor.name].shard == shard]
             if shard in state.shards:
@@ -243,7 +245,7 @@ def _write_shards(
                 for tensor in members:
                     if tensor.name not in formats:
                         _copy(checkpoint, tensor.name, writer, meter)
-                    elif made is not None and f"{tensor.linears[0].module}.weight_scale" in made.tensors:
+                    elif made is not None and _is_made(made, tensor, formats[tensor.name]):
                         _collect(made, tensor, formats[tensor.name], writer)
                         meter.advance(tensor.num_bytes)
                     else:
@@ -262,6 +264,11 @@ def _copy(checkpoint: Checkpoint, name: str, writer: ShardWriter, meter: _Meter)
         meter.advance(len(piece))
 
 
+def _is_made(made: Checkpoint, tensor: SourceTensor, form: Format) -> bool:
+    """Whether calibration wrote the linear layers of `tensor`."""
+    return all(f"{tensor.linears[0].module}.{suffix}" in made.tensors for suffix in form.weight_tensors)
+
+
 def _collect(made: Checkpoint, tensor: SourceTensor, form: Format, writer: ShardWriter) -> None:
     for linear in tensor.linears:
         for stored in form.stored(linear.out_features, linear.in_features):
@@ -271,12 +278,14 @@ def _collect(made: Checkpoint, tensor: SourceTensor, form: Format, writer: Shard
 
 
 def _encode(encoder: Encoder, tensor: SourceTensor, writer: ShardWriter, meter: _Meter) -> None:
+    form = encoder.formats[tensor.name]
     for linear in tensor.linears:
-        for packed, block_scales in encoder.pieces(tensor.name, linear):
-            writer.write(f"{linear.module}.weight_packed", packed)
-            writer.write(f"{linear.module}.weight_scale", block_scales)
-            meter.advance(tensor.num_bytes * packed.numel() * 2 // tensor.num_params)
-        writer.write(f"{linear.module}.weight_global_scale", encoder.global_scale(linear))
+        for num_rows, stored in encoder.pieces(tensor.name, linear):
+            for suffix, rows in stored.items():
+                writer.write(f"{linear.module}.{suffix}", rows)
+            meter.advance(tensor.num_bytes * num_rows * linear.in_features // tensor.num_params)
+        if form.shared_scale_name is not None:
+            writer.write(f"{linear.module}.{form.shared_scale_name}", encoder.shared_scale(tensor.name, linear))
 
 
 def _finish(

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from harness.engines.emulation import Rounding, round_inputs
+from harness.engines.emulation import round_inputs
 from harness.engines.layers import Batch, Half, HiddenStates, TextModel, captured
-from harness.formats.config import Format
+from harness.formats.format import Format, Rounding
 from harness.model.family import Linear
 from harness.quantize.experts import Emit, Experts
 from harness.quantize.recipes import Method
@@ -109,7 +109,7 @@ class _HalfPass:
         ]
         reference_done = self.before.reference is None
         for first, stage in zip((True, False), stages, strict=True):
-            wanted = [name for name in stage if sites[name].form.compressor == "nvfp4-pack-quantized"]
+            wanted = [name for name in stage if sites[name].form.has_grid]
             if self.method.needs_moments and (wanted or experts is not None):
                 start = time.perf_counter()
                 self._take_moments(first, {name: sites[name] for name in wanted}, groups, experts, not first)
@@ -130,7 +130,7 @@ class _HalfPass:
         for name, members in groups.items():
             if sites[name].form.needs_calibration:
                 for linear in members:
-                    self.emit(f"{linear.module}.input_global_scale", sites[name].global_scales())
+                    self.emit(f"{linear.module}.{sites[name].form.input_scale_name}", sites[name].input_scales())
         if experts is not None:
             experts.emit_input_scales(self.emit)
 
@@ -199,7 +199,7 @@ class _HalfPass:
         for linear, weight in zip(members, weights, strict=True):
             last = first + linear.out_features
             for suffix, tensor in emitted.items():
-                rows = tensor[0] if suffix.endswith("global_scale") else tensor[0, first:last]
+                rows = tensor[0] if suffix == site.form.shared_scale_name else tensor[0, first:last]
                 self.emit(f"{linear.module}.{suffix}", rows)
             self.half.linears[linear.module].weight = nn.Parameter(
                 decoded[0, first:last].to(weight.dtype), requires_grad=False

@@ -1,6 +1,6 @@
 """Round-to-nearest from the shards: no model class, no data, a piece of a tensor at a time.
 
-Global scales are chosen from all the layers that share one before any block scale, even where they lie in different
+Shared scales are chosen from all the layers that share one before any other scale, even where they lie in different
 shards. Each piece is encoded by one thread; memory is that of the pieces under way.
 """
 
@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.formats import nvfp4
-from harness.formats.config import Format
+from harness.formats.format import Format
 from harness.model.census import SourceTensor
 from harness.model.checkpoint import PIECE_BYTES, Checkpoint, TensorEntry
 from harness.model.family import Linear
-from harness.quantize.search import block_scales
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,34 +37,44 @@ class BadWeightError(UserError):
 
 @dataclass
 class Encoder:
-    """Encodes linear layers of a checkpoint piece by piece, block scales by method `scales`."""
+    """Encodes linear layers of a checkpoint piece by piece, with scales by method `scales`. `formats` is by source
+    tensor."""
 
     checkpoint: Checkpoint
+    formats: Mapping[str, Format]
     groups: Mapping[str, Sequence[tuple[str, Linear]]]
-    """The layers that share a global scale, as (source tensor, layer), by the name of their fused matrix."""
+    """The layers that share a scale, as (source tensor, layer), by the name of their fused matrix."""
     scales: str
     pool: ThreadPoolExecutor
-    _global_scales: dict[str, Tensor] = field(default_factory=dict)
+    _shared_scales: dict[str, Tensor] = field(default_factory=dict)
 
-    def global_scale(self, linear: Linear) -> Tensor:
-        """The one global scale `[1]` of the layer's group; `UserError` for a weight that is NaN or infinite."""
-        if linear.fused_into not in self._global_scales:
+    def shared_scale(self, name: str, linear: Linear) -> Tensor:
+        """The shared scale `[1]` of the group of the layer in source tensor `name`; `UserError` for a weight that is
+        NaN or infinite."""
+        if linear.fused_into not in self._shared_scales:
             largest = torch.zeros(())
-            for name, member in self.groups[linear.fused_into]:
-                pieces = _row_pieces(self.checkpoint, name, member)
-                for amax in in_order(self.pool, partial(_amax, self.checkpoint, name), pieces):
+            for source, member in self.groups[linear.fused_into]:
+                pieces = _row_pieces(self.checkpoint, source, member)
+                for amax in in_order(self.pool, partial(_amax, self.checkpoint, source), pieces):
                     largest = torch.maximum(largest, amax)
-            self._global_scales[linear.fused_into] = nvfp4.global_encode_scale(largest)
-        return self._global_scales[linear.fused_into]
+            self._shared_scales[linear.fused_into] = self.formats[name].shared_scale(largest)
+        return self._shared_scales[linear.fused_into]
 
-    def pieces(self, name: str, linear: Linear) -> Iterator[tuple[Tensor, Tensor]]:
-        """Packed codes `[n, in/2]` and block scales `[n, in/16]` of the layer in source tensor `name`, n rows each."""
-        encode = partial(_encode, self.checkpoint, name, global_scale=self.global_scale(linear), scales=self.scales)
+    def pieces(self, name: str, linear: Linear) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """The layer in source tensor `name`: a number of rows with their stored tensors by suffix, again and again."""
+        encode = partial(
+            _encode,
+            self.checkpoint,
+            self.formats[name],
+            name,
+            shared=self.shared_scale(name, linear),
+            scales=self.scales,
+        )
         yield from in_order(self.pool, encode, _row_pieces(self.checkpoint, name, linear))
 
 
 def fused_groups(tensors: Sequence[SourceTensor], formats: Mapping[str, Format]) -> dict[str, list[tuple[str, Linear]]]:
-    """The linear layers that share one global scale, by the name of the matrix that vLLM fuses them into."""
+    """The linear layers that share a scale, by the name of the matrix that vLLM fuses them into."""
     groups: dict[str, list[tuple[str, Linear]]] = {}
     for tensor in tensors:
         if tensor.name in formats:
@@ -142,18 +150,18 @@ def finite_amax(entry: TensorEntry, values: Tensor) -> Tensor:
 
 
 def _encode(
-    checkpoint: Checkpoint, name: str, rows: _Rows, *, global_scale: Tensor, scales: str
-) -> tuple[Tensor, Tensor]:
-    """Packed codes `[n, in/2]` and block scales `[n, in/16]` of n rows of a source tensor."""
+    checkpoint: Checkpoint, form: Format, name: str, rows: _Rows, *, shared: Tensor, scales: str
+) -> tuple[int, dict[str, Tensor]]:
+    """Some rows of a source tensor: how many, and their stored tensors by suffix."""
     weights = checkpoint.rows(name, rows.first, rows.count)
 
-    def encode(part: slice) -> tuple[Tensor, Tensor]:
+    def encode(part: slice) -> dict[str, Tensor]:
         chunk = weights[part].float()
-        chosen = block_scales(chunk, global_scale, scales)
-        return nvfp4.pack(nvfp4.encode(chunk, chosen, global_scale)), chosen
+        chosen = form.choose_scales(chunk, shared, scales)
+        return form.pack(form.encode(chunk, chosen, shared), chosen)
 
-    packed, chosen = zip(*map(encode, row_slices(weights)), strict=True)
-    return torch.cat(packed), torch.cat(chosen)
+    parts = [encode(part) for part in row_slices(weights)]
+    return rows.count, {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
 
 
 def row_slices(w: Tensor) -> list[slice]:

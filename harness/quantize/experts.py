@@ -13,10 +13,12 @@ from torch.nn import functional
 
 from harness.engines.emulation import ExpertRounding, round_expert_inputs
 from harness.engines.layers import RoutedExperts
-from harness.formats.config import Format
-from harness.quantize.plan import EXPERTS_TOGETHER
+from harness.formats.format import Format
 from harness.quantize.recipes import Method
 from harness.quantize.sites import GroupReport, Site, merged, quantize_matrices
+
+EXPERTS_TOGETHER = 1 << 27
+"""Weights of experts that are widened together."""
 
 Emit = Callable[[str, Tensor], None]
 """Takes a finished tensor of the artifact by its full name."""
@@ -104,11 +106,11 @@ class Experts:
         """Emits every expert's scales of activations, where the format has them."""
         if self._input is None or self._inner is None or not self._input.form.needs_calibration:
             return
-        outer, inner = self._input.global_scales(), self._inner.global_scales()
+        outer, inner = self._input.input_scales(), self._inner.input_scales()
         for expert in range(self._num):
             scales = dict.fromkeys(self._gate_up, outer) | {self._names.down: inner[expert : expert + 1]}
             for shard, scale in scales.items():
-                emit(f"{self._routed.name}.{expert}.{shard}.input_global_scale", scale)
+                emit(f"{self._routed.name}.{expert}.{shard}.{self._input.form.input_scale_name}", scale)
 
 
 def _inner(experts: Any, expert: int, x: Tensor) -> Tensor:

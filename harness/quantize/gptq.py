@@ -21,16 +21,33 @@ No row comes out worse than rounded to nearest: where it would, it is rounded to
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from harness.formats import nvfp4
-from harness.quantize.plan import ROUNDED_TOGETHER
-
+ROUNDED_TOGETHER = 1 << 25
+"""Weights that are rounded together: rows do not depend on each other."""
+ROUNDED_COPIES, FACTOR_COPIES = 9, 3
+"""Arrays of the size of the weights that are rounded together, while they are, and of the size of the moments, while
+their Cholesky factor is made."""
 _PANEL = 128
 """Columns whose updates to the rest of the row are applied together."""
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 10.0
+
+
+class Grid(Protocol):
+    """The values that a weight can have: what GPTQ asks of a number format."""
+
+    @property
+    def block(self) -> int:
+        """Columns that share a scale."""
+
+    def nearest(self, x: Tensor, decode_scales: Tensor, /) -> Tensor:
+        """The values nearest to `x` under scales of the same shape."""
+
+    def codes_on_grid(self, values: Tensor, decode_scales: Tensor, /) -> Tensor:
+        """The codes of values that `nearest` gave."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +72,10 @@ def aimed(w: Tensor, moments: Tensor, shift: Tensor, damping: float) -> Tensor:
     return w + w @ torch.cholesky_solve(shift, factor).mT
 
 
-def gptq(w: Tensor, target: Tensor, decode_scales: Tensor, moments: Tensor, damping: float, sweeps: int = 0) -> Rounded:
-    """Rounds `target [n, rows, in]` on `decode_scales [n, rows, in/16]` (block scale over global scale) under
+def gptq(
+    grid: Grid, w: Tensor, target: Tensor, decode_scales: Tensor, moments: Tensor, damping: float, sweeps: int = 0
+) -> Rounded:
+    """Rounds `target [n, rows, in]` to `grid` on `decode_scales [n, rows, in/block]` under
     `moments [n, in, in]` and visits every column `sweeps` times again; rows that come out worse are `w [n, rows, in]`
     rounded to nearest.
 
@@ -71,14 +90,14 @@ def gptq(w: Tensor, target: Tensor, decode_scales: Tensor, moments: Tensor, damp
     step = max(1, ROUNDED_TOGETHER // (w.shape[0] * w.shape[2]))
     for first in range(0, w.shape[1], step):
         rows = slice(first, first + step)
-        scales = decode_scales[:, rows].repeat_interleave(nvfp4.BLOCK, dim=2)
-        values = _compensated(target[:, rows], scales, order, upper)
+        scales = decode_scales[:, rows].repeat_interleave(grid.block, dim=2)
+        values = _compensated(grid, target[:, rows], scales, order, upper)
         for _ in range(sweeps):
-            _descend(values, target[:, rows], scales, damped)
-        nearest = _nearest(w[:, rows], scales)
+            _descend(grid, values, target[:, rows], scales, damped)
+        nearest = grid.nearest(w[:, rows], scales)
         error, rtn_error = (_row_errors(x - target[:, rows], moments) for x in (values, nearest))
         worse = error > rtn_error
-        codes[:, rows] = _codes(torch.where(worse[:, :, None], nearest, values), scales)
+        codes[:, rows] = grid.codes_on_grid(torch.where(worse[:, :, None], nearest, values), scales)
         num_rows_rtn += int(worse.sum())
         output = _row_errors(w[:, rows], moments)
         sums += torch.stack([x.double().sum().cpu() for x in (torch.minimum(error, rtn_error), rtn_error, output)])
@@ -99,7 +118,7 @@ def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Ten
     return torch.linalg.solve_triangular(factor.flip(1, 2), identity, upper=True), used
 
 
-def _compensated(target: Tensor, scales: Tensor, order: Tensor, upper: Tensor) -> Tensor:
+def _compensated(grid: Grid, target: Tensor, scales: Tensor, order: Tensor, upper: Tensor) -> Tensor:
     """The values on the grid of `scales` that GPTQ chooses for `target`, both `[n, rows, in]`."""
 
     def ordered(x: Tensor, places: Tensor) -> Tensor:
@@ -116,7 +135,7 @@ def _compensated(target: Tensor, scales: Tensor, order: Tensor, upper: Tensor) -
         errors = torch.empty_like(panel)
         for column in range(last - first):
             value = panel[:, column]
-            quantized = _nearest(value, panel_scales[:, column])
+            quantized = grid.nearest(value, panel_scales[:, column])
             row = upper[:, first + column, first + column : last]
             error = errors[:, column] = (value - quantized) / row[:, :1]
             panel[:, column:] -= row[:, :, None] * error[:, None, :]
@@ -125,7 +144,7 @@ def _compensated(target: Tensor, scales: Tensor, order: Tensor, upper: Tensor) -
     return ordered(rounded, order.argsort(dim=1))
 
 
-def _descend(values: Tensor, target: Tensor, scales: Tensor, moments: Tensor) -> None:
+def _descend(grid: Grid, values: Tensor, target: Tensor, scales: Tensor, moments: Tensor) -> None:
     """Moves each column of `values` to the point on the grid of `scales` (all `[n, rows, in]`) that minimizes
     d H dᵀ, d = values - target, with H = `moments [n, in, in]` and the other columns as they are, one after another."""
     width = values.shape[2]
@@ -137,27 +156,13 @@ def _descend(values: Tensor, target: Tensor, scales: Tensor, moments: Tensor) ->
         moved = torch.empty_like(panel)
         for column in range(last - first):
             best = panel[:, column] - slope[:, column] / diagonal[:, first + column, None]
-            quantized = _nearest(best, panel_scales[:, column])
+            quantized = grid.nearest(best, panel_scales[:, column])
             step = moved[:, column] = quantized - panel[:, column]
             coupling = moments[:, first + column, first + column : last]
             slope[:, column:] += coupling[:, :, None] * step[:, None, :]
             panel[:, column] = quantized
         values[:, :, first:last] = panel.mT
         gradient[:, :, last:].baddbmm_(moved.mT, moments[:, first:last, last:])
-
-
-def _nearest(x: Tensor, scales: Tensor) -> Tensor:
-    """`x` rounded to the grid of `scales`, elementwise."""
-    magnitude = (x / scales).abs_().clamp_(max=nvfp4.E2M1_MAX)
-    return nvfp4.round_magnitudes(magnitude).mul_(scales).copysign_(x)
-
-
-def _codes(values: Tensor, scales: Tensor) -> Tensor:
-    """The codes of values that lie on the grid of their scales."""
-    magnitude = (values / scales).abs_()
-    table = torch.tensor(nvfp4.E2M1, device=values.device)
-    codes = torch.bucketize(magnitude, (table[1:] + table[:-1]) / 2).to(torch.uint8)
-    return codes.bitwise_or_(torch.signbit(values).to(torch.uint8).bitwise_left_shift_(3))
 
 
 def _row_errors(difference: Tensor, moments: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from harness.engines.layers import Batch, HiddenStates, TextModel, batches_of, compute_dtype, device_named
-from harness.formats.config import Format
+from harness.formats.format import Format
 from harness.model.census import SourceTensor
 from harness.model.checkpoint import Checkpoint, NewTensor, new_shard, read_header
 from harness.model.family import Linear, ModelConfig

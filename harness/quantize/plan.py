@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from harness.errors import UserError
-from harness.formats import nvfp4
-from harness.formats.config import Format
+from harness.formats.format import Format
 from harness.model.census import RoleCount, SourceTensor, TokenTraffic, count_roles, expected_census, token_traffic
 from harness.model.family import ModelConfig
+from harness.quantize.experts import EXPERTS_TOGETHER
+from harness.quantize.gptq import FACTOR_COPIES, ROUNDED_COPIES, ROUNDED_TOGETHER
 from harness.quantize.recipes import Recipe
 
 
@@ -52,8 +53,8 @@ def quantized(tensors: Sequence[SourceTensor], recipe: Recipe) -> Iterator[tuple
 
 
 def check_widths(tensor: SourceTensor, form: Format | None) -> None:
-    """`UserError` for a weight whose rows do not divide into blocks of 16."""
-    if form is None or form.compressor != "nvfp4-pack-quantized":
+    """`UserError` for a weight whose rows do not divide into the format's blocks."""
+    if form is None or form.block == 1:
         return
     if not tensor.linears and 0 not in tensor.shape:
         raise UserError(
@@ -63,10 +64,10 @@ def check_widths(tensor: SourceTensor, form: Format | None) -> None:
     if 0 in tensor.shape:
         raise UserError(f"{tensor.name} is empty: its shape is {list(tensor.shape)}.", "Download the source again.")
     width = tensor.linears[0].in_features
-    if width % nvfp4.BLOCK:
+    if width % form.block:
         raise UserError(
-            f"{tensor.name} has rows of {width} weights, which is not a multiple of {nvfp4.BLOCK}, "
-            "the block that shares an NVFP4 scale.",
+            f"{tensor.name} has rows of {width} weights, which is not a multiple of {form.block}, "
+            f"the block that shares a scale in {form.name}.",
             f"Choose a recipe that keeps {tensor.role.name if tensor.role else 'it'}.",
         )
 
@@ -93,14 +94,6 @@ class CalibrationMemory:
 COMPUTED_BYTES = 4
 """A number that a layer computes with, on a CPU; 2 on an accelerator."""
 _FLOAT = 4
-_GPTQ_COPIES = 9
-"""Arrays of the size of the weights that are rounded together, while they are."""
-_FACTOR_COPIES = 3
-"""Arrays of the size of the moments while their Cholesky factor is made."""
-ROUNDED_TOGETHER = 1 << 25
-"""Weights that GPTQ rounds together: rows do not depend on each other."""
-EXPERTS_TOGETHER = 1 << 27
-"""Weights of experts that are widened together."""
 
 
 def calibration_memory(
@@ -129,8 +122,8 @@ def calibration_memory(
                 sizes[tensor.name] = (2 * tensor.num_params, linear.in_features)
         for num_weights, width in sizes.values():
             rounded = min(num_weights, ROUNDED_TOGETHER) if method.two_streams else 1 << 18
-            factors = width**2 * _FLOAT * _FACTOR_COPIES if method.two_streams else 0
-            work = max(work, 4 * num_weights * _FLOAT + _GPTQ_COPIES * rounded * _FLOAT + factors)
+            factors = width**2 * _FLOAT * FACTOR_COPIES if method.two_streams else 0
+            work = max(work, 4 * num_weights * _FLOAT + ROUNDED_COPIES * rounded * _FLOAT + factors)
         taken = 0
         for num, width in sites.values():
             if method.two_streams:

@@ -9,22 +9,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from harness.errors import UserError, did_you_mean
-from harness.formats.config import FP8_DYNAMIC, NVFP4, NVFP4A16, Format
+from harness.formats.format import ABSMAX, SCALE_METHODS, WEIGHTED_SEARCH, Format
+from harness.formats.fp8 import FP8_DYNAMIC
+from harness.formats.nvfp4 import NVFP4, NVFP4A16
 from harness.model.family import Block, Family, Role
 
 _MLP: tuple[Block, ...] = ("mlp", "experts")
 """Behind the mixer: the MLP of a dense layer, the routed experts of another."""
 _MAIN: tuple[Block, ...] = ("attention", *_MLP, "shared_expert")
 
-ABSMAX, SEARCH, WEIGHTED_SEARCH = "absmax", "search", "weighted-search"
-SCALES = (ABSMAX, SEARCH, WEIGHTED_SEARCH)
 ROUND_TO_NEAREST, GPTQ = "rtn", "gptq"
 CODES = (ROUND_TO_NEAREST, GPTQ)
 
 
 @dataclass(frozen=True)
 class Method:
-    """How block scales (`SCALES`, see search.py) and codes (`CODES`, see gptq.py) are chosen. `damping` is added to
+    """How scales (`SCALE_METHODS`) and codes (`CODES`, see gptq.py) are chosen. `damping` is added to
     the diagonal of GPTQ's matrix, as a share of its mean; `sweeps` are the visits to every column after GPTQ's own."""
 
     scales: str
@@ -72,7 +72,7 @@ class Recipe:
 
     def with_method(self, scales: str | None = None, codes: str | None = None) -> "Recipe":
         """This recipe with another choice of block scales or codes; `UserError` for one that does not exist."""
-        for what, value, known in (("scales", scales, SCALES), ("codes", codes, CODES)):
+        for what, value, known in (("scales", scales, SCALE_METHODS), ("codes", codes, CODES)):
             if value is not None and value not in known:
                 raise UserError(f"There is no method '{value}' for {what}.", did_you_mean(value, known))
         method = replace(self.method, scales=scales or self.method.scales, codes=codes or self.method.codes)

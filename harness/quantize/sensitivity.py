@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harness.engines.emulation import ExpertRounding, Rounding, input_rounding, round_expert_inputs
+from harness.engines.emulation import ExpertRounding, round_expert_inputs
 from harness.engines.layers import (
     Batch,
     Half,
@@ -41,8 +41,9 @@ from harness.engines.layers import (
     device_named,
 )
 from harness.engines.protocol import EngineInfo
-from harness.formats import fp8, nvfp4
-from harness.formats.config import FORMATS, NVFP4, Format
+from harness.formats.format import Format
+from harness.formats.nvfp4 import NVFP4
+from harness.formats.table import FORMATS
 from harness.model.census import SourceTensor
 from harness.model.checkpoint import Checkpoint
 from harness.model.family import Family, Linear
@@ -78,34 +79,24 @@ class Group:
 
     def num_bytes(self, form: Format) -> int:
         """What the group takes on the disk, scales included."""
-        stored = (form.stored(linear.out_features, linear.in_features) for linear in self.linears)
-        return sum(tensor.num_bytes for tensors in stored for tensor in tensors)
+        return sum(form.num_bytes(linear.out_features, linear.in_features) for linear in self.linears)
 
 
 def groups_by_layer(family: Family, tensors: Sequence[SourceTensor]) -> dict[int, list[Group]]:
     """The groups of every decoder layer that a recipe may quantize, in the order of the checkpoint. `UserError` for a
-    weight whose rows are no multiple of NVFP4's block."""
+    weight whose rows are no multiple of a format's block."""
     found: dict[int, dict[str, list[Linear]]] = {}
     for tensor in tensors:
         layer = family.layer_of(tensor.name)
         if tensor.role is None or not tensor.role.quantizable or layer is None:
             continue
-        check_widths(tensor, NVFP4)
+        for form in FORMATS.values():
+            check_widths(tensor, form)
         found.setdefault(layer, {}).setdefault(tensor.role.group, []).extend(tensor.linears)
     return {
         layer: [Group(role, tuple(linears)) for role, linears in groups.items()]
         for layer, groups in sorted(found.items())
     }
-
-
-def round_trip(w: Tensor, form: Format) -> Tensor:
-    """The matrix `w [out, in]` after it was stored in `form` and read again, float32: absolute-maximum scales, codes
-    rounded to nearest, one global scale."""
-    w = w.float()
-    if form.compressor == "float-quantized":
-        scales = fp8.channel_decode_scales(w)
-        return fp8.decode(fp8.encode(w, scales), scales, torch.float32)
-    return nvfp4.fake_quantize(w, nvfp4.global_encode_scale(w.abs().amax()))
 
 
 def computed_by(calibration: Calibration) -> EngineInfo:
@@ -188,7 +179,7 @@ def measure_half(
         advance(batch.num_tokens)
     samples = []
     for stand in mine:
-        for form in FORMATS:
+        for form in FORMATS.values():
             error, own = 0.0, _Share()
             with stand.stored_in(form) as compare:
                 for number, batch in enumerate(batches):
@@ -249,9 +240,9 @@ def _stand(half: Half, group: Group) -> "_Linears | _Experts":
     return _Experts(half, group) if group.is_experts else _Linears(half, group)
 
 
-def _rounding(form: Format, site: Site, index: int = 0) -> Rounding | None:
-    """What `form` does to the inputs that the site has seen."""
-    return site.rounding(index) if form.needs_calibration else input_rounding(form)
+def _sites(num: int = 1) -> dict[str, Site]:
+    """By format, what is known of an input; with `num` experts, of the inputs of each."""
+    return {form.name: Site(form, num) for form in FORMATS.values()}
 
 
 _Compare = Callable[[Tensor, _Share], None]
@@ -264,7 +255,7 @@ class _Linears:
     def __init__(self, half: Half, group: Group) -> None:
         self.group = group
         self._modules = [half.linears[linear.module] for linear in group.linears]
-        self._site = Site(NVFP4)
+        self._sites = _sites()
 
     @property
     def reader(self) -> nn.Module:
@@ -272,15 +263,17 @@ class _Linears:
         return self._modules[0]
 
     def observe(self, x: Tensor) -> None:
-        self._site.observe(x)
+        """Takes inputs `[tokens, in]` into account for the scales of the formats that store one."""
+        for site in self._sites.values():
+            site.observe(x)
 
     @contextlib.contextmanager
     def stored_in(self, form: Format) -> Iterator[_Compare]:
         """While this runs, the layers compute as if they were stored in `form`."""
         weights = [module.weight for module in self._modules]
-        decoded = round_trip(torch.cat([weight.float() for weight in weights]), form).to(weights[0].dtype)
+        decoded = form.round_trip(torch.cat([weight.float() for weight in weights])).to(weights[0].dtype)
         parts = torch.split(decoded, [weight.shape[0] for weight in weights])
-        rounding = _rounding(form, self._site)
+        rounding = self._sites[form.name].rounding()
 
         def forward_with(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
             return lambda x: functional.linear(x if rounding is None else rounding(x), weight, bias)
@@ -309,7 +302,7 @@ class _Experts:
         self._module, self._router, self._names = half.experts.module, half.experts.router, half.experts.names
         self._first = group.linears[0].role.reads_hidden
         self._num: int = self._module.gate_up_proj.shape[0]
-        self._site = Site(NVFP4, 1 if self._first else self._num)
+        self._sites = _sites(1 if self._first else self._num)
 
     @property
     def reader(self) -> nn.Module:
@@ -317,11 +310,11 @@ class _Experts:
         return module
 
     def observe(self, x: Tensor) -> None:
-        if self._first:
-            self._site.observe(x)
-            return
-        for expert in range(self._num):
-            self._site.observe(self._inner(x, expert), expert)
+        """Takes inputs `[tokens, H]` of all experts into account for the scales of the formats that store one."""
+        for expert in range(1 if self._first else self._num):
+            inner = x if self._first else self._inner(x, expert)
+            for site in self._sites.values():
+                site.observe(inner, expert)
 
     def _inner(self, x: Tensor, expert: int) -> Tensor:
         """What the down projection of an expert reads for `x [tokens, H]`: `[tokens, I]`."""
@@ -336,8 +329,8 @@ class _Experts:
         weight: Tensor = getattr(self._module, name)
         decoded = torch.empty_like(weight)
         for expert in range(self._num):  # one at a time: experts are most of a layer, and float32 is twice their size
-            decoded[expert] = round_trip(weight[expert], form).to(weight.dtype)
-        roundings = [_rounding(form, self._site, 0 if self._first else expert) for expert in range(self._num)]
+            decoded[expert] = form.round_trip(weight[expert]).to(weight.dtype)
+        roundings = [self._sites[form.name].rounding(0 if self._first else expert) for expert in range(self._num)]
 
         def compare(x: Tensor, share: _Share) -> None:
             chosen = self._router(x)[2]

@@ -7,14 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.engines.emulation import Rounding, input_rounding
 from harness.errors import UserError
-from harness.formats import fp8, nvfp4
-from harness.formats.config import Format
+from harness.formats.format import Format, Rounding
 from harness.quantize import gptq
 from harness.quantize.encode import BadWeightError, by_rows
 from harness.quantize.recipes import Method
-from harness.quantize.search import block_scales
 
 
 @dataclass
@@ -41,22 +38,24 @@ class Site:
             self.amax = torch.zeros(self.num, device=x.device)
         self.amax[index] = torch.maximum(self.amax[index], x.abs().amax().float())
 
-    def global_scales(self) -> Tensor:
-        """`input_global_scale` of every expert, `[num]`; `UserError` where no input was ever seen, or one that is NaN
-        or infinite and has no scale."""
+    def input_scales(self) -> Tensor:
+        """The stored scale of every expert's inputs, `[num]`; `UserError` where no input was ever seen, or one that is
+        NaN or infinite and has no scale."""
         if self.amax is None:
             raise UserError("No calibration token reached a layer whose inputs are quantized.", "Give more samples.")
         _check_finite(self.amax)
-        return torch.cat([nvfp4.global_encode_scale(amax) for amax in self.amax])
+        return torch.cat([self.form.input_scale(amax) for amax in self.amax])
 
     def rounding(self, index: int = 0) -> Rounding | None:
-        """What happens to an input now; the identity for a format that leaves inputs alone."""
+        """What happens to an input now; None for a format that leaves inputs alone."""
         if not self.form.needs_calibration:
-            return input_rounding(self.form)
+            return self.form.rounding_in_calibration()
 
         def rounded(x: Tensor) -> Tensor:
             assert self.amax is not None
-            return nvfp4.fake_quantize(x, nvfp4.global_encode_scale(self.amax[index]))
+            rounding = self.form.rounding_in_calibration(self.form.input_scale(self.amax[index]))
+            assert rounding is not None
+            return rounding(x)
 
         return rounded
 
@@ -126,15 +125,12 @@ def quantize_matrices(
 ) -> tuple[dict[str, Tensor], Tensor, GroupReport]:
     """Stores `w [n, rows, in]` in the site's format: tensors `[n, …]` by suffix, the decoded weights and a report.
 
-    Each of the n matrices is a fused group of its own and gets its own global scale. The site's statistics are one for
+    Each of the n matrices is a fused group of its own and gets its own shared scale. The site's statistics are one for
     all of them, or one for each.
     """
+    form = site.form
     num, rows, width = w.shape
-    report = GroupReport(name, site.form.name, w.numel())
-    if site.form.compressor == "float-quantized":
-        scales = fp8.channel_decode_scales(w)
-        codes = fp8.encode(w, scales)
-        return {"weight": codes, "weight_scale": scales}, fp8.decode(codes, scales, torch.float32), report
+    report = GroupReport(name, form.name, w.numel())
     shared = w.reshape(site.num, -1, width)
     target = shared
     importance = site.importance()
@@ -143,18 +139,18 @@ def quantize_matrices(
     if site.moments is not None and site.shift is not None:
         target = gptq.aimed(shared, site.moments, site.shift, method.damping)
     amax = target.reshape(num, -1).abs().amax(1)
-    global_scales = torch.cat([nvfp4.global_encode_scale(one) for one in amax])
-    per_row = global_scales.repeat_interleave(rows).view(-1, 1)
+    shared_scales = torch.cat([form.shared_scale(one) for one in amax])
+    per_row = shared_scales.repeat_interleave(rows).view(-1, 1)
     row_scales = per_row.view(site.num, -1, 1)
 
     def chosen(n: int, rows: slice) -> Tensor:
         weighted = None if importance is None else importance[n]
-        return block_scales(target[n, rows], row_scales[n, rows], method.scales, weighted)
+        return form.choose_scales(target[n, rows], row_scales[n, rows], method.scales, weighted)
 
     scales = torch.cat([by_rows(partial(chosen, n), part) for n, part in enumerate(target)])
     if site.moments is not None and site.shift is not None:
-        decode_scales = (scales.float() / per_row).view(*shared.shape[:2], -1)
-        rounded = gptq.gptq(shared, target, decode_scales, site.moments, method.damping, method.sweeps)
+        decode_scales = form.decode_scales(scales, per_row).view(*shared.shape[:2], -1)
+        rounded = gptq.gptq(form, shared, target, decode_scales, site.moments, method.damping, method.sweeps)
         codes = rounded.codes.view(-1, width)
         report = replace(
             report,
@@ -166,15 +162,20 @@ def quantize_matrices(
         )
     else:
         flat = w.view(-1, width)
-        codes = by_rows(lambda rows: nvfp4.encode(flat[rows], scales[rows], per_row[rows]), flat)
-    packed = nvfp4.pack(codes)
-    decoded = by_rows(lambda rows: nvfp4.decode(packed[rows], scales[rows], per_row[rows], torch.float32), codes)
-    tensors = {
-        "weight_packed": packed.view(num, rows, -1),
-        "weight_scale": scales.view(num, rows, -1),
-        "weight_global_scale": global_scales.view(num, 1),
-    }
-    return tensors, decoded.view(w.shape), report
+        codes = by_rows(lambda rows: form.encode(flat[rows], scales[rows], per_row[rows]), flat)
+    tensors = form.pack(codes, scales)
+
+    def decoded(rows: slice) -> Tensor:
+        stored = {suffix: tensor[rows] for suffix, tensor in tensors.items()}
+        if form.shared_scale_name is not None:
+            stored[form.shared_scale_name] = per_row[rows]
+        return form.decode(stored, torch.float32)
+
+    weights = by_rows(decoded, codes).view(w.shape)
+    tensors = {suffix: tensor.view(num, rows, -1) for suffix, tensor in tensors.items()}
+    if form.shared_scale_name is not None:
+        tensors[form.shared_scale_name] = shared_scales.view(num, 1)
+    return tensors, weights, report
 
 
 def merged(reports: Sequence[GroupReport]) -> GroupReport:

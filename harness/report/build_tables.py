@@ -8,6 +8,7 @@ from typing import Any
 
 from harness import serve
 from harness.errors import UserError
+from harness.formats.names import FOUR_BIT_INPUTS, KEPT
 from harness.model.families import block_of_role, part_of_role
 from harness.record.store import Record
 from harness.report import runs
@@ -16,9 +17,6 @@ from harness.suite.names import SOURCE, is_hub_id
 
 GPUS_GIB = (16, 24, 32, 96)
 """Memory of the GPUs that sizes are given for: what Blackwell cards have."""
-KEPT = "kept"
-"""The format of a role that is not quantized."""
-_W4A4 = "NVFP4"
 
 
 def total_table(records: runs.Records) -> Table:
@@ -162,7 +160,7 @@ def has_experts(record: Record) -> bool:
 
 def has_four_bit_activations(record: Record) -> bool:
     """Whether a variant computes in 4 bits, and does not only store its weights so."""
-    return any(role["format"] == _W4A4 for role in record.kind("role"))
+    return any(role["format"] in FOUR_BIT_INPUTS for role in record.kind("role"))
 
 
 def server_footprint(record: Record) -> serve.Footprint | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from harness.formats.names import FP8_DYNAMIC, NVFP4, NVFP4A16
 from harness.record.stats import Estimate
 from harness.report.numbers import format_bytes, format_estimate, format_percent
 
@@ -138,7 +139,7 @@ COLUMNS: dict[str, Column] = {
     "relative_l2_error": Column("relative L2 error", _as(".4f")),
     "snr_db": Column("SNR (dB)", _as(".1f")),
     "num_layers": Column("layers", _as("d")),
-    **{form: Column(f"layer error in {form}", _show_spread) for form in ("NVFP4A16", "NVFP4", "FP8_DYNAMIC")},
+    **{form: Column(f"layer error in {form}", _show_spread) for form in (NVFP4A16, NVFP4, FP8_DYNAMIC)},
     "fp8_extra_bytes": Column("FP8 takes more", format_bytes),
     "fp8_gain_per_gb": Column("error less, per GB", lambda gain: f"{gain:,.0f}" if gain >= 1000 else f"{gain:.3g}"),
     "ppl": Column("PPL", _as(".4f")),

@@ -6,8 +6,9 @@ from functools import partial
 
 from tabulate import tabulate
 
+from harness.formats.names import KEPT
 from harness.record.stats import RESAMPLES
-from harness.report import build_tables, columns, headline, sensitivity_tables, speed_tables, usage
+from harness.report import columns, headline, sensitivity_tables, speed_tables, usage
 from harness.report.evidence import Evidence
 from harness.report.numbers import format_bytes
 from harness.report.pieces import Link, image, no_record, paragraphs, part, reference, setups_of, table
@@ -32,8 +33,8 @@ def _roles(evidence: Evidence, link: Link) -> str:
     for variant, record in records.items():
         for role in record.kind("role"):
             same = (role["role"], role["num_tensors"], role["num_params"], role["source_bytes"])
-            kept = role["format"] == build_tables.KEPT
-            after = build_tables.KEPT if kept else f"{format_bytes(role['output_bytes'])}, {role['format']}"
+            kept = role["format"] == KEPT
+            after = KEPT if kept else f"{format_bytes(role['output_bytes'])}, {role['format']}"
             found.setdefault(same, {})[variant] = after
     rows = [
         (name, f"{tensors:,}", f"{params:,}", format_bytes(size), *(after.get(variant, "—") for variant in records))

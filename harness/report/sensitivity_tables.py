@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.formats.names import FP8_DYNAMIC, NVFP4
 from harness.model.families import block_of_role
 from harness.report import columns, runs
 from harness.report.numbers import format_bytes, format_percent
@@ -25,12 +26,12 @@ def sensitivity_table(records: runs.Records) -> Table:
         found = []
         for role, formats in by_role.items():
             spreads = {form: _spread(samples) for form, samples in formats.items()}
-            row: dict[str, Any] = {"variant": variant, "role": role, "num_layers": len(formats["NVFP4"]), **spreads}
+            row: dict[str, Any] = {"variant": variant, "role": role, "num_layers": len(formats[NVFP4]), **spreads}
             row["run"] = record
-            row["fp8_extra_bytes"] = sum(one["extra_bytes"] for one in formats["FP8_DYNAMIC"])
+            row["fp8_extra_bytes"] = sum(one["extra_bytes"] for one in formats[FP8_DYNAMIC])
             saved = sum(
                 nvfp4["layer_error"] - fp8["layer_error"]
-                for nvfp4, fp8 in zip(formats["NVFP4"], formats["FP8_DYNAMIC"], strict=True)
+                for nvfp4, fp8 in zip(formats[NVFP4], formats[FP8_DYNAMIC], strict=True)
                 if nvfp4["layer_error"] is not None
             )
             row["fp8_gain_per_gb"] = saved / row["fp8_extra_bytes"] * 1e9
@@ -43,7 +44,7 @@ def sensitivity_table(records: runs.Records) -> Table:
 
 def _rank(row: Mapping[str, Any]) -> float:
     """Falls with the median error in NVFP4; last where there is none."""
-    return -row["NVFP4"].median if row["NVFP4"] else math.inf
+    return -row[NVFP4].median if row[NVFP4] else math.inf
 
 
 def _spread(samples: Sequence[Mapping[str, Any]]) -> columns.Spread | None:
@@ -56,17 +57,17 @@ def _spread(samples: Sequence[Mapping[str, Any]]) -> columns.Spread | None:
 
 def sensitivity_words(frame: Table) -> list[str]:
     """What the table of sensitivities says, in sentences: where FP8 pays, and how DeltaNet compares with the rest."""
-    rows = [row for row in frame.rows if row["NVFP4"] is not None]
+    rows = [row for row in frame.rows if row[NVFP4] is not None]
     if not rows:
         return []
 
-    def median(row: Mapping[Any, Any], form: str = "NVFP4") -> str:
+    def median(row: Mapping[Any, Any], form: str = NVFP4) -> str:
         return format_percent(row[form].median, ".2g")
 
     best = max(rows, key=lambda row: row["fp8_gain_per_gb"])
     words = [
         f"FP8 gains most for its bytes in {best['role']}: median layer error {median(best)} in NVFP4 and "
-        f"{median(best, 'FP8_DYNAMIC')} in FP8, for {format_bytes(best['fp8_extra_bytes'])} more in "
+        f"{median(best, FP8_DYNAMIC)} in FP8, for {format_bytes(best['fp8_extra_bytes'])} more in "
         f"{best['num_layers']} {'layer' if best['num_layers'] == 1 else 'layers'}."
     ]
     worst = f"NVFP4 costs most in {rows[0]['role']} (median layer error {median(rows[0])})"

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness.demo import checkpoint_path, corpus
-from harness.engines.emulation import input_rounding
 from harness.engines.protocol import Decoded, Engine, EngineInfo, open_engine
 from harness.engines.vllm_engine import VllmEngine
-from harness.formats import fp8, nvfp4
-from harness.formats.config import FP8_DYNAMIC, Format, QuantizationConfig, parse, quantization_config
+from harness.formats import fp8
+from harness.formats.config import QuantizationConfig, parse, quantization_config
+from harness.formats.format import Format
+from harness.formats.fp8 import FP8_DYNAMIC
 from harness.job import Job
 from harness.measure import perplexity
 from harness.resolve import find_source
@@ -163,9 +164,7 @@ def stored(folder: Path, module: str) -> tuple[Tensor, Format | None, Tensor | N
     if group is None or group.format is None:
         return tensor("weight").float(), None, None
     form = group.format
-    if form.compressor == "float-quantized":
-        return fp8.decode(tensor("weight"), tensor("weight_scale"), torch.float32), form, None
-    weight = nvfp4.decode(tensor("weight_packed"), tensor("weight_scale"), tensor("weight_global_scale"), torch.float32)
+    weight = form.decode({suffix: tensor(suffix) for suffix in form.weight_tensors}, torch.float32)
     return weight, form, tensor("input_global_scale") if form.needs_calibration else None
 
 
@@ -184,7 +183,7 @@ def test_every_linear_layer_computes_with_the_weights_of_the_file(seen: tuple[Se
         expected = []
         for module in places:
             weight, form, scale = stored(found.folder, module)
-            rounding = input_rounding(form, scale)
+            rounding = None if form is None else form.rounding(scale)
             rounded = x if rounding is None else rounding(x.bfloat16()).float()
             expected.append(rounded @ weight.bfloat16().float().T)
         reference = torch.cat(expected, dim=1)
