@@ -17,7 +17,8 @@ from harness.engines.protocol import ENGINES
 from harness.errors import UserError, did_you_mean
 from harness.serve import Footprint
 from harness.suite.names import SOURCE
-from harness.suite.schema import DatasetText, DemoText, FileText, Suite, Text
+from harness.suite.schema import Suite
+from harness.suite.texts import DatasetText, DemoText, FileText, Text
 
 if TYPE_CHECKING:
     from harness.demo import corpus
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from harness.quantize.layerwise import Calibration
     from harness.quantize.plan import Plan
     from harness.quantize.recipes import Recipe
-    from harness.suite import schema as suites
+    from harness.suite import texts
 
 T = TypeVar("T")
 
@@ -124,7 +125,7 @@ def tokenized(suite: Suite, text: Text) -> tuple[list[int], dict[str, Any]]:
     return ids, {**about, "token_ids_sha256": perplexity.token_ids_digest(ids), "num_tokens": len(ids)}
 
 
-def read_calibration(wanted: suites.Calibration, folder: Path, source: Path, progress: Progress) -> Calibration:
+def read_calibration(wanted: texts.Calibration, folder: Path, source: Path, progress: Progress) -> Calibration:
     """The token ids of a calibration table whose relative paths start at `folder`, by the tokenizer of `source`."""
     from harness.quantize import samples
     from harness.quantize.layerwise import Calibration

@@ -24,7 +24,8 @@ from harness.record import stats
 from harness.record.store import Record, read
 from harness.report import gate
 from harness.report.gate import Judgement
-from harness.suite.schema import Bench, DemoText, Fidelity, Perplexity, Rule, Source, Suite, Task, Variant
+from harness.suite.schema import Bench, Fidelity, Perplexity, Rule, Source, Suite, Task, Variant
+from harness.suite.texts import DemoText
 from tests.artifacts import change, quiet, write_artifact
 from tests.records import DATASET, fidelity_record, make_record, mean_results, tasks_record
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from harness.demo import checkpoint_path, corpus
 from harness.errors import UserError
 from harness.quantize.samples import CalibrationSet, read, shuffled
-from harness.suite.schema import Calibration, DatasetSamples, DemoSamples, FileSamples, Samples
+from harness.suite.texts import Calibration, DatasetSamples, DemoSamples, FileSamples, Samples
 
 DENSE = checkpoint_path("dense")
 WORDS = ["", "one two three", "four five", "   ", "six", "seven eight nine ten", "eleven"]

@@ -14,23 +14,16 @@ from harness.errors import UserError
 from harness.sampling import PRESETS
 from harness.suite.load import load, load_calibration
 from harness.suite.names import row_name, row_parts
-from harness.suite.schema import (
+from harness.suite.schema import Audit, Bench, Counts, EngineOptions, Perplexity, Source, Task, Variant
+from harness.suite.texts import (
     ROW_FILES,
-    Audit,
-    Bench,
     Calibration,
-    Counts,
     DatasetSamples,
     DatasetText,
     DemoSamples,
     DemoText,
-    EngineOptions,
     FileSamples,
     FileText,
-    Perplexity,
-    Source,
-    Task,
-    Variant,
 )
 
 MINIMAL = """

@@ -14,7 +14,8 @@ from harness.model.census import SourceTensor
 from harness.quantize.plan import plan, quantized
 from harness.quantize.recipes import recipe_named
 from harness.suite.load import load
-from harness.suite.schema import Counts, DatasetSamples, Suite
+from harness.suite.schema import Counts, Suite
+from harness.suite.texts import DatasetSamples
 from tests.conftest import census, published_config
 
 FOLDER = Path(harness.__file__).parent.parent / "suites"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from harness.errors import UserError, did_you_mean
-from harness.suite.schema import TEXT_FILE, DatasetSamples, DemoSamples, FileSamples, Samples
+from harness.suite.texts import TEXT_FILE, DatasetSamples, DemoSamples, FileSamples, Samples
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST_CSV_FIELD = 2**31 - 1  # the module's own limit is 128 KiB, less than a long chat

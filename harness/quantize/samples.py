@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from harness.errors import UserError
 from harness.progress import Progress
 from harness.quantize.rows import Content, Row, first_line, open_source
-from harness.suite.schema import Calibration, DatasetSamples, DemoSamples, FileSamples, Samples
+from harness.suite.texts import Calibration, DatasetSamples, DemoSamples, FileSamples, Samples
 
 _MIN_TOKENS = 2  # of a sample: a single token has no context, and its attention nothing to attend to
 _HALF_PAIR = re.compile("[\ud800-\udfff]")

@@ -9,8 +9,9 @@ from typing import Any
 from harness.errors import UserError, did_you_mean
 from harness.suite.metrics import METRICS, SHARE
 from harness.suite.names import BASELINE, SOURCE, row_name
-from harness.suite.reader import Reader
-from harness.suite.schema import Bench, Calibration, Rule, Suite
+from harness.suite.reader import read_table
+from harness.suite.schema import Bench, Rule, Suite, SuiteFile
+from harness.suite.texts import Calibration
 
 
 def narrowed(suite: Suite, variant: str) -> Suite:
@@ -29,7 +30,7 @@ def narrowed(suite: Suite, variant: str) -> Suite:
 
 def load(path: Path) -> Suite:
     """Read and check one suite file."""
-    suite: Suite = Reader(path, "suite").table(Suite, _document(path, "suite", "--suite"), "")
+    suite = _read(_document(path, "suite", "--suite"), path)
     tasks = ((f"tasks.{name}", task) for name, task in suite.tasks.items())
     for table, wanted in (("ppl", suite.ppl), ("fidelity", suite.fidelity), ("bench", suite.bench), *tasks):
         for setup in (wanted and wanted.setups) or ():
@@ -63,8 +64,11 @@ def restored(resolved: Mapping[str, Any], where: str) -> Suite:
             return {key: stated(one) for key, one in value.items() if one is not None and one != []}
         return [stated(one) for one in value] if isinstance(value, list) else value
 
-    suite: Suite = Reader(Path(where), "suite").table(Suite, stated(dict(resolved)), "")
-    return suite
+    return _read(stated(dict(resolved)), Path(where))
+
+
+def _read(document: Mapping[str, Any], file: Path) -> Suite:
+    return Suite(**vars(read_table(SuiteFile, document, file, "suite")))
 
 
 def _timed_rows(suite: Suite, bench: Bench) -> list[str]:
@@ -141,8 +145,7 @@ def load_calibration(path: Path) -> tuple[Calibration, Path]:
     """The calibration set in a file that holds what a suite's [calibration] table does, and the folder that its
     relative paths start at."""
     document = _document(path, "calibration set", "--calibration")
-    calibration: Calibration = Reader(path, "calibration set").table(Calibration, document, "")
-    return calibration, path.parent
+    return read_table(Calibration, document, path, "calibration set"), path.parent
 
 
 def _document(path: Path, what: str, option: str) -> dict[str, Any]:

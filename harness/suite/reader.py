@@ -1,17 +1,24 @@
-"""Reads one TOML file into the classes of a schema, and refuses with the place and the remedy."""
+"""Turns a TOML document into the classes of the schema, or refuses it with one sentence.
 
-import dataclasses
-import math
+pydantic validates; the first thing that it finds wrong is told with its place (`gate[2].variant`) and a remedy. Unknown
+keys are told first: a misspelt key explains why another one is missing.
+"""
+
+import json
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from harness.errors import UserError, did_you_mean
+from harness.suite.values import tables_by_first_key
 
-_TYPE_WORDS = {
+T = TypeVar("T")
+
+_KINDS = {
     str: "a string",
     int: "a whole number",
     float: "a number",
@@ -19,81 +26,89 @@ _TYPE_WORDS = {
     list: "a list",
     dict: "a table",
 }
+_WANTED = {
+    "string_type": str,
+    "int_type": int,
+    "int_from_float": int,
+    "float_type": float,
+    "bool_type": bool,
+    "tuple_type": list,
+    "dict_type": dict,
+    "mapping_type": dict,
+    "dataclass_type": dict,
+}
+"""By pydantic's type of error: what the key takes."""
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # each takes some 40 ms to make
 
 
-def _describe(value: object) -> str:
-    return _TYPE_WORDS.get(type(value), f"a {type(value).__name__}")
+def read_table(table: type[T], document: Mapping[str, Any], file: Path, what: str) -> T:
+    """The document as an instance of `table`, a class of the schema. `file` and `what` it holds ("suite") are for the
+    `UserError` of a document that the class does not allow."""
+    try:
+        # As JSON, whose lists are tuples to pydantic and whose tables are dataclasses, in its strict mode too.
+        read: T = _adapter(table).validate_json(json.dumps(document, default=_refused(file, what)))
+        return read
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    unknown = (one for one in problems if one["type"] == "unexpected_keyword_argument")
+    raise _refusal(table, next(unknown, problems[0]), file, what)
 
 
-@dataclass(frozen=True)
-class Reader:
-    """TOML values to dataclasses, driven by the annotations; `file` and `what` it holds are only for messages."""
+def _adapter(table: type) -> TypeAdapter[Any]:
+    if table not in _ADAPTERS:
+        _ADAPTERS[table] = TypeAdapter(table)
+    return _ADAPTERS[table]
 
-    file: Path
-    what: str
 
-    def value(self, kind: Any, value: object, dotted: str) -> Any:
-        """`value` as an annotation wants it: dataclass, union, tuple, mapping of names, or a plain type."""
-        if dataclasses.is_dataclass(kind):
-            return self.table(kind, value, dotted)
-        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-        if origin is types.UnionType:
-            return self.union([one for one in arguments if one is not types.NoneType], value, dotted)
-        if origin is tuple:
-            items = self.expect(list, value, dotted)
-            if not items or len(set(map(repr, items))) < len(items):
-                raise self.wrong(dotted, "must be a list of at least one value, none twice")
-            return tuple(self.value(arguments[0], item, f"{dotted}[{i}]") for i, item in enumerate(items))
-        if origin is Mapping:
-            entries = self.expect(dict, value, dotted)
-            return {name: self.value(arguments[1], entry, f"{dotted}.{name}") for name, entry in entries.items()}
-        if kind is float and type(value) is int:
-            value = float(value)
-        plain = self.expect(kind, value, dotted)
-        if plain == "":
-            raise self.wrong(dotted, "must not be empty")
-        if kind is float and not math.isfinite(plain):
-            raise self.wrong(dotted, f"must be a finite number, not {plain}")
-        return plain
+def _refused(file: Path, what: str) -> typing.Callable[[Any], Any]:
+    def refuse(value: Any) -> Any:
+        raise UserError(f"{file}: {value} is a date or a time, and no key takes one.", f"Correct it in the {what}.")
 
-    def union(self, kinds: list[Any], value: object, dotted: str) -> Any:
-        """The one kind whose first key is present; a union of one kind (`X | None`) needs no telling."""
-        if len(kinds) == 1:
-            return self.value(kinds[0], value, dotted)
-        tags = {dataclasses.fields(kind)[0].name: kind for kind in kinds}
-        present = [tag for tag in tags if tag in self.expect(dict, value, dotted)]
-        if len(present) != 1:
-            found = " and ".join(present) or "none of them"
-            raise self.wrong(dotted, f"must have exactly one of the keys {', '.join(tags)}, and has {found}")
-        return self.table(tags[present[0]], value, dotted)
+    return refuse
 
-    def table(self, kind: Any, value: object, dotted: str) -> Any:
-        """A TOML table as the dataclass `kind`: no unknown key, no missing one, every check passed."""
-        entries = self.expect(dict, value, dotted)
-        prefix = f"{dotted}." if dotted else ""
-        fields = {one.name: one for one in dataclasses.fields(kind) if one.metadata.get("in_file", True)}
-        for key in entries:
-            if key not in fields:
-                raise UserError(f"{self.file}: unknown key '{prefix}{key}'.", did_you_mean(key, fields))
-        arguments = {}
-        for key, one in fields.items():
-            if key in entries:
-                arguments[key] = self.value(one.type, entries[key], prefix + key)
-                wrong = one.metadata.get("check", lambda _: None)(arguments[key])
-                if wrong:
-                    raise self.wrong(prefix + key, wrong)
-            elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
-                raise UserError(
-                    f"{self.file}: '{prefix}{key}' is missing.",
-                    f"Add it{f' to [{dotted}]' if dotted else ''}.",
-                )
-        return kind(**arguments)
 
-    def expect(self, kind: Any, value: object, dotted: str) -> Any:
-        """`value` if it is exactly a `kind` (true is no number), an error otherwise."""
-        if type(value) is not kind:
-            raise self.wrong(dotted, f"must be {_TYPE_WORDS[kind]}, not {_describe(value)}")
-        return value
+def _refusal(table: type, problem: Mapping[str, Any], file: Path, what: str) -> UserError:
+    """What pydantic says of one place, as a sentence."""
+    kind, value = problem["type"], problem["input"]
+    dotted, holder, known = _place(table, problem["loc"])
+    if kind == "unexpected_keyword_argument":
+        return UserError(f"{file}: unknown key '{dotted}'.", did_you_mean(str(problem["loc"][-1]), known))
+    if kind == "missing":
+        return UserError(f"{file}: '{dotted}' is missing.", f"Add it{f' to [{holder}]' if holder else ''}.")
+    if kind == "value_error":
+        wrong = str(problem["ctx"]["error"])
+    elif kind == "union_tag_invalid" and isinstance(value, dict):
+        keys = problem["ctx"]["expected_tags"].replace("'", "")
+        wrong = f"must have exactly one of the keys {keys}, and has {problem['ctx']['tag']}"
+    elif kind == "finite_number":
+        wrong = f"must be a finite number, not {value}"
+    else:
+        wrong = f"must be {_KINDS[_WANTED.get(kind, dict)]}, not {_KINDS.get(type(value), 'that')}"
+    return UserError(f"{file}: '{dotted}' {wrong}.", f"Correct it in the {what}.")
 
-    def wrong(self, dotted: str, problem: str) -> UserError:
-        return UserError(f"{self.file}: '{dotted}' {problem}.", f"Correct it in the {self.what}.")
+
+def _place(table: Any, location: Sequence[str | int]) -> tuple[str, str, Sequence[str]]:
+    """A location of pydantic's as a dotted key, the dotted key of the table around it, and the keys that this knows."""
+    dotted = holder = ""
+    known: Mapping[str, Any] = {}
+    for part in location:
+        table = _without_none(table)
+        inside = typing.get_args(table)
+        if typing.get_origin(table) is types.UnionType:  # pydantic names the table that it chose, and no key does
+            table = tables_by_first_key(table)[str(part)]
+            continue
+        holder = dotted
+        if isinstance(part, int):
+            dotted, table = f"{dotted}[{part}]", inside[0]
+            continue
+        dotted = f"{dotted}.{part}" if dotted else part
+        known = {} if inside else typing.get_type_hints(table)
+        table = inside[-1] if inside else known.get(part)
+    return dotted, holder, list(known)
+
+
+def _without_none(kind: Any) -> Any:
+    """`X` of `X | None`."""
+    kinds = [one for one in typing.get_args(kind) if one is not types.NoneType]
+    is_optional = typing.get_origin(kind) in (types.UnionType, typing.Union) and len(kinds) == 1
+    return kinds[0] if is_optional else kind

@@ -40,7 +40,7 @@ from harness.quantize.artifact import VERSION as BUILDER_VERSION
 from harness.record import provenance, store
 from harness.record.schema import Run
 from harness.record.store import Record, RunWriter
-from harness.suite.schema import Calibration, FileSamples
+from harness.suite.texts import Calibration, FileSamples
 from studies.peers import contest
 from studies.peers.agreement import compare
 from studies.peers.contest import Contestant, Ours, Theirs
