@@ -16,18 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import special
 
 LEVEL = 0.95
 RESAMPLES = 9999
 _SEED = 0
 _BATCH_ELEMENTS = 1 << 23  # counts drawn at a time: bounds the memory of a bootstrap at about 200 MB
 _TAIL = (1 - LEVEL) / 2
-_Z = float(stats.norm.isf(_TAIL))
+_Z = -float(special.ndtri(_TAIL))
 
 Array = NDArray[np.float64]
 
@@ -154,8 +153,8 @@ def _ratio_of_sums(above: Array, below: Array, block: int, method: str) -> Estim
     standard_error = wider * float(ratios.std(ddof=1))
     if _is_nothing(standard_error, value):
         return none
-    student = float(stats.t.isf(_TAIL, num - 1))
-    tail = float(stats.norm.sf(wider * student))
+    student = _student(num - 1)
+    tail = float(special.ndtr(-wider * student))
     low, high = np.quantile(ratios, (tail, 1 - tail))
     reach = student * standard_error
     return replace(
@@ -165,6 +164,12 @@ def _ratio_of_sums(above: Array, below: Array, block: int, method: str) -> Estim
         standard_error=standard_error,
         degrees=None if block == 1 else num - 1,
     )
+
+
+def _student(degrees: float) -> float:
+    """The quantile of Student's t at the upper end of a 95 % interval, as `scipy.stats.t.isf` has it. What is imported
+    here is imported by every command that reads records; `scipy.stats` would take it six times as long."""
+    return -float(special.stdtrit(degrees, _TAIL))
 
 
 def _is_nothing(standard_error: float, value: float) -> bool:
@@ -201,7 +206,9 @@ def paired_permutation(baseline: Sequence[float], variant: Sequence[float]) -> f
     difference = np.asarray(variant, float) - np.asarray(baseline, float)
     if len(difference) == 1:  # which scipy refuses
         return 1.0
-    result = stats.permutation_test(
+    from scipy.stats import permutation_test
+
+    result = permutation_test(
         (difference,),
         lambda one, axis: one.mean(axis=axis),
         permutation_type="samples",
@@ -225,9 +232,11 @@ def median(values: Sequence[float]) -> Estimate:
     distribution: give one value per repetition, not one per step.
     """
     data = np.asarray(values, float)
-    interval: Any = stats.quantile_test(data, p=0.5).confidence_interval(LEVEL)
-    bounded = not (math.isnan(interval.low) or math.isnan(interval.high))
-    low, high = (float(interval.low), float(interval.high)) if bounded else (None, None)
+    num = len(data)
+    counts = accumulate(math.comb(num, below) for below in range(num // 2))
+    rank = sum(at_most / 2**num < _TAIL for at_most in counts)
+    ordered = np.sort(data)
+    low, high = (float(ordered[rank - 1]), float(ordered[-rank])) if rank else (None, None)
     method = "median, order-statistic interval"
     return Estimate(float(np.median(data)), low, high, len(data), method, _implied_error(low, high, len(data)))
 
@@ -285,7 +294,7 @@ def ratio_of_groups(variant: Sequence[Sequence[float]], baseline: Sequence[Seque
     log_error = math.sqrt(variance * (1 / len(above) + 1 / len(below)))
     if _is_nothing(log_error, 1.0):
         return Estimate(value, None, None, num, method)
-    reach = float(stats.t.isf(_TAIL, degrees)) * log_error
+    reach = _student(degrees) * log_error
     low, high = math.exp(log_ratio - reach), math.exp(log_ratio + reach)
     return Estimate(value, low, high, num, method, value * log_error, degrees)
 
@@ -320,7 +329,9 @@ def mcnemar(num_lost: int, num_won: int) -> float:
     The exact test of McNemar (1947): the lost ones are binomial(lost + won, 1/2). Assumes independent pairs. Without
     any difference it is 1.
     """
-    return float(stats.binomtest(num_lost, num_lost + num_won).pvalue) if num_lost + num_won else 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(num_lost, num_lost + num_won).pvalue) if num_lost + num_won else 1.0
 
 
 def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
@@ -348,9 +359,11 @@ def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
         variance = num * (2 * lost + difference * (1 - difference))
         return num * (value - difference) - bound * math.sqrt(max(0.0, variance))
 
+    from scipy.optimize import brentq
+
     # Without flips the value itself solves the equation too, so the search keeps off it.
-    low = -1.0 if num_lost == num else float(optimize.brentq(score, -1, value - 1e-12, args=(_Z,)))
-    high = 1.0 if num_won == num else float(optimize.brentq(score, value + 1e-12, 1, args=(-_Z,)))
+    low = -1.0 if num_lost == num else float(brentq(score, -1, value - 1e-12, args=(_Z,)))
+    high = 1.0 if num_won == num else float(brentq(score, value + 1e-12, 1, args=(-_Z,)))
     method = "paired shares, Tango's score interval"
     return Estimate(value, low, high, num, method, _implied_error(low, high, num))
 
@@ -377,7 +390,7 @@ def num_for_margin(flip_share: float, margin: float, power: float = 0.8, alpha: 
 
 
 def _detectable_errors(power: float, alpha: float) -> float:
-    return float(stats.norm.isf(alpha) + stats.norm.ppf(power))
+    return float(special.ndtri(power) - special.ndtri(alpha))
 
 
 # -- Verdicts ----------------------------------------------------------------------------------------------------
@@ -476,7 +489,7 @@ def _tail(distance: float, estimate: Estimate, end: float | None) -> float | Non
     reach = abs(end - estimate.value)
     if reach == 0:
         return 0.0 if distance > 0 else 1.0
-    return float(stats.t.sf(distance / reach * float(stats.t.isf(_TAIL, degrees)), degrees))
+    return float(special.stdtr(degrees, -distance / reach * _student(degrees)))
 
 
 def _degrees(estimate: Estimate) -> float:
@@ -497,4 +510,4 @@ def _implied_error(low: float | None, high: float | None, num: int) -> float | N
     one unit."""
     if low is None or high is None or num < 2:
         return None
-    return (high - low) / 2 / float(stats.t.isf(_TAIL, num - 1))
+    return (high - low) / 2 / _student(num - 1)

@@ -130,7 +130,7 @@ def answer_table(by_task: ByTask) -> Table:
             ]
             correct = math.fsum(score for _, score in scored)
             ended = [score for item, score in scored if "length" not in item["finish_reasons"]]
-            reasons = invalid(record, source)
+            reasons, tokens = invalid(record, source), _token_totals(record, source)
             rows.append(
                 {
                     "task": label,
@@ -139,7 +139,7 @@ def answer_table(by_task: ByTask) -> Table:
                     **_shares(items),
                     "completed_score": statistics.fmean(ended) if ended else None,
                     "tokens_per_answer": statistics.fmean(item["num_tokens"] for item in items),
-                    "token_inflation_ratio": _inflation(record, source),
+                    "token_inflation_ratio": stats.paired_sum_ratio(*tokens) if tokens else None,
                     "tokens_per_correct": sum(item["num_tokens"] for item in items) / correct if correct else None,
                     "seconds_per_correct": math.fsum(item["seconds"] for item in items) / correct if correct else None,
                     "verdict": f"invalid: {'; '.join(reasons)}" if reasons else "valid",
@@ -160,10 +160,10 @@ def invalid(record: Record, source: Record | None) -> list[str]:
         for name, share in _shares(items).items()
         if share > bounds[name]
     ]
-    inflation = _inflation(record, source)
-    if isinstance(inflation, stats.Estimate) and inflation.value > bounds["token_inflation_ratio"]:
+    tokens = _token_totals(record, source)
+    if tokens and (ratio := math.fsum(tokens[0]) / math.fsum(tokens[1])) > bounds["token_inflation_ratio"]:
         reasons.append(
-            f"its answers take {inflation.value:.2f} times the source's tokens, and the bound is "
+            f"its answers take {ratio:.2f} times the source's tokens, and the bound is "
             f"{bounds['token_inflation_ratio']:g}"
         )
     return reasons
@@ -195,13 +195,14 @@ def _first_metrics(items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
-def _inflation(record: Record, source: Record | None) -> stats.Estimate | None:
-    """Tokens of all answers over those of the source's answers to the same items."""
+def _token_totals(record: Record, source: Record | None) -> tuple[list[float], list[float]] | None:
+    """By document, the tokens of a run's answers and of the source's answers to the same items; None where there is no
+    such source."""
     if source is None or source is record or incomparable(source, record):
         return None
     pairs = [(theirs, mine) for mine, theirs in _joined(record, source) if "finish_reasons" in mine]
     before, after, _ = _totals(pairs, lambda item: item["num_tokens"])
-    return stats.paired_sum_ratio(after, before) if any(before) else None
+    return (after, before) if any(before) else None
 
 
 def _by_metric(record: Record) -> dict[tuple[str, str], list[dict[str, Any]]]:
