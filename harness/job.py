@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import harness
 from harness import resolve
-from harness.engines.protocol import Engine, EngineDied, Purpose, open_engine
+from harness.engines.protocol import ENGINES, Engine, EngineDied, Purpose, open_engine
 from harness.progress import Progress, named
 from harness.record import provenance, store
 from harness.record.schema import Run
@@ -193,10 +193,10 @@ class Job:
             # What lies there now: the artifact's digest is what its builder wrote down.
             "fingerprint": open_checkpoint(model.folder).fingerprint(),
             "engine": {"name": engine.name, "dtype": engine.dtype, "device": engine.device},
+            "engine_version": ENGINES[engine.name].version,
             "options": self.suite.vllm_options(model.setup) if engine.name == "vllm" else None,
             "machine": {key: machine[key] for key in ("name", "cpu", "gpu")},
             "packages": provenance.packages(),
-            "code": provenance.code_digest(),
             "environment": {name: os.environ.get(name) for name in (*_ENVIRONMENT, *named)},
         }
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.record.packed import pack
+from harness.record.packed import pack_numbers
 from harness.record.schema import End, Run
 from harness.record.store import Record, read
 
@@ -345,7 +345,7 @@ def fidelity_windows(
                 "nll_nats": (2.0 + loss_nats) * (num_tokens - 1),
                 "source_nll_nats": 2.0 * (num_tokens - 1),
                 "bands": bands,
-                "kl_codes": pack([unit] * nums[0] + [2 * unit] * nums[1]),
+                "kl_codes": pack_numbers([unit] * nums[0] + [2 * unit] * nums[1]),
             }
         )
     return samples

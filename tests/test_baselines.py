@@ -41,11 +41,11 @@ def test_a_baseline_is_read_back_with_its_runs(tmp_path: Path) -> None:
     first, second = ppl(tmp_path), ppl(tmp_path, "source", run_id="11111111")
     slots = {"ppl/wikitext2-512": {"nvfp4": first, "source": second}}
     assert baselines.update(tmp_path, "demo", slots, reason="why", commit=None) == tmp_path / "baselines/demo.json"
-    assert baselines.read(tmp_path, "demo") == slots
+    assert baselines.baseline_in_force(tmp_path, "demo") == slots
 
 
 def test_a_suite_without_a_baseline_has_none(tmp_path: Path) -> None:
-    assert baselines.read(tmp_path, "demo") == {}
+    assert baselines.baseline_in_force(tmp_path, "demo") == {}
 
 
 def test_what_was_measured_is_told_by_protocol_and_task() -> None:
@@ -59,7 +59,7 @@ def test_the_last_entry_is_in_force_and_those_before_it_stay_with_their_reasons(
     update(tmp_path, old)
     before = document(tmp_path)["history"]
     update(tmp_path, new, "  vLLM 0.33 rounds otherwise\n")
-    assert baselines.read(tmp_path, "demo") == {"ppl/wikitext2-512": {"nvfp4": new}}
+    assert baselines.baseline_in_force(tmp_path, "demo") == {"ppl/wikitext2-512": {"nvfp4": new}}
     history = document(tmp_path)["history"]
     assert history[:1] == before and len(history) == 2
     assert [entry["reason"] for entry in history] == ["the first", "vLLM 0.33 rounds otherwise"]
@@ -149,7 +149,7 @@ def test_a_baseline_that_is_not_what_it_was_is_an_error_that_names_it(
     file = update(tmp_path, record)
     change(file, record.path)
     with pytest.raises(UserError, match=problem) as refused:
-        baselines.read(tmp_path, "demo")
+        baselines.baseline_in_force(tmp_path, "demo")
     assert "demo.json" in refused.value.problem and refused.value.remedy
 
 
@@ -169,4 +169,4 @@ def test_a_run_over_a_part_is_no_baseline(tmp_path: Path) -> None:
         record = read(writer.finish())
     update(tmp_path, record)
     with pytest.raises(UserError, match="no whole run"):
-        baselines.read(tmp_path, "demo")
+        baselines.baseline_in_force(tmp_path, "demo")

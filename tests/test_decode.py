@@ -11,8 +11,7 @@ from transformers import Qwen3_5Config, Qwen3_5ForCausalLM
 
 from harness.engines.protocol import Decoded, Drafts, Engine, EngineInfo, Memory, open_engine
 from harness.errors import UserError
-from harness.measure.decode import COHERENCE_TOKENS, Shape, coherence, prompts
-from harness.measure.decode import measure as measure_decode
+from harness.measure.decode import COHERENCE_TOKENS, Shape, coherence, prompts, speed_samples
 
 DEFAULT = (Shape("prefill", 1, 512, 1), Shape("decode", 1, 128, 129))
 
@@ -21,7 +20,7 @@ def measure(
     engine: Engine, ids: Sequence[int], shapes: Sequence[Shape] = DEFAULT, **options: Any
 ) -> Iterator[dict[str, Any]]:
     """The measure with options for whatever a test does not care about."""
-    return measure_decode(engine, ids, shapes, **{"start": 0, "repetitions": 5, "warmups": 1, **options})
+    return speed_samples(engine, ids, shapes, **{"start": 0, "repetitions": 5, "warmups": 1, **options})
 
 
 class ClockEngine:

@@ -17,7 +17,7 @@ from harness.engines.protocol import Chunk, Top, open_engine
 from harness.errors import UserError
 from harness.measure import fidelity
 from harness.measure.fidelity import token_kl_nats
-from harness.record.packed import unpack
+from harness.record.packed import unpack_numbers
 
 
 class Told:
@@ -89,7 +89,7 @@ def test_many_rows_are_taken_in_pieces_without_a_seam(monkeypatch: pytest.Monkey
 
 def pairs(reference: Told, variant: Told, windows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     chunks = fidelity.chunks_of([reference, variant], windows, 1)
-    return [sample for _, sample in fidelity.measure(chunks, windows, ["w4a4"])]
+    return [sample for _, sample in fidelity.fidelity_samples(chunks, windows, ["w4a4"])]
 
 
 def test_a_window_is_summed_and_its_agreements_counted() -> None:
@@ -103,7 +103,7 @@ def test_a_window_is_summed_and_its_agreements_counted() -> None:
         "squared_dp": pytest.approx(0.1**2 + 0.3**2, rel=1e-5),
     }
     codes = first.pop("kl_codes")
-    assert unpack(codes).sum() == pytest.approx(by_hand, rel=1e-3)
+    assert unpack_numbers(codes).sum() == pytest.approx(by_hand, rel=1e-3)
     assert first == {
         "kind": "window",
         "index": 0,
@@ -129,7 +129,7 @@ def test_a_prediction_belongs_to_the_band_of_the_tokens_before_it() -> None:
     assert [(band["end"], band["num_scored"]) for band in sample["bands"]] == [(512, 511), (4096, 88)]
     assert sample["bands"][0]["kl_nats"] == 0
     assert sample["bands"][1]["kl_nats"] == pytest.approx(sample["kl_nats"])
-    assert unpack(sample["kl_codes"])[511] == pytest.approx(sample["kl_nats"], rel=1e-3)
+    assert unpack_numbers(sample["kl_codes"])[511] == pytest.approx(sample["kl_nats"], rel=1e-3)
 
 
 @given(st.data())
@@ -147,7 +147,9 @@ def test_chunks_may_be_cut_anywhere(data: st.DataObject) -> None:
                 yield Chunk(index, first, tuple(tables[model][index][first:last] for model in models))
 
     found = dict.fromkeys(("a", "b"), 0.0)
-    for name, sample in fidelity.measure(fidelity.side_by_side(stream([0, 1]), stream([2])), windows, ["a", "b"]):
+    for name, sample in fidelity.fidelity_samples(
+        fidelity.side_by_side(stream([0, 1]), stream([2])), windows, ["a", "b"]
+    ):
         found[name] += sample["kl_nats"]
     whole = {
         name: sum(token_kl_nats(p, q).sum() for p, q in zip(tables[0], tables[model], strict=True))
@@ -186,7 +188,7 @@ def test_a_model_does_not_diverge_from_itself() -> None:
     windows = [list(range(10, 30)), list(range(50, 60)), list(range(70, 90))]
     engine = open_engine("torch", checkpoint_path("dense"), dtype="float32", device="cpu")
     chunks = fidelity.chunks_of([engine, engine], windows, 2)
-    samples = [sample for _, sample in fidelity.measure(chunks, windows, ["itself"])]
+    samples = [sample for _, sample in fidelity.fidelity_samples(chunks, windows, ["itself"])]
     assert [sample["kl_nats"] for sample in samples] == [0, 0, 0]
     assert [sample["num_agreed"] for sample in samples] == [19, 9, 19]
 
@@ -195,7 +197,7 @@ def test_progress_counts_windows_to_the_end() -> None:
     told = Told(*[logs((0.5, 0.5))] * 3)
     seen: list[tuple[int, int, str]] = []
     chunks = fidelity.chunks_of([told, told], [[0, 1]] * 3, 1)
-    list(fidelity.measure(chunks, [[0, 1]] * 3, ["w4a4"], progress=lambda *step: seen.append(step)))
+    list(fidelity.fidelity_samples(chunks, [[0, 1]] * 3, ["w4a4"], progress=lambda *step: seen.append(step)))
     assert seen == [(done, 3, "fidelity") for done in range(4)]
 
 
@@ -222,7 +224,7 @@ def test_a_divergence_of_named_tokens_never_exceeds_the_whole_one(seed: int, num
     log_p = random_logs(seed)
     log_q = log_softmax(log_p + np.random.default_rng(seed).normal(0, 0.5, log_p.shape), axis=1)
     actual = np.random.default_rng(seed + 1).integers(0, 50, len(log_p)).tolist()
-    whole = fidelity.compare(log_p.astype(np.float32), log_q.astype(np.float32), actual)
+    whole = fidelity.compare_whole(log_p.astype(np.float32), log_q.astype(np.float32), actual)
     found = fidelity.compare_top(top(log_p, num, actual), top(log_q, num, actual), actual)
     assert (found.kl_nats <= whole.kl_nats + 2e-6).all()
     assert (found.agreed == whole.agreed).all()

@@ -27,6 +27,7 @@ from harness.report.gate import Judgement
 from harness.suite.schema import Bench, Fidelity, Perplexity, Rule, Source, Suite, Task, Variant
 from harness.suite.texts import DemoText
 from tests.artifacts import change, quiet, write_artifact
+from tests.perplexities import protocol_samples
 from tests.records import DATASET, fidelity_record, make_record, mean_results, tasks_record
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -98,7 +99,7 @@ def engine_of(folder: Path, dtype: str = "float32") -> Engine:
 def scored(variant: str, folder: Path, ids: Sequence[int]) -> Record:
     """A run of perplexity as `harness ppl` makes it, over a short text."""
     engine = engine_of(folder)
-    return run_of(variant, engine, perplexity.measure(engine, ids, SHORT, batch_size=8, limit=NUM_WINDOWS))
+    return run_of(variant, engine, protocol_samples(engine, ids, SHORT, batch_size=8, limit=NUM_WINDOWS))
 
 
 def run_of(variant: str, engine: Engine, samples: Iterator[dict[str, Any]], **header: Any) -> Record:
@@ -157,7 +158,7 @@ def test_one_corrupted_layer_is_caught_by_what_it_predicts_and_by_the_auditor(
     windows = [ids[first : first + 64] for first in range(0, 64 * 32, 64)]
     chunks = fidelity.chunks_of([engine_of(one) for one in (source, sound, corrupted)], windows, 8)
     samples: dict[str, list[dict[str, Any]]] = {"sound": [], "corrupted": []}
-    for name, sample in fidelity.measure(chunks, windows, list(samples)):
+    for name, sample in fidelity.fidelity_samples(chunks, windows, list(samples)):
         samples[name].append({**sample, "first_token": 64 * sample["index"]})
     verdicts = {name: judged(KL, fidelity_record("nvfp4a16", ones)).verdict for name, ones in samples.items()}
     assert verdicts == {"sound": "pass", "corrupted": "fail"}
@@ -214,7 +215,7 @@ def test_twenty_reruns_in_bf16_raise_at_most_one_alarm(source: Path, ids: list[i
 
     def run(variant: str, piece: int, batch_size: int) -> Record:
         text = ids[640 * piece : 640 * (piece + 1)]
-        return run_of(variant, engine, perplexity.measure(engine, text, shorter, batch_size=batch_size))
+        return run_of(variant, engine, protocol_samples(engine, text, shorter, batch_size=batch_size))
 
     judgements = []
     for piece in range(20):
@@ -239,7 +240,7 @@ def test_twenty_sessions_of_a_model_against_itself_raise_at_most_one_alarm(dense
         sides: dict[str, list[dict[str, Any]]] = {"source": [], "nvfp4a16": []}
         for start in range(4):  # A B, B A, …, as the harness does
             for side in list(sides)[:: 1 if start % 2 == 0 else -1]:
-                sides[side] += decode.measure(engine, range(64), shapes, start=start, repetitions=1, warmups=1)
+                sides[side] += decode.speed_samples(engine, range(64), shapes, start=start, repetitions=1, warmups=1)
         header = {"session_id": f"{session:08x}", "engine": engine.info.as_dict()}
         verdicts.append(judged(rule, *(make_record("bench", *side, **header) for side in sides.items())).verdict)
     assert "incomparable" not in verdicts and verdicts.count("fail") <= 1

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from harness.engines.protocol import EngineInfo
 from harness.errors import UserError
 from harness.measure.log_probs import LogProbs
-from harness.measure.perplexity import PROTOCOLS, Protocol, Window, extend, measure, samples, whole, windows
+from harness.measure.perplexity import PROTOCOLS, Protocol, Window, extend, whole, window_samples, windows
+from tests.perplexities import protocol_samples
 from tests.test_perplexity import CUTTING, PositionEngine
 
 INFO = EngineInfo("company", "1", "cpu", "float32", effective={"cpu_capability": "AVX2", "threads": 2})
@@ -81,8 +82,8 @@ def test_every_protocol_from_one_array_is_what_it_measures_by_itself_bit_for_bit
             with stored_in(Path(folder), cut, f"{protocol.window} {protocol.stride}") as stored:
                 if len(stored) < len(mine):
                     fill(stored, CompanyEngine(), ids, cut, len(mine), batch_size)
-                found = list(samples(mine, stored.rows(len(mine))))
-            assert found == list(measure(CompanyEngine(), ids, protocol, batch_size=batch_size))
+                found = list(window_samples(mine, stored.rows(len(mine))))
+            assert found == list(protocol_samples(CompanyEngine(), ids, protocol, batch_size=batch_size))
 
 
 @given(st.data(), st.integers(2 * SHORT, 600), st.integers(1, 7))
@@ -139,8 +140,8 @@ def test_a_limited_run_computes_whole_batches_and_leaves_them_to_the_next(tmp_pa
         assert fill(stored, engine, range(3000), CUT, 6, 3) == 3
         assert engine.seen == [list(range(w.first_token, w.first_token + w.num_tokens)) for w in CUT]
         rows = list(stored.rows(2))
-    direct = list(measure(CompanyEngine(), range(3000), PROTOCOLS["wikitext2-512"], batch_size=3))
-    assert list(samples(CUT[:2], rows)) == direct[:2]
+    direct = list(protocol_samples(CompanyEngine(), range(3000), PROTOCOLS["wikitext2-512"], batch_size=3))
+    assert list(window_samples(CUT[:2], rows)) == direct[:2]
 
 
 def filled(folder: Path, **options: Any) -> LogProbs:

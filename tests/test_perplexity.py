@@ -25,13 +25,13 @@ from harness.measure.perplexity import (
     PROTOCOLS,
     Window,
     get_protocol,
-    measure,
     token_ids_digest,
     tokenize,
     whole,
     windows,
     windows_digest,
 )
+from tests.perplexities import protocol_samples
 
 CUTTING = {name: protocol for name, protocol in PROTOCOLS.items() if protocol.window is not None}
 """The protocols that cut one text."""
@@ -200,7 +200,7 @@ def test_an_unknown_protocol_is_the_users_error() -> None:
 def test_every_sample_sums_just_the_scored_tokens(protocol: Any) -> None:
     ids = list(range(5000))
     engine = PositionEngine()
-    samples = list(measure(engine, ids, protocol, batch_size=7))
+    samples = list(protocol_samples(engine, ids, protocol, batch_size=7))
     assert engine.batch_size == 7
     for index, (sample, window) in enumerate(zip(samples, windows(protocol, 5000), strict=True)):
         first, last = window.first_token + window.first_scored, window.first_token + window.num_tokens - 1
@@ -217,17 +217,17 @@ def test_every_sample_sums_just_the_scored_tokens(protocol: Any) -> None:
 
 def test_a_limit_keeps_the_first_windows_and_their_samples() -> None:
     protocol = PROTOCOLS["wikitext2-512"]
-    everything = list(measure(PositionEngine(), range(5000), protocol))
+    everything = list(protocol_samples(PositionEngine(), range(5000), protocol))
     engine = PositionEngine()
-    assert list(measure(engine, range(5000), protocol, limit=3)) == everything[:3]
+    assert list(protocol_samples(engine, range(5000), protocol, limit=3)) == everything[:3]
     assert len(engine.seen) == 3
-    assert list(measure(PositionEngine(), range(5000), protocol, limit=100)) == everything
+    assert list(protocol_samples(PositionEngine(), range(5000), protocol, limit=100)) == everything
 
 
 def test_progress_counts_windows() -> None:
     seen: list[tuple[int, int, str]] = []
     protocol = PROTOCOLS["wikitext2-512"]
-    list(measure(PositionEngine(), range(1100), protocol, progress=lambda *step: seen.append(step)))
+    list(protocol_samples(PositionEngine(), range(1100), protocol, progress=lambda *step: seen.append(step)))
     assert seen == [(done, 3, "wikitext2-512") for done in range(4)]
 
 
@@ -241,7 +241,7 @@ def test_a_log_probability_that_is_not_finite_is_named_by_window_and_position(va
                 yield row
 
     with pytest.raises(UserError, match=rf"Window 1 .* {value} at position 101 \(token 613 of the text\)"):
-        list(measure(Engine(), range(1100), PROTOCOLS["wikitext2-512"]))
+        list(protocol_samples(Engine(), range(1100), PROTOCOLS["wikitext2-512"]))
 
 
 def test_an_engine_that_returns_too_little_is_found() -> None:
@@ -254,9 +254,9 @@ def test_an_engine_that_returns_too_little_is_found() -> None:
             return (row[:-1] for row in super().score(windows, batch_size))
 
     with pytest.raises(UserError, match="scored 2 of 3 windows"):
-        list(measure(Few(), range(1100), PROTOCOLS["wikitext2-512"]))
+        list(protocol_samples(Few(), range(1100), PROTOCOLS["wikitext2-512"]))
     with pytest.raises(UserError, match="Window 0 has 512 tokens, and the engine gave 510"):
-        list(measure(Short(), range(1100), PROTOCOLS["wikitext2-512"]))
+        list(protocol_samples(Short(), range(1100), PROTOCOLS["wikitext2-512"]))
 
 
 def test_the_digest_is_sha256_of_little_endian_32_bit_ids() -> None:

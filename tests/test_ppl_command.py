@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from harness import job
 from harness.cli import main
 from harness.demo import checkpoint_path, corpus
-from harness.engines.protocol import EngineDied
+from harness.engines.protocol import ENGINES, EngineDied
 from harness.engines.torch_engine import TorchEngine
+from harness.measure import perplexity
 from harness.measure.perplexity import tokenize
 from harness.record import store
 from harness.record.store import Record
@@ -140,8 +142,12 @@ def test_what_differs_is_computed_anew(
     (place / "text.txt").write_text(TEXT)
     monkeypatch.setenv("OMP_NUM_THREADS", str(int(os.environ.get("OMP_NUM_THREADS", "1")) + 1))
     fresh_start()
+    monkeypatch.setitem(ENGINES, "torch", replace(ENGINES["torch"], version=ENGINES["torch"].version + 1))
+    fresh_start()
+    monkeypatch.setattr(perplexity, "VERSION", perplexity.VERSION + 1)
+    fresh_start()
     num_files = len(list((place / "artifacts/small/.log-probs").iterdir()))
-    assert num_files == len(started) == 5
+    assert num_files == len(started) == 7
 
 
 def test_an_engine_that_dies_is_recorded_and_the_next_run_goes_on_where_it_was(

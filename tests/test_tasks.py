@@ -117,15 +117,15 @@ def wanted(**options: Any) -> Task:
     return Task(**{"task": "./lists.yaml", "batch_size": 8, **options})
 
 
-def loaded(file: Path, texts: Texts, **options: Any) -> tasks.Loaded:
-    return tasks.load(tasks.take("lists", wanted(**options), file), texts, LENGTH, "torch")
+def loaded(file: Path, texts: Texts, **options: Any) -> tasks.ReadyTask:
+    return tasks.ready_task(tasks.take_task("lists", wanted(**options), file), texts, LENGTH, "torch")
 
 
 def run(
-    task: tasks.Loaded, engine: Engine, folder: Path, *, limit: int | None = None, identity: str = "one"
+    task: tasks.ReadyTask, engine: Engine, folder: Path, *, limit: int | None = None, identity: str = "one"
 ) -> list[dict[str, Any]]:
     with Journal(folder, "lists", {"of": identity}) as journal:
-        return list(tasks.measure(task, engine, journal, limit=limit))
+        return list(tasks.task_samples(task, engine, journal, limit=limit))
 
 
 def of_kind(samples: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
@@ -281,7 +281,7 @@ def test_progress_tells_items_speed_and_answers_that_were_cut_off(engine: Engine
     )
     told: list[tuple[int, int, str, str]] = []
     with Journal(tmp_path, "lists", {}) as journal:
-        list(tasks.measure(loaded(file, texts), engine, journal, progress=lambda *step: told.append(step)))
+        list(tasks.task_samples(loaded(file, texts), engine, journal, progress=lambda *step: told.append(step)))
     assert [step[:3] for step in told] == [(done, 6, "answers") for done in range(7)]
     assert re.fullmatch(r"6 of 6, [\d,]+ tok/s, 6 cut off", told[-1][3])
 
@@ -341,7 +341,7 @@ def refused(*parts: str) -> Any:
 
 def test_an_unknown_task_has_its_nearest_names() -> None:
     with refused("no task 'gsm8kk'", "'gsm8k'"):
-        tasks.take("x", wanted(), "gsm8kk")
+        tasks.take_task("x", wanted(), "gsm8kk")
 
 
 @pytest.mark.parametrize(
@@ -349,12 +349,12 @@ def test_an_unknown_task_has_its_nearest_names() -> None:
 )
 def test_a_dataset_that_cannot_be_had_is_named_with_the_way_to_fetch_it(name: str) -> None:
     with refused(f"'x' \\({name}\\) needs the dataset", "load_dataset"):
-        tasks.take("x", wanted(), name)
+        tasks.take_task("x", wanted(), name)
 
 
 def test_a_pinned_revision_is_asked_for() -> None:
     with refused("openai/gsm8k", "revision='abc'"):
-        tasks.take("x", wanted(revision="abc"), "gsm8k")
+        tasks.take_task("x", wanted(revision="abc"), "gsm8k")
 
 
 def test_a_missing_file_is_named(texts: Texts, tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_a_model_is_loaded(
     config: Any, texts: Texts, tmp_path: Path
 ) -> None:
     with refused("document 0 of lists", "takes 20"):
-        tasks.load(tasks.take("x", wanted(), written(tmp_path, config)), texts, 20, "torch")
+        tasks.ready_task(tasks.take_task("x", wanted(), written(tmp_path, config)), texts, 20, "torch")
 
 
 @pytest.mark.parametrize(

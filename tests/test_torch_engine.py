@@ -53,6 +53,7 @@ from harness.model.family import Linear
 from harness.quantize.build import build
 from harness.quantize.recipes import RECIPES, Recipe
 from tests.conftest import tiny_config
+from tests.perplexities import protocol_samples
 
 VOCABULARY = 256
 TEXT_CONFIG = {
@@ -447,7 +448,7 @@ def test_a_nan_weight_is_found_and_its_window_named(plain: Path, tmp_path: Path)
     ids = [1] * 512 + [2] * 100 + [7] + [2] * 411
     engine = open_engine("torch", tmp_path, device="cpu")
     with pytest.raises(UserError, match="Window 1 has a log-probability of nan"):
-        list(perplexity.measure(engine, ids, perplexity.get_protocol("wikitext2-512")))
+        list(protocol_samples(engine, ids, perplexity.get_protocol("wikitext2-512")))
 
 
 @pytest.mark.parametrize(
@@ -488,7 +489,7 @@ def test_running_out_of_memory_is_the_users_error(engine: Any, error: Exception)
 
 def test_perplexity_of_a_text_equals_the_loss_of_transformers(engine: Engine, plain: Path) -> None:
     (ids,) = _windows(1300)
-    samples = list(perplexity.measure(engine, ids, perplexity.get_protocol("wikitext2-512"), batch_size=2))
+    samples = list(protocol_samples(engine, ids, perplexity.get_protocol("wikitext2-512"), batch_size=2))
     model, nll, scored = _reference(plain), 0.0, 0
     for first in (0, 512, 1024):
         row = torch.tensor([ids[first : first + 512]])

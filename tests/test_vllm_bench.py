@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from harness.cli import main
 from harness.errors import UserError
-from harness.measure.vllm_bench import BatchShape, read
+from harness.measure.vllm_bench import BatchShape, read_vllm_bench
 from harness.record import store
 
 SERVE: dict[str, Any] = {
@@ -41,7 +41,7 @@ def written(folder: Path, document: Any) -> Path:
 
 
 def test_a_request_keeps_its_own_times_and_tokens(tmp_path: Path) -> None:
-    found = read(written(tmp_path, SERVE))
+    found = read_vllm_bench(written(tmp_path, SERVE))
     assert (found.benchmark, found.model, found.settings["max_concurrency"]) == ("serve", "my/model", 1)
     assert found.samples == (
         {"kind": "request", "prompt_tokens": 100, "new_tokens": 6, "first_token_seconds": 0.5, "decode_seconds": 0.5},
@@ -51,7 +51,7 @@ def test_a_request_keeps_its_own_times_and_tokens(tmp_path: Path) -> None:
 
 
 def test_latency_and_throughput(tmp_path: Path) -> None:
-    found = read(written(tmp_path, LATENCY), BatchShape(4, 32, 129))
+    found = read_vllm_bench(written(tmp_path, LATENCY), BatchShape(4, 32, 129))
     assert [one["seconds"] for one in found.samples] == [1.9, 2.1]
     assert found.samples[0] | {"seconds": 0} == {
         "kind": "generation",
@@ -60,7 +60,7 @@ def test_latency_and_throughput(tmp_path: Path) -> None:
         "new_tokens": 129,
         "seconds": 0,
     }
-    (sample,) = read(written(tmp_path, THROUGHPUT)).samples
+    (sample,) = read_vllm_bench(written(tmp_path, THROUGHPUT)).samples
     assert sample == {"kind": "throughput", "num_requests": 8, "num_tokens": 2000, "seconds": 4.0}
 
 
@@ -79,7 +79,7 @@ def test_latency_and_throughput(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_used_is_one_sentence(tmp_path: Path, document: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        read(written(tmp_path, document))
+        read_vllm_bench(written(tmp_path, document))
 
 
 @settings(max_examples=150)
@@ -98,7 +98,7 @@ def test_any_json_is_either_read_or_refused_in_a_sentence(
 ) -> None:
     path = written(tmp_path_factory.mktemp("import"), document)
     try:
-        read(path, BatchShape(1, 1, 2))
+        read_vllm_bench(path, BatchShape(1, 1, 2))
     except UserError as error:
         assert str(path) in error.problem
 

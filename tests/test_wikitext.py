@@ -18,8 +18,8 @@ from harness.demo import checkpoint_path, corpus
 from harness.engines.protocol import Engine, open_engine
 from harness.errors import UserError
 from harness.measure.lm import EngineLM, Settings, Texts, rolling_window
-from harness.measure.perplexity import samples, score
-from harness.measure.wikitext import Documents, pages, read
+from harness.measure.perplexity import score, window_samples
+from harness.measure.wikitext import Documents, pages, tokenize_pages
 from harness.record import store
 
 DENSE = checkpoint_path("dense")
@@ -75,8 +75,8 @@ def by_lm_eval(folder: Path, documents: list[str]) -> tuple[dict[str, float], li
 def test_word_perplexity_is_that_of_lm_evals_wikitext(engine: Engine, tmp_path: Path) -> None:
     documents = made_pages(4)
     assert pages(" \n" + "\n".join(documents)) == documents
-    read_pages = read(documents, TEXTS, rolling_window(LENGTH, "torch"))
-    found = list(samples(read_pages.windows, score(engine, read_pages.ids, read_pages.windows, 4, name="x")))
+    read_pages = tokenize_pages(documents, TEXTS, rolling_window(LENGTH, "torch"))
+    found = list(window_samples(read_pages.windows, score(engine, read_pages.ids, read_pages.windows, 4, name="x")))
     metrics, log_likelihoods = by_lm_eval(tmp_path, documents)
     by_document = [math.fsum(one["nll_nats"] for one in found if one["document"] == n) for n in range(4)]
     assert by_document == pytest.approx([-one for one in log_likelihoods], rel=1e-5)
@@ -146,7 +146,7 @@ def test_a_text_without_titles_is_the_users_error() -> None:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(2, 12))
 def test_every_token_of_every_page_is_scored_once_after_as_many_as_fit(words: list[int], window: int) -> None:
     documents = [f" = T{number} = \n" + " word" * num for number, num in enumerate(words)]
-    found = read(documents, TEXTS, window)
+    found = tokenize_pages(documents, TEXTS, window)
     scored: list[int] = []
     for one in found.windows:
         assert 2 <= one.num_tokens <= window + 1
@@ -172,6 +172,6 @@ def test_a_window_leaves_free_what_lm_evals_model_of_that_engine_does(engine_nam
 
 
 def test_a_whole_window_predicts_from_as_many_tokens_as_the_model_takes() -> None:
-    found: Any = read([" = T = \n" + " word" * 50], TEXTS, 20)
+    found: Any = tokenize_pages([" = T = \n" + " word" * 50], TEXTS, 20)
     assert [one.num_tokens for one in found.windows] == [21] * len(found.windows)
     assert [one.first_scored for one in found.windows[:-1]] == [1] * (len(found.windows) - 1)

@@ -157,7 +157,7 @@ def _measured(job: Job, work: Work, limit: int | None) -> Measured:
                     with failure_in(writer):
                         for depth in depths:
                             writer.sample(_coherent(job, engine, work, model, depth))
-                        samples = decode.measure(
+                        samples = decode.speed_samples(
                             engine,
                             work.ids,
                             shapes,

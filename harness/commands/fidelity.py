@@ -180,7 +180,7 @@ def _together(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: 
                 run = job.new_run("fidelity", fidelity.VERSION, model, engine=computing, dataset=work.dataset)
             writer = store.RunWriter(job.results, run, expected=work.dataset["num_windows"])
             writers[model.row] = stack.enter_context(writer)
-        for row, sample in fidelity.measure(chunks, windows, list(writers), progress=job.progress):
+        for row, sample in fidelity.fidelity_samples(chunks, windows, list(writers), progress=job.progress):
             writers[row].sample(_placed(sample, wanted))
         measured.records.update({row: store.read(writer.finish()) for row, writer in writers.items()})
 
@@ -224,7 +224,7 @@ def _compare_one(
         job.engine(model, "score") as engine,
     ):
         run = job.new_run("fidelity", fidelity.VERSION, model, engine=engine, dataset=work.dataset)
-        samples = fidelity.measure_top(
+        samples = fidelity.top_fidelity_samples(
             pack.tops(windows),
             engine.top_log_probs(windows, batch_size, pack.num),
             windows,

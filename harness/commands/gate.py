@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     from harness.record import baselines
     from harness.report import gate, gate_output, tables
 
-    judgements = gate.judge(suite, records, baselines.read(folder, suite.name), skipped)
+    judgements = gate.judge(suite, records, baselines.baseline_in_force(folder, suite.name), skipped)
     if options.json:
         print_json({"suite": suite.name, "judgements": gate_output.verdict_rows(judgements)})
     else:

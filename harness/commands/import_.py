@@ -73,7 +73,7 @@ def _imported(job: Job, variant: str, path: Path, shape: BatchShape | None, mach
     from harness.resolve import chosen_variants
 
     chosen_variants(job.suite, [variant], with_source=True)
-    found = vllm_bench.read(path, shape)
+    found = vllm_bench.read_vllm_bench(path, shape)
     run = job.new_run("served", vllm_bench.VERSION, Model(variant, job.source, None))
     engine = EngineInfo(
         name="vllm bench",

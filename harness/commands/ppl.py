@@ -139,7 +139,7 @@ def _by_page(suite: Suite, wanted: Perplexity, protocol: Protocol) -> _Reading:
             f"{protocol.name} has no window in sequences of {longest} tokens on {suite.engine.name}.",
             "Raise max_length in [ppl], or max_model_len.",
         )
-    found = wikitext.read(wikitext.pages(text), Texts(suite_source(suite)), window)
+    found = wikitext.tokenize_pages(wikitext.pages(text), Texts(suite_source(suite)), window)
     dataset = {
         **about,
         "token_ids_sha256": token_ids_digest(found.ids),
@@ -253,6 +253,6 @@ def _runs_alike(
             dataset = {**reading.dataset, "log_probs_sha256": stored.sha256(len(windows))}
             reused = {"num_windows": len(windows), "num_reused": min(num_reused, len(windows))}
             # A sample for each window, and one that says how many are of earlier runs.
-            samples = [*perplexity.samples(windows, stored.rows(len(windows))), {"kind": "reused", **reused}]
+            samples = [*perplexity.window_samples(windows, stored.rows(len(windows))), {"kind": "reused", **reused}]
             of_protocol = replace(run, run_id=new_id(), dataset=dataset)
             yield reading.protocol.name, job.store(of_protocol, samples, expected=len(reading.windows) + 1)

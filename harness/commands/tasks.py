@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from harness.job import Job, Model
-    from harness.measure.tasks import Loaded
+    from harness.measure.tasks import ReadyTask
     from harness.record.store import Record
     from harness.suite.schema import Suite, Task
 
@@ -63,9 +63,9 @@ class _Work:
     """The models to run, and the tasks by their names in the suite."""
 
     models: list[Model]
-    loaded: Mapping[str, Loaded]
+    loaded: Mapping[str, ReadyTask]
 
-    def of(self, model: Model) -> list[Loaded]:
+    def of(self, model: Model) -> list[ReadyTask]:
         """The tasks that a model is put to: in a setup only those that name it."""
         return [one for one in self.loaded.values() if model.setup is None or model.setup in (one.wanted.setups or ())]
 
@@ -97,13 +97,13 @@ def _prepared(job: Job, variants: Sequence[str] | None, named_tasks: Sequence[st
     from harness.measure.lm import Texts
 
     # All of them before the source, which may be a download of many gigabytes.
-    taken = [tasks.take(name, task, _place(suite, task)) for name, task in wanted.items()]
+    taken = [tasks.take_task(name, task, _place(suite, task)) for name, task in wanted.items()]
     texts = Texts(job.source)
     loaded = {}
     for done, one in enumerate(taken):
         job.progress(done, len(taken), "prompts", one.label)
         longest = max_length(suite, one.wanted.max_length, one.wanted.setups)
-        loaded[one.label] = tasks.load(one, texts, longest, suite.engine.name)
+        loaded[one.label] = tasks.ready_task(one, texts, longest, suite.engine.name)
     job.progress(len(taken), len(taken), "prompts")
     setups = dict.fromkeys(setup for task in wanted.values() for setup in chosen_setups(suite, task.setups))
     return _Work(job.models(names, list(setups)), loaded)
@@ -141,7 +141,7 @@ def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> _Answ
                     failure_in(writer),
                     Journal(job.artifact(_JOURNALS), f"{model.row}-{loaded.label}", identity, fresh=fresh) as journal,
                 ):
-                    samples = tasks.measure(
+                    samples = tasks.task_samples(
                         loaded,
                         engine,
                         journal,
@@ -158,7 +158,7 @@ def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> _Answ
     return found
 
 
-def _dataset(loaded: Loaded) -> dict[str, Any]:
+def _dataset(loaded: ReadyTask) -> dict[str, Any]:
     """What a run's header says of the task."""
     return {
         "name": loaded.label,
@@ -168,16 +168,16 @@ def _dataset(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _identity(model: Model, engine: Mapping[str, Any], loaded: Loaded) -> dict[str, Any]:
+def _identity(model: Model, engine: Mapping[str, Any], loaded: ReadyTask) -> dict[str, Any]:
     """Whose answers a journal holds: this checkpoint's, by this engine, to this version of a task."""
+    from harness.engines.protocol import ENGINES
     from harness.measure.tasks import VERSION
-    from harness.record.provenance import code_digest
 
     return {
         "measure_version": VERSION,
         "artifact_digest": model.digest,
         "engine": {key: engine[key] for key in ("name", "version", "device", "dtype", "served_as")},
+        "engine_version": ENGINES[engine["name"]].version,
         "options": {key: value for key, value in engine["requested"].items() if key != "folder"},
-        "code": code_digest(),
         "task": loaded.identity,
     }

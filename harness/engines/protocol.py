@@ -24,12 +24,24 @@ from numpy.typing import NDArray
 from harness.errors import UserError, did_you_mean
 from harness.sampling import GREEDY, Sampling
 
-# Name -> module and class. Imported only when opened, so that one that is not installed harms no other.
+
+@dataclass(frozen=True)
+class Registered:
+    """An engine that can be opened by name. Its module is imported only then, so that an engine that is not installed
+    harms no other."""
+
+    module: str
+    class_name: str
+    version: int
+    """Raise it when the engine's code, or code that it computes with, gives other numbers than before: what is stored
+    of an older version (log-probabilities, answers, reference packs, hidden states) is then computed anew."""
+
+
 ENGINES = {
-    "torch": ("harness.engines.torch_engine", "TorchEngine"),
-    "streamed": ("harness.engines.streamed_engine", "StreamedEngine"),
-    "vllm": ("harness.engines.vllm_engine", "VllmEngine"),
-    "server": ("harness.engines.server_engine", "ServerEngine"),
+    "torch": Registered("harness.engines.torch_engine", "TorchEngine", version=1),
+    "streamed": Registered("harness.engines.streamed_engine", "StreamedEngine", version=1),
+    "vllm": Registered("harness.engines.vllm_engine", "VllmEngine", version=1),
+    "server": Registered("harness.engines.server_engine", "ServerEngine", version=1),
 }
 
 Purpose = Literal["score", "decode"]
@@ -258,7 +270,7 @@ def open_engine(
     """Start the engine `name` on the checkpoint in `folder`; the rest as in `Start`."""
     if name not in ENGINES:
         raise UserError(f"There is no engine '{name}'.", did_you_mean(name, ENGINES))
-    module, class_name = ENGINES[name]
-    engine_class = getattr(importlib.import_module(module), class_name)
+    registered = ENGINES[name]
+    engine_class = getattr(importlib.import_module(registered.module), registered.class_name)
     engine: Engine = engine_class(folder, Start(dtype, device, purpose, options or {}))
     return engine

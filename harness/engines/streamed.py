@@ -42,11 +42,10 @@ from harness.engines.heads import batches_of_equals, rows_at_once, wide_head, wi
 from harness.engines.layers import Batch, HiddenStates, embedding_rows
 from harness.engines.loading import load_empty
 from harness.engines.process import DTYPES, out_of_memory, peak_memory, prepare_process
-from harness.engines.protocol import Chunk, EngineInfo, Memory
+from harness.engines.protocol import ENGINES, Chunk, EngineInfo, Memory
 from harness.engines.scratch import Scratch
 from harness.errors import UserError
 from harness.progress import Progress
-from harness.record.provenance import code_digest
 
 HIDDEN_BYTES = 4 * 10**9
 """Hidden states in memory, unless a caller says otherwise; the others are read from the disk."""
@@ -131,7 +130,7 @@ class Streamed:
             "models": [model.identity for model in self._models],
             "windows": hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest(),
             "batch_size": batch_size,
-            "code": code_digest(),
+            "engine_version": ENGINES["streamed"].version,
         }
         return self._pass(batches, Scratch(scratch, identity), hidden_bytes, progress or (lambda *_: None))
 

@@ -97,7 +97,7 @@ def coherence(
     }
 
 
-def measure(
+def speed_samples(
     engine: Engine,
     ids: Sequence[int],
     shapes: Sequence[Shape],

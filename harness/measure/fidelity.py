@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from harness.engines.protocol import Chunk, Top
 from harness.errors import UserError
 from harness.progress import Progress
-from harness.record.packed import pack
+from harness.record.packed import pack_numbers
 
 VERSION = 2
 
@@ -91,7 +91,7 @@ def _terms(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np
     return terms
 
 
-def compare(reference: NDArray[np.float32], variant: NDArray[np.float32], actual: Sequence[int]) -> Compared:
+def compare_whole(reference: NDArray[np.float32], variant: NDArray[np.float32], actual: Sequence[int]) -> Compared:
     """Two arrays of log-probabilities [n, vocabulary], and the n tokens that came."""
     rows = np.arange(len(reference))
     return Compared(
@@ -168,7 +168,7 @@ def side_by_side(*streams: Iterable[Chunk]) -> Iterator[Chunk]:
         ]
 
 
-def measure(
+def fidelity_samples(
     chunks: Iterable[Chunk],
     windows: Sequence[Sequence[int]],
     names: Sequence[str],
@@ -190,7 +190,7 @@ def measure(
         actual = window[place + 1 : place + 1 + len(reference)]
         for name, variant in zip(names, variants, strict=True):
             _check(name, reference, variant, len(actual), index, len(window))
-            compared = compare(reference, variant, actual)
+            compared = compare_whole(reference, variant, actual)
             _check_finite(name, compared, index, place)
             done[name].append(compared)
         place += len(reference)
@@ -213,7 +213,7 @@ def measure(
         )
 
 
-def measure_top(
+def top_fidelity_samples(
     reference: Iterable[Top],
     variant: Iterable[Top],
     windows: Sequence[Sequence[int]],
@@ -304,7 +304,7 @@ def sample(index: int, num_tokens: int, compared: Compared) -> dict[str, Any]:
             for number, end in enumerate(BAND_ENDS)
             if (band == number).any()
         ],
-        "kl_codes": pack(compared.kl_nats),
+        "kl_codes": pack_numbers(compared.kl_nats),
     }
 
 

@@ -65,7 +65,7 @@ class Detail:
 
 
 @dataclass
-class Log:
+class AnswerLog:
     """The details of one run of a task, and how many answers had been given before."""
 
     repetition: int = 0
@@ -129,7 +129,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self._settings, self._engine, self._journal = settings, engine, journal
         self._progress = progress
         self._asked: list[Instance] = []
-        self.log = Log()
+        self.log = AnswerLog()
 
     # -- What lm-eval asks of a tokenizer
 

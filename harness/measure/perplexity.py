@@ -199,22 +199,7 @@ def windows_digest(cut: Iterable[Window]) -> str:
     return hashlib.sha256(np.asarray(spans, dtype="<i8").tobytes()).hexdigest()
 
 
-def measure(
-    engine: Engine,
-    ids: Sequence[int],
-    protocol: Protocol,
-    *,
-    batch_size: int = 4,
-    limit: int | None = None,
-    progress: Progress | None = None,
-) -> Iterator[dict[str, Any]]:
-    """The samples of a protocol, as `samples` describes them, with nothing kept; `limit` scores the first windows only.
-    `batch_size` is a matter of speed: see `Engine.score`."""
-    cut = windows(protocol, len(ids))[:limit]
-    yield from samples(cut, score(engine, ids, cut, batch_size, name=protocol.name, progress=progress))
-
-
-def samples(cut: Sequence[Window], rows: Iterable[NDArray[np.float32]]) -> Iterator[dict[str, Any]]:
+def window_samples(cut: Sequence[Window], rows: Iterable[NDArray[np.float32]]) -> Iterator[dict[str, Any]]:
     """One sample per window, in order, from the log-probabilities [num_tokens - 1] of each window's tokens but the
     first.
 

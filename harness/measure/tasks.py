@@ -1,11 +1,11 @@
-"""Evaluations by lm-eval: its tasks, its prompts, its metrics, on the engines of the harness, with every item kept.
+"""Tasks by lm-eval: its tasks, its prompts, its metrics, on the engines of the harness, with every item kept.
 
-`take` takes a task from lm-eval by name or from a file, `load` writes its prompts; between them they find out all that
-can be wrong before a model is loaded: an unknown name, a template that does not render, a dataset that is not there, a
-prompt that is too long. `measure` runs it. What comes out per item says which document and which tokens were asked (by
-digest), how the item was scored, and how the answer ended, so that two models can be compared item by item, and a run
-whose answers were cut off or empty does not pass for a measurement. lm-eval's own figures stand beside: its
-aggregations and standard errors are part of what a task is.
+`take_task` takes a task from lm-eval by name or from a file, and `ready_task` writes its prompts. Between them they
+find everything that can be wrong before a model is loaded: an unknown name, a template that does not render, a dataset
+that is not there, a prompt that is too long. `task_samples` runs the task. The sample of an item says which document
+and which tokens were asked (by digest), how the item was scored and how the answer ended, so that two models can be
+compared item by item, and a run whose answers were cut off or empty does not pass for a measurement. lm-eval's own
+figures are samples too: its aggregations and standard errors are part of what a task is.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from lm_eval.tasks import TaskManager
 from harness.engines.protocol import Engine
 from harness.errors import UserError
 from harness.measure.answers import Journal, digest
-from harness.measure.lm import Detail, EngineLM, Log, Settings, Texts, rolling_window
+from harness.measure.lm import AnswerLog, Detail, EngineLM, Settings, Texts, rolling_window
 from harness.progress import Progress
 from harness.sampling import PRESETS
 from harness.suite.schema import Task
@@ -45,7 +45,7 @@ _PINNED = "pinned"  # a group of one task, through which lm-eval takes overrides
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ReadyTask:
     """A task that is ready to run, by a tokenizer, on any number of models."""
 
     label: str
@@ -63,7 +63,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Taken:
+class TakenTask:
     """A task as lm-eval has it, configured as the suite wants it, with its dataset at hand."""
 
     label: str
@@ -72,7 +72,7 @@ class Taken:
     groups: Mapping[str, Any]
 
 
-def take(label: str, wanted: Task, source: str | Path) -> Taken:
+def take_task(label: str, wanted: Task, source: str | Path) -> TakenTask:
     """Takes a task from lm-eval by name or from a file (`source`) and fetches its dataset. `UserError` for a task that
     is unknown, broken, of another version, without its dataset, or that cannot be put as `wanted`. No tokenizer and no
     model is needed for that."""
@@ -84,10 +84,10 @@ def take(label: str, wanted: Task, source: str | Path) -> Taken:
     for name, task in found["tasks"].items():
         _configure(label, name, task, wanted)
     groups = {name: group for name, group in found.get("groups", {}).items() if name != _PINNED}
-    return Taken(label, wanted, found["tasks"], groups)
+    return TakenTask(label, wanted, found["tasks"], groups)
 
 
-def load(taken: Taken, texts: Texts, max_length: int, engine: str) -> Loaded:
+def ready_task(taken: TakenTask, texts: Texts, max_length: int, engine: str) -> ReadyTask:
     """Writes a task's prompts and checks them against the `max_length` tokens that `engine` takes; `UserError` for
     everything that would go wrong later."""
     label, wanted, tasks = taken.label, taken.wanted, taken.tasks
@@ -102,14 +102,14 @@ def load(taken: Taken, texts: Texts, max_length: int, engine: str) -> Loaded:
         "tasks": {name: _about(task) for name, task in tasks.items()},
     }
     settings = Settings(wanted.thinking, wanted.seed, wanted.batch_size, rolling_window(max_length, engine))
-    loaded = Loaded(label, wanted, texts, settings, tasks, taken.groups, num_docs, identity)
+    loaded = ReadyTask(label, wanted, texts, settings, tasks, taken.groups, num_docs, identity)
     # vLLM adds a token to every prompt that it scores.
     _check_requests(loaded, max_length, 1 if engine == "vllm" else 0)
     return loaded
 
 
-def measure(
-    loaded: Loaded,
+def task_samples(
+    loaded: ReadyTask,
     engine: Engine,
     journal: Journal,
     *,
@@ -129,7 +129,7 @@ def measure(
     limits = [one for one in (wanted.limit, limit) if one is not None]
     num_answers = num_reused = 0
     for repetition in range(wanted.repeats):
-        model.log = Log(repetition=repetition)
+        model.log = AnswerLog(repetition=repetition)
         found = _evaluated(loaded, model, min(limits) if limits else None)
         for task, samples in found["samples"].items():
             yield from _items(task, samples, model.log)
@@ -297,7 +297,7 @@ def _about(task: Any) -> dict[str, Any]:
     }
 
 
-def _check_requests(loaded: Loaded, max_length: int, scored_extra: int) -> None:
+def _check_requests(loaded: ReadyTask, max_length: int, scored_extra: int) -> None:
     """Writes all prompts once; `UserError` for a template that fails or a prompt that is too long."""
     wanted = loaded.wanted
     model = EngineLM(loaded.texts, loaded.settings)
@@ -342,7 +342,7 @@ def _build(task: Any, wanted: Task, model: EngineLM, limit: int | None) -> None:
 # -- Running it
 
 
-def _evaluated(loaded: Loaded, model: EngineLM, limit: int | None) -> Any:
+def _evaluated(loaded: ReadyTask, model: EngineLM, limit: int | None) -> Any:
     """What `lm_eval.evaluate` says, with the seeds that `lm_eval.simple_evaluate` sets."""
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
@@ -362,7 +362,7 @@ def _evaluated(loaded: Loaded, model: EngineLM, limit: int | None) -> Any:
         )
 
 
-def _items(task: str, samples: Sequence[Mapping[str, Any]], log: Log) -> Iterator[dict[str, Any]]:
+def _items(task: str, samples: Sequence[Mapping[str, Any]], log: AnswerLog) -> Iterator[dict[str, Any]]:
     """One sample a document: lm-eval logs one for every filter."""
     by_doc: dict[int, list[Mapping[str, Any]]] = {}
     for sample in samples:

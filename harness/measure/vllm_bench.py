@@ -39,7 +39,7 @@ class BatchShape:
     new_tokens: int
 
 
-def read(path: Path, shape: BatchShape | None = None) -> Imported:
+def read_vllm_bench(path: Path, shape: BatchShape | None = None) -> Imported:
     """The runs in a JSON file of `vllm bench`.
 
     Samples of `serve`: {kind: request, prompt_tokens, new_tokens, first_token_seconds, decode_seconds}, requests that

@@ -57,7 +57,7 @@ def pages(text: str) -> list[str]:
     return [page for page in found if page.strip()]
 
 
-def read(pages: Sequence[str], texts: Texts, window: int) -> Documents:
+def tokenize_pages(pages: Sequence[str], texts: Texts, window: int) -> Documents:
     """The pages by a tokenizer, as `lm_eval --model hf` has them; `window`: the most tokens that are predicted in one
     go (`lm.rolling_window`)."""
     model = EngineLM(texts, Settings(thinking=None, seed=0, batch_size=1, window=window))

@@ -213,7 +213,7 @@ def _judgements(
         raise UserError(
             f"Suite '{job.suite.name}' has no [[gate]] rule about '{variant}'.", "Say what it may lose: add one."
         )
-    baseline = baselines.read(job.results, job.suite.name)
+    baseline = baselines.baseline_in_force(job.results, job.suite.name)
     return gate.judge(replace(job.suite, gate=rules), records, baseline, skipped)
 
 

@@ -40,7 +40,7 @@ def path_of(folder: Path, suite: str) -> Path:
     return folder / "baselines" / f"{suite}.json"
 
 
-def read(folder: Path, suite: str) -> dict[str, dict[str, Record]]:
+def baseline_in_force(folder: Path, suite: str) -> dict[str, dict[str, Record]]:
     """The baseline in force, every run of it read; empty where there is none. `UserError` for a file that is no
     baseline, and for a run that is not there, not whole or not the one that it names."""
     path = path_of(folder, suite)

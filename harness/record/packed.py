@@ -16,7 +16,7 @@ _LEAST = -64
 """The power of two of the smallest value; what is less becomes zero."""
 
 
-def pack(values: ArrayLike) -> str:
+def pack_numbers(values: ArrayLike) -> str:
     """Numbers [n], none negative beyond rounding or above 2^63, as text of 8n/3 characters."""
     array = np.asarray(values, np.float64)
     is_zero = array <= 2.0**_LEAST
@@ -25,7 +25,7 @@ def pack(values: ArrayLike) -> str:
     return base64.b64encode(np.where(is_zero, 0, codes).astype("<u2").tobytes()).decode()
 
 
-def unpack(text: str) -> NDArray[np.float64]:
+def unpack_numbers(text: str) -> NDArray[np.float64]:
     """The numbers [n] of `pack`'s text; `ValueError` for any other."""
     try:
         codes = np.frombuffer(base64.b64decode(text, validate=True), dtype="<u2")

@@ -4,14 +4,12 @@ Nothing here identifies a person or a place: no host name, no user, no path. A G
 `nvidia-smi`, so provenance neither needs torch nor wakes a device.
 """
 
-import hashlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +121,6 @@ def _os() -> str:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
     except OSError:
         return platform.system()
-
-
-@cache
-def code_digest() -> str:
-    """SHA-256 over what the package computes with: numbers of other code are not taken for those of this one."""
-    digest, root = hashlib.sha256(), Path(harness.__file__).parent
-    for room in ("engines", "formats", "measure", "model"):
-        for path in sorted((root / room).glob("*.py")):
-            digest.update(f"{room}/{path.name}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def _cpu() -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from harness.record import stats
 from harness.record.comparable import incomparable
-from harness.record.packed import unpack
+from harness.record.packed import unpack_numbers
 from harness.record.stats import Estimate
 from harness.record.store import Record
 from harness.report import columns, runs
@@ -42,7 +42,7 @@ def divergence_table(records: runs.Records) -> Table:
     rows = []
     for variant, record in records.items():
         windows = record.kind("window")
-        nats = np.concatenate([unpack(window["kl_codes"]) for window in windows])
+        nats = np.concatenate([unpack_numbers(window["kl_codes"]) for window in windows])
         percentiles = np.percentile(nats, list(PERCENTILES.values()))
         kl = mean_kl(record)
         floor = None if variant in NOISE else noise_floor(records, record)

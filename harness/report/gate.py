@@ -65,8 +65,8 @@ class Judgement:
 def judge(
     suite: Suite, records: Sequence[Record], baseline: Slots, skipped: Sequence[Skipped] = ()
 ) -> tuple[Judgement, ...]:
-    """A verdict on every rule of the suite, in its order. `baseline` is what `baselines.read` found, and `skipped` what
-    `store.read_all` could not use: an older run does not speak for one that failed or was cut since."""
+    """A verdict on every rule of the suite, in its order. `baseline` is `baselines.baseline_in_force`, and `skipped`
+    what `store.read_all` could not use: an older run does not speak for one that failed or was cut since."""
     evidence = GateRuns(suite, newest_by_slot(suite, records), baseline, lost_runs(suite, skipped))
     return tuple(_judged(evidence, rule) for rule in _rules(suite))
 

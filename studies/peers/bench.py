@@ -404,7 +404,7 @@ def quality(bench: Bench, source: Path, groups: Sequence[contest.Group] = contes
                 for text, cut in windows.items():
                     progress = named(told.progress, text)
                     chunks = fidelity.chunks_of([reference[text], variant], cut, _BATCH)
-                    for _, sample in fidelity.measure(chunks, cut, [name], progress=progress):
+                    for _, sample in fidelity.fidelity_samples(chunks, cut, [name], progress=progress):
                         writer.sample({**{key: sample[key] for key in _STORED}, "text": text})
             records.append(store.read(writer.finish()))
     return records

@@ -96,9 +96,10 @@ def _ours(job: dict[str, Any]) -> dict[str, Any]:
     batch_size, max_length = wanted.pop("batch_size"), wanted.pop("max_length")
     texts = Texts(source)
     taken = [
-        tasks.take(file.stem, Task(task=str(file), batch_size=batch_size), file) for file in map(Path, job["tasks"])
+        tasks.take_task(file.stem, Task(task=str(file), batch_size=batch_size), file)
+        for file in map(Path, job["tasks"])
     ]
-    loaded = [tasks.load(one, texts, max_length, job["engine"]) for one in taken]
+    loaded = [tasks.ready_task(one, texts, max_length, job["engine"]) for one in taken]
     samples: list[dict[str, Any]] = []
     with (
         closing(open_engine(job["engine"], source, **wanted)) as engine,
@@ -107,7 +108,7 @@ def _ours(job: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         for one in loaded:
             with Journal(Path(folder), one.label, one.identity) as journal:
-                samples += tasks.measure(one, engine, journal, limit=job["limit"])
+                samples += tasks.task_samples(one, engine, journal, limit=job["limit"])
         seconds = time.perf_counter() - start
     return {
         "seconds": seconds,

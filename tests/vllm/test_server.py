@@ -105,7 +105,7 @@ def test_what_vllm_bench_serve_writes_is_imported(url: str, tmp_path: Path) -> N
         *("--num-prompts", "4", "--max-concurrency", "1", "--save-result", "--save-detailed"),
         *("--result-dir", str(tmp_path), "--result-filename", "serve.json"),
     )
-    found = vllm_bench.read(tmp_path / "serve.json")
+    found = vllm_bench.read_vllm_bench(tmp_path / "serve.json")
     assert (found.benchmark, found.settings["max_concurrency"]) == ("serve", 1)
     assert [one["kind"] for one in found.samples] == ["request"] * 4
     assert {one["new_tokens"] for one in found.samples} == {9}
@@ -119,6 +119,6 @@ def test_what_vllm_bench_throughput_writes_is_imported(tmp_path: Path) -> None:
         *("--random-input-len", "32", "--random-output-len", "5", "--num-prompts", "3", "--max-model-len", "512"),
         *("--kv-cache-memory-bytes", "250000000", "--output-json", str(tmp_path / "throughput.json")),
     )
-    (sample,) = vllm_bench.read(tmp_path / "throughput.json").samples
+    (sample,) = vllm_bench.read_vllm_bench(tmp_path / "throughput.json").samples
     assert (sample["num_requests"], sample["num_tokens"]) == (3, 3 * (32 + 5))
     assert sample["seconds"] > 0

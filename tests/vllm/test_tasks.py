@@ -93,8 +93,8 @@ def engine(expected: dict[str, Any], theirs: Any) -> Iterator[Mortal]:
     engine.close()
 
 
-def loaded(file: Path) -> tasks.Loaded:
-    return tasks.load(tasks.take("lists", wanted(), file), Texts(DENSE), LENGTH, "vllm")
+def loaded(file: Path) -> tasks.ReadyTask:
+    return tasks.ready_task(tasks.take_task("lists", wanted(), file), Texts(DENSE), LENGTH, "vllm")
 
 
 @pytest.mark.parametrize("name", ["choice", "generation", "rolling"])
