@@ -30,6 +30,7 @@ NAMES = (
     "export",
     "gate",
     "publish",
+    "suite",
     "demo",
 )
 """All subcommands, in the order of `harness --help`."""
