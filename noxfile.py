@@ -207,7 +207,7 @@ def peers(session: nox.Session) -> None:
         pythons["--peers-python"] = made_environment(session, "peers-llmcompressor", PEERS_CONSTRAINTS, *PEERS)
     if "speed-tasks" in parts:
         wanted = ("--editable", str(ROOT), "accelerate")  # which lm-eval's hf model needs
-        pythons["--evals-python"] = made_environment(session, "peers-lmeval", CONSTRAINTS, *wanted)
+        pythons["--tasks-python"] = made_environment(session, "peers-lmeval", CONSTRAINTS, *wanted)
     if "speed-tasks-vllm" in parts:
         pythons["--vllm-python"] = vllm_python(session)
     # From the root: a record keeps its command, and a place of this machine has no business there.

@@ -15,11 +15,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
 from harness.demo import checkpoint_path, corpus
+from harness.demo.language import FAR, NEAR
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint
 from harness.model.families import parse_config
 from harness.model.family import expected_tensors
 from studies.demo_model import network
+from studies.demo_model.figures import arithmetic_items
 
 DENSE = checkpoint_path("dense")
 MODELS = ("dense", "moe")
@@ -132,7 +134,7 @@ def test_a_model_cut_into_experts_computes_what_all_of_them_together_did() -> No
             cut[name].zero_()  # a router without an opinion gives each of eight experts an eighth
         if name.endswith("mlp.experts.down_proj"):
             cut[name] *= 4  # doubled for two experts of weight one half; eight of an eighth need eight times
-    experts = network.build(config)
+    experts = network.new_network(config)
     experts.load_state_dict({name: weight for name, weight in cut.items() if not name.startswith("mtp.")})
     ids = torch.arange(100)[None] * 7 % 1024
     with torch.inference_mode():
@@ -149,7 +151,7 @@ def test_the_corpus_is_the_same_text_on_every_machine() -> None:
     assert {
         f"{split}/{language.name}": digest(islice(corpus.documents(split, language=language, num_documents=200), 200))
         for split in ("train", "validation", "heldout")
-        for language in (corpus.NEAR, corpus.FAR)
+        for language in (NEAR, FAR)
     } == json.loads((Path(__file__).parent / "data/corpus-digests.json").read_text())
 
 
@@ -184,7 +186,7 @@ def greedy(model: network.Network, tokenizer: Tokenizer, item: corpus.Item) -> b
     ("items", "least"),
     [
         # Chance is below 0.02 for sums and about 0.1 for a key of a list.
-        (corpus.arithmetic_items, 0.5),
+        (arithmetic_items, 0.5),
         (corpus.recall_items, 0.5),
     ],
 )

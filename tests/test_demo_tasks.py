@@ -12,8 +12,11 @@ import pytest
 from datasets import Dataset
 from lm_eval.tasks import TaskManager
 
-from harness.demo import checkpoint_path, corpus
+from harness.demo import checkpoint_path, corpus, language
 from harness.demo.tasks import items
+from harness.measure import tasks
+from harness.measure.lm import Texts
+from harness.suite.schema import Task
 
 FOLDER = checkpoint_path().parent / "tasks"
 FILES = {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
@@ -104,6 +107,23 @@ def test_the_documents_are_the_same_bytes_on_every_machine(documents: dict[str, 
     }
 
 
+def test_the_digests_of_the_tasks_are_those_of_the_committed_records() -> None:
+    """They cover the source text of the functions that make the documents: a new docstring is another task."""
+    texts = Texts(checkpoint_path())
+    digests = {}
+    for name, file in FILES.items():
+        loaded = tasks.ready_task(tasks.take_task(name, Task(task=str(file)), file), texts, 2048, "torch")
+        digests[name] = loaded.identity["task_digest"][:16]
+    assert digests == {
+        "demo_agreement": "1194c0289987c055",
+        "demo_arithmetic": "073beb5f4723171e",
+        "demo_arithmetic_chat": "9d7a0bebd6911736",
+        "demo_arithmetic_choice": "ad3a968a92903a00",
+        "demo_recall": "3d4bbaaee6295c95",
+        "demo_recall_choice": "00ca1d7fe8f3b69c",
+    }
+
+
 def test_what_lm_eval_passes_changes_no_document(documents: dict[str, list[dict[str, Any]]]) -> None:
     for name, make in MAKERS.items():
         assert make(version=1.0, max_seq_lengths=[4096])["test"].to_list() == documents[name]
@@ -143,8 +163,8 @@ def test_the_answer_is_the_result_and_the_problem_is_held_out_of_training(
         assert problem is not None
         a, sign, b = int(problem[1]), problem[2], int(problem[3])
         assert answer(document) == str(a + b if sign == "+" else a - b)
-        assert corpus._belongs(a, b, sign, "heldout")
-        assert not corpus._belongs(a, b, sign, "train")
+        assert corpus.belongs(a, b, sign, "heldout")
+        assert not corpus.belongs(a, b, sign, "train")
 
 
 def test_no_other_problem_stands_before_the_one_to_solve(documents: dict[str, list[dict[str, Any]]]) -> None:
@@ -169,7 +189,7 @@ def test_the_answer_is_what_the_list_says_and_the_other_choices_are_in_it_too(
 def test_the_verb_agrees_with_the_subject_and_every_noun_between_has_the_other_number(
     documents: dict[str, list[dict[str, Any]]],
 ) -> None:
-    keys = corpus._lexicon(corpus.NEAR).keys
+    keys = language.lexicon(language.NEAR).nouns
     kinds: Counter[tuple[bool, int]] = Counter()
     for document in documents["demo_agreement"]:
         words = document["prompt"].rsplit(". ", 1)[1].lower().split()

@@ -40,7 +40,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return DENSE
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("source") / "moe"
-    net = network.build(network.MOE)
+    net = network.new_network(network.MOE)
     mtp = network.MtpHead(net.config.text_config)
     encoder = tokenizer.Tokenizer.from_file(str(DENSE / "tokenizer.json"))
     network.write_checkpoint(folder, net, mtp, network.MOE, encoder)

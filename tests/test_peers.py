@@ -25,10 +25,11 @@ from harness.errors import UserError
 from harness.measure import perplexity
 from harness.quantize.recipes import recipe_named
 from harness.record.store import Record
-from studies.peers import bench, contest, page, tables
+from studies.peers import contest, page, quality, quantizers, speed, tables
 from studies.peers.__main__ import main
-from studies.peers.agreement import compare
+from studies.peers.agreement import agreement_of
 from studies.peers.contest import COPY, QUALITY, Contestant, Group, Ours, Race, Theirs
+from studies.peers.session import Session, reason
 from studies.peers.stopwatch import timed
 from tests.conftest import census, hear_interruptions, tiny_config
 
@@ -38,9 +39,9 @@ FAILING = Theirs("model_free_ptq", "NVFP4A16", "rtn-a16")
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> bench.Bench:
+def session(tmp_path: Path) -> Session:
     """A session whose other environment has no llm-compressor."""
-    return bench.Bench(
+    return Session(
         their_python=Path(sys.executable),
         their_packages={"llmcompressor": "none"},
         artifacts=tmp_path / "artifacts",
@@ -81,7 +82,7 @@ def test_what_a_process_says_is_kept_apart_and_progress_bars_are_cut_into_lines(
 def test_a_process_that_is_killed_says_so(tmp_path: Path) -> None:
     run = timed([sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"], tmp_path / "log")
     assert run.exit_code == -9
-    assert bench.reason(run.exit_code, run.complaint) == "killed by signal 9: no message"
+    assert reason(run.exit_code, run.complaint) == "killed by signal 9: no message"
 
 
 def is_running(pid: int) -> bool:
@@ -112,7 +113,7 @@ timed([sys.executable, '-S', '-c', {sleeper!r}], Path('log'))"
 
 def test_the_reason_of_a_failure_is_the_exception_at_its_end() -> None:
     complaint = 'Traceback (most recent call last):\n  File "x", line 1\nValueError: expected 2D\n    ^^^^'
-    assert bench.reason(1, complaint) == "exit code 1: ValueError: expected 2D"
+    assert reason(1, complaint) == "exit code 1: ValueError: expected 2D"
 
 
 # -- Fairness ----------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def test_every_race_is_between_contestants_of_its_part() -> None:
 
 def test_both_sides_are_given_the_same_calibration_tokens(tmp_path: Path) -> None:
     source = checkpoint_path("dense")
-    data = bench.write_calibration(source, tmp_path, 32, lambda *_: None)
+    data = quantizers.write_calibration(source, tmp_path, 32, lambda *_: None)
     samples = json.loads(data.token_ids.read_text())
     assert [len(sample) for sample in samples] == [contest.CALIBRATION_TOKENS] * 32
     # Every sample is a piece of the text that our side is told to read.
@@ -180,9 +181,9 @@ def test_both_sides_are_given_the_same_calibration_tokens(tmp_path: Path) -> Non
 
 def test_the_measured_text_is_not_the_calibrations(tmp_path: Path) -> None:
     source = checkpoint_path("dense")
-    data = bench.write_calibration(source, tmp_path, 32, lambda *_: None)
+    data = quantizers.write_calibration(source, tmp_path, 32, lambda *_: None)
     seen = {tuple(sample[i : i + 64]) for sample in json.loads(data.token_ids.read_text()) for i in range(449)}
-    windows = bench.heldout_windows(source, None)
+    windows = quality.heldout_windows(source, None)
     assert [(text, len(cut)) for text, cut in windows.items()] == [("near", 60), ("far", 60)]
     assert not seen & {tuple(cut[i : i + 64]) for one in windows.values() for cut in one for i in range(449)}
 
@@ -197,7 +198,7 @@ def test_a_missing_environment_is_one_sentence(tmp_path: Path, capsys: pytest.Ca
 
 def test_an_environment_without_llm_compressor_is_named() -> None:
     with pytest.raises(UserError, match=r"has no llm-compressor \(importlib.metadata.PackageNotFoundError: .*llmcomp"):
-        bench.their_packages(Path(sys.executable))
+        quantizers.their_packages(Path(sys.executable))
 
 
 @pytest.mark.parametrize(
@@ -209,12 +210,10 @@ def test_a_misspelt_argument_is_named(arguments: list[str], complaint: str, caps
     assert complaint in capsys.readouterr().err
 
 
-def test_a_failing_tool_is_recorded_and_the_others_go_on(
-    session: bench.Bench, dense_source: Path, tmp_path: Path
-) -> None:
+def test_a_failing_tool_is_recorded_and_the_others_go_on(session: Session, dense_source: Path, tmp_path: Path) -> None:
     ours = Ours("rtn-a16")
-    data = bench.Data(tmp_path, tmp_path, "")
-    records = bench._interleaved(
+    data = quantizers.Data(tmp_path, tmp_path, "")
+    records = speed.quantizer_race(
         session, "speed-test", {}, (ours, FAILING), dense_source, tmp_path, data, with_copy=True
     )
     named = tables.by_name(records)
@@ -226,11 +225,11 @@ def test_a_failing_tool_is_recorded_and_the_others_go_on(
     assert [take["output_bytes"] for take in named[COPY].kind("repetition")] == [size, size]
     assert named[ours.name].kind("verdict")[0]["passed"] is True
     assert "No module named 'llmcompressor'" in named[FAILING.name].kind("failure")[0]["reason"]
-    times, _ = tables.speed("test", records, ())
+    times, _ = tables.speed_tables("test", records, ())
     assert [row[-1] for row in times.rows] == ["passed", "failed", tables.NONE]
 
 
-def test_quality_is_measured_once_built_and_reused_the_next_time(session: bench.Bench) -> None:
+def test_quality_is_measured_once_built_and_reused_the_next_time(session: Session) -> None:
     group = Group("A16", Ours("rtn-a16"), (FAILING,))
     source = checkpoint_path("dense")
     steps: list[str] = []
@@ -238,24 +237,24 @@ def test_quality_is_measured_once_built_and_reused_the_next_time(session: bench.
     def noting(done: int, total: int, what: str, note: str = "", /) -> None:
         steps.append(what)
 
-    first = bench.quality(dataclasses.replace(session, progress=noting), source, [group])
+    first = quality.measure_quality(dataclasses.replace(session, progress=noting), source, [group])
     assert [one.run.variant["name"] for one in first] == [group.baseline.name, FAILING.name]
     windows = first[0].kind("window")
     assert [(one["text"], one["num_scored"]) for one in windows] == [("near", 511), ("far", 511)]
     assert all(0 < one["kl_nats"] / one["num_scored"] < 0.2 for one in windows)
     assert first[1].kind("failure") and not first[1].kind("window")
     assert not any("reused" in step for step in steps)
-    again = bench.quality(dataclasses.replace(session, progress=noting), source, [group])
+    again = quality.measure_quality(dataclasses.replace(session, progress=noting), source, [group])
     assert any(step.endswith("rtn-a16: reused") for step in steps)
     assert again[0].samples == first[0].samples
-    assert [row[1] for row in tables.quality("test", first, group).rows] == ["passed", "failed"]
+    assert [row[1] for row in tables.quality_table("test", first, group).rows] == ["passed", "failed"]
 
 
 def test_agreement_counts_every_byte_and_scale_that_differs(dense_source: Path, tmp_path: Path) -> None:
     ours = tmp_path / "ours"
     assert main_harness(["build", str(dense_source), "--recipe", "rtn-a16", "--out", str(ours)]) == 0
     theirs = Path(shutil.copytree(ours, tmp_path / "theirs"))
-    same = compare(dense_source, ours, theirs)
+    same = agreement_of(dense_source, ours, theirs)
     assert same["num_bytes_equal"] == same["num_bytes"] > 0
     assert same["num_scales_equal"] == same["num_scales"] == same["num_bytes"] // 8
     assert same["weight_global_scale_low"] == same["weight_global_scale_high"] == 1.0
@@ -268,7 +267,7 @@ def test_agreement_counts_every_byte_and_scale_that_differs(dense_source: Path, 
     row = scales[1, 0].item()
     scales[1, 0] = row - 1 if row > 1 else row + 1
     save_file(tensors, shard, metadata={"format": "pt"})
-    other = compare(dense_source, ours, theirs)
+    other = agreement_of(dense_source, ours, theirs)
     assert other["num_scales"] - other["num_scales_equal"] == 1
     # One byte was changed; those of the block whose scale was changed may now be others.
     assert 1 <= other["num_bytes"] - other["num_bytes_equal"] <= 9
@@ -295,11 +294,11 @@ def test_a_page_is_written_from_the_newest_records_of_each_part(tmp_path: Path) 
         dataclasses.replace(one, run=dataclasses.replace(one.run, suite=about, session_id=session))
         for one, session in ((old, "0"), (new, "1"))
     ]
-    filled = page.render(records, "results", "reports/peers/README.md", text).decode()
+    filled = page.peers_page(records, "results", "reports/peers/README.md", text).decode()
     assert filled.startswith("before\n") and filled.endswith("after") and "stale" not in filled
     assert "6.01" in filled and "4.01" not in filled
     assert "](../../results/" in filled
-    assert page.render(records, "results", "reports/peers/README.md", filled.encode()).decode() == filled
+    assert page.peers_page(records, "results", "reports/peers/README.md", filled.encode()).decode() == filled
 
 
 # -- Arithmetic of the tables ------------------------------------------------------------------------------------
@@ -341,7 +340,7 @@ def diverging(name: str, near: list[float], far: list[float]) -> Record:
 
 def test_a_race_is_a_ratio_and_says_whether_it_is_won() -> None:
     records = [taken("fast", 2.0, 1.0, 10**8), taken("slow", 24.0, 9.0, 5 * 10**8)]
-    _, standings = tables.speed("test", records, [Race("fast", "slow", 10, memory_share=1 / 4)])
+    _, standings = tables.speed_tables("test", records, [Race("fast", "slow", 10, memory_share=1 / 4)])
     by_what = {row[1]: row[2:] for row in standings.rows}
     assert by_what["whole process"][0].startswith("12.00 [") and by_what["whole process"][2] == "yes"
     assert by_what["call alone"][0].startswith("9.00 [") and by_what["call alone"][2] == "no"
@@ -350,13 +349,13 @@ def test_a_race_is_a_ratio_and_says_whether_it_is_won() -> None:
 
 def test_a_race_that_its_interval_does_not_decide_is_unsure() -> None:
     records = [taken("fast", 1.0, 1.0, 10**8), taken("slow", 10.0, 10.0, 10**8)]
-    _, standings = tables.speed("test", records, [Race("fast", "slow", 10)])
+    _, standings = tables.speed_tables("test", records, [Race("fast", "slow", 10)])
     assert [row[-1] for row in standings.rows] == ["unsure", "unsure"]
 
 
 def test_a_copy_races_the_call_alone() -> None:
     records = [taken("fast", 4.0, 2.0, 10**8), taken(COPY, 1.0, 1.0, 10**8)]
-    _, standings = tables.speed("test", records, [Race("fast", COPY, 1 / 4)])
+    _, standings = tables.speed_tables("test", records, [Race("fast", COPY, 1 / 4)])
     assert [row[1] for row in standings.rows] == ["call alone"]
     assert standings.rows[0][2].startswith("0.50 [") and standings.rows[0][-1] == "yes"
 
@@ -372,7 +371,7 @@ def test_a_share_is_of_the_baseline_and_of_the_best_peer() -> None:
         diverging(peers[0].name, [0.8 * one for one in near], [2 * one for one in far]),
         diverging(peers[1].name, near, far),
     ]
-    table = tables.quality("test", records, group)
+    table = tables.quality_table("test", records, group)
     column = {head: index for index, head in enumerate(table.headers)}
     rows = {row[0]: row for row in table.rows}
     # 50 nats over 2,000 predictions. Divergences in proportion leave a share no spread to draw an interval from.

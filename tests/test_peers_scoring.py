@@ -14,9 +14,10 @@ from harness.demo import checkpoint_path
 from harness.demo.synthesize import synthesize
 from harness.errors import UserError
 from harness.record.store import Record
-from studies.peers import bench, contest, page, races, scoring, tables
+from studies.peers import contest, page, races, scoring, tables
 from studies.peers.__main__ import PARTS, main
 from studies.peers.contest import SEPARATE, STREAMED, Ours, Scorer
+from studies.peers.session import Session
 from studies.peers.stopwatch import Timed
 from tests.conftest import DATA, tiny_config
 
@@ -27,8 +28,8 @@ NEITHER = Scorer("neither")  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> bench.Bench:
-    return bench.Bench(
+def session(tmp_path: Path) -> Session:
+    return Session(
         their_python=tmp_path / "none",
         their_packages={},
         artifacts=tmp_path / "artifacts",
@@ -72,11 +73,11 @@ def scored(one: Scorer, call: float, rss: int, about: dict[str, Any] | None = No
 
 
 def test_one_pass_and_separate_runs_agree_to_the_last_bit_and_with_transformers(
-    session: bench.Bench, dense_source: Path, tmp_path: Path
+    session: Session, dense_source: Path, tmp_path: Path
 ) -> None:
     contestants = (STREAMED, NEITHER, SEPARATE)
     about = {"source": "tiny"}
-    records = scoring.scored(session, "speed-scoring-tiny", about, dense_source, tmp_path, contestants=contestants)
+    records = scoring.scorer_race(session, "speed-scoring-tiny", about, dense_source, tmp_path, contestants=contestants)
     named = tables.by_name(records)
     assert list(named) == [one.name for one in contestants]
     (streamed,), (separate,) = (named[one.name].kind("evaluation") for one in (STREAMED, SEPARATE))
@@ -96,7 +97,7 @@ def test_one_pass_and_separate_runs_agree_to_the_last_bit_and_with_transformers(
     expected = torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:])
     assert streamed["scores"]["source"] == pytest.approx(expected.item(), rel=1e-6)
 
-    times, ratios = tables.of_part(records)
+    times, ratios = tables.tables_of(records)
     assert times.title == "Perplexity of 3 models in float32, demo:tiny, 1 × 512 tokens"
     assert times.rows[0][6:] == times.rows[2][6:] != (tables.NONE,) * 3 == times.rows[1][6:]
     assert [row[:2] for row in ratios.rows] == [
@@ -128,12 +129,12 @@ def test_the_peak_of_a_process_is_the_larger_of_what_it_and_the_kernel_say() -> 
     told = {"seconds": 1.0, "num_items": 1, "num_requests": 1, "scores": {"source": 1.0}}
     run = Timed(0, 2.0, 200, "", "")
     for said, peak in (({}, 200), ({"peak_rss_bytes": 100}, 200), ({"peak_rss_bytes": 300}, 300)):
-        assert races.Answered(run, {**told, **said}).sample(0)["peak_rss_bytes"] == peak
+        assert races.JobRun(run, {**told, **said}).sample(0)["peak_rss_bytes"] == peak
 
 
-def test_a_variant_that_is_not_built_is_one_sentence(session: bench.Bench, dense_source: Path, tmp_path: Path) -> None:
+def test_a_variant_that_is_not_built_is_one_sentence(session: Session, dense_source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"w4a4-absmax-rtn of tiny was not built \(exit code 2: .+\)"):
-        scoring.scored(
+        scoring.scorer_race(
             *(session, "speed-scoring-tiny", {"source": "tiny"}, dense_source, tmp_path),
             variants=[Ours("w4a4", "absmax", "rtn")],
         )
@@ -157,7 +158,7 @@ def test_scoring_needs_no_other_environment(
     monkeypatch.setattr(scoring, "synthetic", lambda *_: [scored(STREAMED, 2.0, 10**9), scored(SEPARATE, 4.0, 10**9)])
     monkeypatch.setattr(scoring, "embedded", lambda *_: [scored(STREAMED, 1.0, 10**9)])
     nowhere = str(tmp_path / "none")
-    others = ("--peers-python", nowhere, "--evals-python", nowhere, "--vllm-python", nowhere)
+    others = ("--peers-python", nowhere, "--tasks-python", nowhere, "--vllm-python", nowhere)
     assert main(["speed-scoring", "--json", *others, "--results", str(tmp_path)]) == 0
     shown = json.loads(capsys.readouterr().out)["tables"]
     assert [len(table["rows"]) for table in shown] == [2, 3, 1, 0]
@@ -166,16 +167,16 @@ def test_scoring_needs_no_other_environment(
 def test_a_page_names_the_word_that_measures_each_block() -> None:
     assert set(page.PARTS.values()) <= set(PARTS)
     blocks = "".join(f"<!-- harness:begin {one} suite=peers -->\n<!-- harness:end {one} -->\n" for one in page.PARTS)
-    empty = page.render([], "results", "reports/peers/README.md", blocks.encode()).decode()
+    empty = page.peers_page([], "results", "reports/peers/README.md", blocks.encode()).decode()
     for part, word in (("speed-scoring-synthetic", "speed-scoring"), ("quality-moe", "quality")):
         block = empty.partition(f"harness:begin {part} ")[2].partition("harness:end")[0]
         assert f"No record yet: run `nox -s peers -- {word}`." in block
 
 
-def test_both_races_have_a_block_on_the_page(session: bench.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_races_have_a_block_on_the_page(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[str] = []
     monkeypatch.setattr(scoring, "synthesize", lambda *_, **__: 0)
-    monkeypatch.setattr(scoring, "scored", lambda _, part, *__: parts.append(part))
+    monkeypatch.setattr(scoring, "scorer_race", lambda _, part, *__: parts.append(part))
     scoring.synthetic(session, DATA / "qwen3.5-9b.json")
     scoring.embedded(session, checkpoint_path("dense"))
     assert parts == [part for part, word in page.PARTS.items() if word == "speed-scoring"]
@@ -188,7 +189,7 @@ def test_a_page_shows_the_newest_session_of_each_race() -> None:
     )
     old, new = scored(STREAMED, 3.0, 10**9), scored(STREAMED, 7.0, 10**9)
     new = dataclasses.replace(new, run=dataclasses.replace(new.run, session_id="1"))
-    filled = page.render([old, new], "results", "reports/peers/README.md", text.encode()).decode()
+    filled = page.peers_page([old, new], "results", "reports/peers/README.md", text.encode()).decode()
     assert "7.02" in filled and "3.01" not in filled
     assert filled.count("No record yet: run `nox -s peers -- speed-scoring`.") == 1
 
@@ -197,7 +198,7 @@ def test_a_page_shows_the_newest_session_of_each_race() -> None:
 
 
 def test_what_one_pass_takes_is_a_share_of_what_separate_runs_take() -> None:
-    times, ratios = tables.scoring("test", [scored(STREAMED, 2.0, 10**9), scored(SEPARATE, 4.0, 4 * 10**9)])
+    times, ratios = tables.scoring_tables("test", [scored(STREAMED, 2.0, 10**9), scored(SEPARATE, 4.0, 4 * 10**9)])
     column = {head: index for index, head in enumerate(times.headers)}
     rows = {row[0]: row for row in times.rows}
     # 3,066 tokens in 4.01 seconds, the median of six.
@@ -216,7 +217,7 @@ def test_scores_that_differ_in_their_last_bit_are_seen() -> None:
     for sample in other.samples:
         sample["scores"] = {**sample["scores"], "source": 10.250000000000002}
     other.samples[1]["scores"]["rtn-a16"] = 10.75
-    times, _ = tables.scoring("test", [scored(STREAMED, 2.0, 10**9), other])
+    times, _ = tables.scoring_tables("test", [scored(STREAMED, 2.0, 10**9), other])
     assert times.headers[-3:] == ("source", "rtn-a16", "rtn-a16-search")
     assert times.rows[0][-3:] == ("10.25", "10.5", "10.375")
     assert times.rows[1][-3:] == ("10.250000000000002", "10.5 … 10.75", "10.375")
@@ -225,5 +226,5 @@ def test_scores_that_differ_in_their_last_bit_are_seen() -> None:
 def test_one_scorer_alone_has_no_ratio() -> None:
     failed = make_record("peers", SEPARATE.name, [{"kind": "failure", "reason": "boom"}])
     for records in ([scored(STREAMED, 2.0, 10**9)], [scored(STREAMED, 2.0, 10**9), failed]):
-        _, ratios = tables.scoring("test", records)
+        _, ratios = tables.scoring_tables("test", records)
         assert ratios.rows == ()

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def drawn_from() -> Populations:
     records, _ = store.read_all(ROOT / "results")
-    return populations.read(records)
+    return populations.populations_in(records)
 
 
 def untold(done: int, total: int, description: str, note: str = "", /) -> None:
@@ -55,7 +55,7 @@ def test_every_file_that_is_drawn_from_is_committed(drawn_from: Populations) -> 
 
 def test_missing_records_are_named() -> None:
     with pytest.raises(UserError, match=r"no whole peers record of \S+ in quality-dense"):
-        populations.read([])
+        populations.populations_in([])
 
 
 def test_autocorrelation_is_that_of_neighbours() -> None:
@@ -102,19 +102,19 @@ def test_articles_are_correlated_as_stated_and_keep_the_mean_and_spread(
     [(0.0, 2.0, "covered"), (1.0, 1.0, "covered"), (1.1, 2.0, "truth_below"), (0.0, 0.9, "truth_above")],
 )
 def test_an_interval_covers_or_misses_to_a_side(low: float, high: float, outcome: str) -> None:
-    (result,) = scenarios.run([always(Estimate(1.0, low, high, 5, "any"), 1.0)], 3, 0, untold)
+    (result,) = scenarios.simulate([always(Estimate(1.0, low, high, 5, "any"), 1.0)], 3, 0, untold)
     assert result.counts == {outcome: 3}
 
 
 def test_no_interval_covers_nothing() -> None:
-    (result,) = scenarios.run([always(Estimate(1.0, None, None, 5, "any"), 1.0)], 4, 0, untold)
+    (result,) = scenarios.simulate([always(Estimate(1.0, None, None, 5, "any"), 1.0)], 4, 0, untold)
     assert result.counts == {"without": 4} and result.num_right == 0
 
 
 def test_the_same_seed_counts_the_same_alone_and_among_others(drawn_from: Populations) -> None:
-    chosen = [one for one in scenarios.everything(drawn_from) if one.group == scenarios.STARTS]
-    assert scenarios.run(chosen, 20, 1, untold)[3:5] == scenarios.run(chosen[3:5], 20, 1, untold)
-    assert scenarios.run(chosen, 20, 1, untold) != scenarios.run(chosen, 20, 2, untold)
+    chosen = [one for one in scenarios.all_scenarios(drawn_from) if one.group == scenarios.STARTS]
+    assert scenarios.simulate(chosen, 20, 1, untold)[3:5] == scenarios.simulate(chosen[3:5], 20, 1, untold)
+    assert scenarios.simulate(chosen, 20, 1, untold) != scenarios.simulate(chosen, 20, 2, untold)
 
 
 @pytest.mark.parametrize(
@@ -127,15 +127,15 @@ def test_the_same_seed_counts_the_same_alone_and_among_others(drawn_from: Popula
     ],
 )
 def test_coverage_is_judged_with_its_own_uncertainty(counts: dict[str, int], verdict: str) -> None:
-    assert page.verdict(counted(**counts)) == verdict
+    assert page.verdict_on(counted(**counts)) == verdict
 
 
 def test_alarms_and_power_are_judged_to_their_side() -> None:
     alarms = dataclasses.replace(counted(yes=80, no=920), goal="false alarms", level=0.05)
     power = dataclasses.replace(counted(yes=700, no=300), goal="power", level=0.8)
-    assert (page.verdict(alarms), page.verdict(power)) == ("too many", "short")
-    assert page.verdict(dataclasses.replace(alarms, counts={"no": 1000})) == "kept"
-    assert page.verdict(dataclasses.replace(power, counts={"yes": 1000})) == "kept"
+    assert (page.verdict_on(alarms), page.verdict_on(power)) == ("too many", "short")
+    assert page.verdict_on(dataclasses.replace(alarms, counts={"no": 1000})) == "kept"
+    assert page.verdict_on(dataclasses.replace(power, counts={"yes": 1000})) == "kept"
 
 
 # -- A quick simulation ------------------------------------------------------------------------------------------
@@ -146,35 +146,36 @@ def quick(drawn_from: Populations) -> list[Result]:
     """100 draws of what is quick: a share of 95 % is known to 2.2 % (one standard error)."""
     chosen = [
         one
-        for one in scenarios.everything(drawn_from)
+        for one in scenarios.all_scenarios(drawn_from)
         if one.num in (10, 20, 30, 60) or (one.group == scenarios.TEXT and one.num == 215)
     ]
     patch = pytest.MonkeyPatch()
     patch.setattr(stats, "RESAMPLES", 499)
-    found = scenarios.run(chosen, 100, 0, untold)
+    found = scenarios.simulate(chosen, 100, 0, untold)
     patch.undo()
     return found
 
 
 @pytest.mark.parametrize("group", [scenarios.LOSSES, scenarios.DIVERGENCES, scenarios.REPETITIONS])
 def test_intervals_over_twenty_and_more_units_cover_their_truth(quick: list[Result], group: str) -> None:
-    shares = {(one.data, one.num): page.share(one)[0] for one in quick if one.group == group and one.num >= 20}
+    shares = {(one.data, one.num): page.share_of(one)[0] for one in quick if one.group == group and one.num >= 20}
     assert shares and all(share >= 0.95 - 0.11 for share in shares.values()), shares
 
 
 def test_false_alarms_are_rare(quick: list[Result]) -> None:
-    shares = {(one.function, one.num): page.share(one)[0] for one in quick if one.goal == "false alarms"}
+    shares = {(one.function, one.num): page.share_of(one)[0] for one in quick if one.goal == "false alarms"}
     assert shares and all(share <= 0.05 + 0.06 for share in shares.values()), shares
 
 
 def test_the_simulation_sees_where_repetitions_are_taken_for_independent(quick: list[Result]) -> None:
-    covered = {one.function: page.share(one)[0] for one in quick if one.group == scenarios.STARTS and one.spread == 3.0}
+    starts = [one for one in quick if one.group == scenarios.STARTS and one.spread == 3.0]
+    covered = {one.function: page.share_of(one)[0] for one in starts}
     assert covered["hodges_lehmann_ratio"] < 0.75 < 0.86 <= covered["ratio_of_groups"]
 
 
 def test_the_simulation_sees_where_windows_are_taken_for_independent(quick: list[Result]) -> None:
     covered = {
-        one.function: page.share(one)[0]
+        one.function: page.share_of(one)[0]
         for one in quick
         if one.group == scenarios.TEXT and one.num == 215 and "KL" in one.data
     }
@@ -192,7 +193,7 @@ def test_the_committed_page_and_figure_follow_from_the_committed_counts(monkeypa
 def test_the_committed_counts_are_of_every_scenario(drawn_from: Populations) -> None:
     document = json.loads((ROOT / COUNTS).read_text())
     stored = [(one.group, one.data, one.function, one.num) for one in page.results_of(document)]
-    assert stored == [(one.group, one.data, one.function, one.num) for one in scenarios.everything(drawn_from)]
+    assert stored == [(one.group, one.data, one.function, one.num) for one in scenarios.all_scenarios(drawn_from)]
     assert {one.num_draws for one in page.results_of(document)} == {document["num_draws"]}
     assert document["num_resamples"] == stats.RESAMPLES
     assert all((ROOT / "results" / file).is_file() for file in document["records"])

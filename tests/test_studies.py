@@ -18,8 +18,8 @@ PACKAGE = {
 }
 ELSEWHERE = ("studies/peers/compressor.py", "studies/peers/stopwatch.py")
 """What runs in an environment without the harness."""
-ONLY_IN = {"lm_eval": "studies/peers/evaluator.py", "llmcompressor": "studies/peers/compressor.py"}
-NUM_LINES, NUM_FUNCTION_LINES = 530, 90
+ONLY_IN = {"lm_eval": "studies/peers/answerer.py", "llmcompressor": "studies/peers/compressor.py"}
+NUM_LINES, NUM_FUNCTION_LINES = 450, 90
 
 
 def imported(tree: ast.AST) -> set[str]:

@@ -15,7 +15,7 @@ SUITE = Path(__file__).parent / "demo.toml"
 
 
 def checkpoint_path(name: str = "dense") -> Path:
-    """The folder of an embedded checkpoint."""
+    """The folder of an embedded checkpoint, `dense` or `moe`; `UserError` for another name."""
     root = Path(__file__).parent
     available = sorted(config.parent.name for config in root.glob("*/config.json"))
     if name not in available:
@@ -24,7 +24,7 @@ def checkpoint_path(name: str = "dense") -> Path:
 
 
 def task_file(name: str) -> Path:
-    """The lm-eval file of an embedded task, such as `recall`."""
+    """The lm-eval file of an embedded task, such as `recall`; `UserError` for another name."""
     folder = Path(__file__).parent / "tasks"
     available = sorted(file.stem.removeprefix("demo_") for file in folder.glob("demo_*.yaml"))
     if name not in available:

@@ -1,8 +1,8 @@
 """Random weights in a configuration's true shapes: a checkpoint for speed and size work without a download.
 
-Every tensor that the configuration calls for is there (text layers, vision tower, MTP head, embeddings), with
-magnitudes like a trained model's, so plan, build and verify do on it exactly what they will do on the real one.
-It predicts nothing. Its tokenizer is the demo models', so that it can be calibrated on any text.
+The checkpoint has every tensor that the configuration calls for (text layers, vision tower, MTP head, embeddings), with
+magnitudes like a trained model's, so plan, build and verify do with it exactly what they do with the real model. Its
+predictions mean nothing. Its tokenizer is the embedded models', so that any text can calibrate it.
 """
 
 import copy
@@ -43,11 +43,11 @@ def synthesize(
     seed: int,
     progress: Progress,
 ) -> int:
-    """Writes the checkpoint into the new folder `out` and returns its bytes.
+    """Writes the checkpoint into the new folder `out` and returns its size in bytes.
 
-    `num_layers` and `vocab_size` cut the model down; None keeps the configuration's. Weights are BF16, normal
-    with standard deviation 1/sqrt(row length); norms and one-dimensional tensors are small around zero. The
-    same arguments give the same bytes.
+    `num_layers` and `vocab_size` cut the model down; None keeps the configuration's number. Weights are BF16 and normal
+    with a standard deviation of 1/sqrt(row length); norms and other one-dimensional tensors are small around zero. The
+    same arguments give the same bytes. `UserError` if `out` exists or the disk is too full.
     """
     config = copy.deepcopy(dict(config))
     text = config.get("text_config")

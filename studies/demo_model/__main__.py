@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from studies.demo_model import network
-from studies.demo_model.evaluate import evaluate
-from studies.demo_model.train import train
+from studies.demo_model.figures import figures_of
+from studies.demo_model.train import Training, train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains with `--out`, evaluates with `--evaluate`."""
+    """Trains if `--out` is given, and prints figures of a checkpoint if `--evaluate` is."""
     parser = argparse.ArgumentParser(
         prog="python -m studies.demo_model",
         description="Train an embedded model, or print what a written checkpoint has learnt.",
@@ -39,9 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.evaluate:
-        json.dump(asdict(evaluate(options.evaluate)), sys.stdout, indent=2)
+        json.dump(asdict(figures_of(options.evaluate)), sys.stdout, indent=2)
     else:
-        train(options)
+        train(
+            Training(
+                model=options.model,
+                out=options.out,
+                state=options.state,
+                seed=options.seed,
+                workers=options.workers,
+                steps=tuple(options.steps) if options.steps else None,
+                mtp_steps=options.mtp_steps,
+            )
+        )
 
 
 if __name__ == "__main__":

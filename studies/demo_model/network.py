@@ -1,17 +1,16 @@
-"""The demo checkpoints: their shapes, the MTP head that transformers lacks, the files they are written as.
+"""The embedded checkpoints: their shapes, the MTP head that transformers lacks, and the files of a checkpoint.
 
-The dense model is `Qwen3_5ForConditionalGeneration` as transformers has it: eight layers, three DeltaNet layers
-to one of full attention, with every width that NVFP4 kernels will see a multiple of 128, and DeltaNet heads of
-64 because vLLM's CPU kernels take none smaller. Attention and recurrence run in both engines unchanged.
+The dense model is `Qwen3_5ForConditionalGeneration` as transformers has it. It has eight layers, three DeltaNet layers
+to one of full attention. Every width that NVFP4 kernels see is a multiple of 128, and DeltaNet heads are 64 wide
+because vLLM's CPU kernels take no smaller heads. Attention and recurrence run in both engines unchanged.
 
 The MoE model is `Qwen3_5MoeForConditionalGeneration` of the same size: every MLP of 384 channels becomes a shared
-expert of 128 and eight routed experts of 32, of which a token takes two. It starts as the trained dense model cut
-up that way (`upcycle`), so a short training is enough.
+expert of 128 and eight routed experts of 32, of which a token takes two. Its training starts from the trained dense
+model cut up in this way (`upcycle`), so a short training is enough.
 
-The multi-token-prediction head is not in transformers; `MtpHead` is it, with the semantics vLLM runs: at
-position t it reads the embedding of token t+1 and the trunk's hidden state of t *after the final norm*, each
-through a norm of its own, embedding first, and predicts token t+2 through one full-attention layer, a norm
-and the shared `lm_head`.
+transformers does not have the multi-token-prediction head. `MtpHead` computes what vLLM computes: at position t it
+reads the embedding of token t+1 and the trunk's hidden state of t *after the final norm*, each through a norm of its
+own, embedding first, and predicts token t+2 through one full-attention layer, a norm and the shared `lm_head`.
 """
 
 from __future__ import annotations
@@ -112,6 +111,10 @@ DENSE: dict[str, Any] = {
 """config.json of the dense demo model, field for field as the published checkpoints write theirs."""
 
 
+def _is_moe(config: dict[str, Any]) -> bool:
+    return "num_experts" in config["text_config"]
+
+
 def _moe() -> dict[str, Any]:
     config = copy.deepcopy(DENSE)
     config |= {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
@@ -138,18 +141,10 @@ Network = Qwen3_5ForConditionalGeneration | Qwen3_5MoeForConditionalGeneration
 TextConfig = Qwen3_5TextConfig | Qwen3_5MoeTextConfig
 
 
-def is_moe(config: dict[str, Any]) -> bool:
-    return "num_experts" in config["text_config"]
-
-
-def model_class(config: dict[str, Any]) -> Any:
-    return Qwen3_5MoeForConditionalGeneration if is_moe(config) else Qwen3_5ForConditionalGeneration
-
-
-def build(config: dict[str, Any]) -> Network:
-    """A freshly initialized model in float32; seed torch before."""
-    configured = (Qwen3_5MoeConfig if is_moe(config) else Qwen3_5Config)(**config)
-    model: Network = model_class(config)(configured)
+def new_network(config: dict[str, Any]) -> Network:
+    """A freshly initialized model in float32; seed torch before the call."""
+    model_class: Any = Qwen3_5MoeForConditionalGeneration if _is_moe(config) else Qwen3_5ForConditionalGeneration
+    model: Network = model_class((Qwen3_5MoeConfig if _is_moe(config) else Qwen3_5Config)(**config))
     nn.Module.to(model, torch.float32)
     mixers = [module for module in model.modules() if isinstance(module, Qwen3_5GatedDeltaNet)]
     for index, mixer in enumerate(mixers):
@@ -159,12 +154,12 @@ def build(config: dict[str, Any]) -> Network:
 
 @torch.no_grad()
 def _start_by_looking_up(mixer: Qwen3_5GatedDeltaNet, distance: int) -> None:
-    """Initialize a DeltaNet layer as the associative memory that it can be.
+    """Initializes a DeltaNet layer as an associative memory.
 
-    Its state maps keys to values. Let the key of a position be the token `distance` before it, its value the
-    token itself, and the query one token less far back, in the same projection as the key: then what the
-    state answers is what followed the last time, and lists can be looked up from the first step. From random
-    filters a model of this size does not find that out in the time a CPU has: after 2.5 M tokens it had not.
+    The state of the layer maps keys to values. Let the key of a position be the token `distance` before it, its value
+    the token itself, and the query the token one place nearer, in the same projection as the key. Then the state
+    answers with the token that followed the last time, and lists can be looked up from the first step. From random
+    filters a model of this size does not learn that in the time that a CPU has: after 2.5 M tokens it had not.
     """
     key_dim = mixer.key_dim
     projection, taps = mixer.in_proj_qkv.weight, mixer.conv1d.weight[:, 0]  # [channel, width], [channel, tap]
@@ -180,12 +175,11 @@ def _start_by_looking_up(mixer: Qwen3_5GatedDeltaNet, distance: int) -> None:
 
 @torch.no_grad()
 def upcycle(dense: dict[str, torch.Tensor], config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """The weights of a dense model, MTP head included, cut up into those of the MoE model of `config`.
+    """The weights of the MoE model of `config`, made by cutting up those of a dense model, MTP head included.
 
-    The channels of an MLP with the largest weights become the shared expert, the others are dealt out to the routed
-    experts: sparse upcycling (arXiv 2212.05055) by splitting instead of copying, so that the size stays. A shared
-    expert passes through a sigmoid gate that starts at one half, and so do the two routed ones: their output matrices
-    are doubled.
+    This is sparse upcycling (arXiv 2212.05055) by splitting instead of copying, so that the size stays. The channels of
+    an MLP with the largest weights become the shared expert; the other channels are dealt out to the routed experts.
+    The gates of the shared expert and of the two routed experts start at one half, so the output matrices are doubled.
     """
     text = config["text_config"]
     num_experts, shared_width = text["num_experts"], text["shared_expert_intermediate_size"]
@@ -213,11 +207,11 @@ def upcycle(dense: dict[str, torch.Tensor], config: dict[str, Any], seed: int) -
 def spread_channels(weights: dict[str, torch.Tensor], config: dict[str, Any], seed: int, *, undo: bool = False) -> None:
     """Gives hidden channels unequal magnitudes, in place, without changing a bit of what the model computes.
 
-    In large models a few channels are much larger than their neighbours, and a block of 16 weights pays for its
-    largest one; a small model trained for minutes has no such channels, and 4-bit weights cost it next to nothing. So
-    every channel between `up_proj` and `down_proj` (of experts too), and between `v_proj` and `o_proj`, is scaled by
-    1/2, 1 or 2 on one side and by the inverse on the other. Both pairs are linear in the channel, and powers of two are
-    exact in BF16. `weights` are those of the text model and may carry any prefix; `undo` takes the same seed back.
+    In large models a few channels are much larger than their neighbours, and a block of 16 weights pays for its largest
+    weight. A small model trained for minutes has no such channels, and 4-bit weights cost it next to nothing. So every
+    channel between `up_proj` and `down_proj` (of experts too), and between `v_proj` and `o_proj`, is scaled by 1/2, 1
+    or 2 on one side and by the inverse on the other. Both pairs are linear in the channel, and powers of two are exact
+    in BF16. `weights` are the text model's, under any prefix. `undo` takes back the scaling by the same seed.
     """
     text = config["text_config"]
     num_kv_heads, head_dim = text["num_key_value_heads"], text["head_dim"]
@@ -231,12 +225,12 @@ def spread_channels(weights: dict[str, torch.Tensor], config: dict[str, Any], se
     (prefix,) = {name[: name.index("layers.0.")] for name in weights if "layers.0.mlp." in name}
     for layer in range(text["num_hidden_layers"]):
         names = f"{prefix}layers.{layer}."
-        if is_moe(config):
+        if _is_moe(config):
             channels = factors(text["num_experts"], text["moe_intermediate_size"])
             up = weights[f"{names}mlp.experts.gate_up_proj"][:, text["moe_intermediate_size"] :]
             up.div_(channels[..., None])
             weights[f"{names}mlp.experts.down_proj"].mul_(channels[:, None, :])
-        mlp = f"{names}mlp.shared_expert." if is_moe(config) else f"{names}mlp."
+        mlp = f"{names}mlp.shared_expert." if _is_moe(config) else f"{names}mlp."
         channels = factors(weights[f"{mlp}up_proj.weight"].shape[0])
         weights[f"{mlp}up_proj.weight"].div_(channels[:, None])
         weights[f"{mlp}down_proj.weight"].mul_(channels)
@@ -248,7 +242,7 @@ def spread_channels(weights: dict[str, torch.Tensor], config: dict[str, Any], se
 
 
 class MtpHead(nn.Module):
-    """Predicts the token after next; parameter names are the checkpoint's without `mtp.`."""
+    """Predicts the token after the next; its parameters are named as in the checkpoint, without `mtp.`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -266,7 +260,7 @@ class MtpHead(nn.Module):
     def forward(
         self, next_embeddings: torch.Tensor, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """Embeddings of tokens t+1, hidden states of t, [batch, time, width]: states for `lm_head`."""
+        """States for `lm_head`, of the embeddings of tokens t+1 and hidden states of t, all [batch, time, width]."""
         joined = [self.pre_fc_norm_embedding(next_embeddings), self.pre_fc_norm_hidden(hidden)]
         state = self.fc(torch.cat(joined, dim=-1))
         for layer in self.layers:
@@ -314,7 +308,7 @@ def write_checkpoint(
     config: dict[str, Any],
     encoder: Tokenizer,
 ) -> None:
-    """Every file of a published checkpoint: BF16 weights in two shards of equal size, configs, tokenizer."""
+    """Writes every file of a published checkpoint: BF16 weights in two shards of equal size, configs, tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = dict(net.state_dict()) | {f"mtp.{name}": tensor for name, tensor in mtp.state_dict().items()}
     tensors = {name: tensors[name].detach().to(torch.bfloat16).contiguous() for name in sorted(tensors)}
@@ -339,11 +333,11 @@ def write_checkpoint(
     tokenizer.write_json(directory / "preprocessor_config.json", images)
     videos = _VISION_INPUT | {"video_processor_type": "Qwen3VLVideoProcessor"}
     tokenizer.write_json(directory / "video_preprocessor_config.json", videos)
-    tokenizer.write(encoder, directory)
+    tokenizer.write_files(encoder, directory)
 
 
 def read_mtp(directory: Path, config: TextConfig) -> MtpHead:
-    """The head of a written checkpoint, in float32."""
+    """The MTP head of a written checkpoint, in float32."""
     state = {
         name.removeprefix("mtp."): tensor for name, tensor in read_weights(directory).items() if name.startswith("mtp.")
     }
@@ -353,7 +347,7 @@ def read_mtp(directory: Path, config: TextConfig) -> MtpHead:
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a written checkpoint, as they are stored."""
+    """All tensors of a written checkpoint by name, as they are stored."""
     weights = {}
     for shard in sorted(directory.glob("*.safetensors")):
         weights.update(load_file(shard))

@@ -1,10 +1,9 @@
-"""The demo models' tokenizer: byte-level BPE of exactly 1024 ids, in the one pipeline every reader agrees on.
+"""The embedded models' tokenizer: byte-level BPE of exactly 1024 ids, in the pipeline that all readers agree on.
 
-transformers does not always run the pipeline that tokenizer.json describes: for this family some releases
-rebuild it (NFC, the family's split pattern, byte level without a pattern of its own) around the file's
-vocabulary and merges. A file made with any other pipeline therefore gives other ids under other releases.
-This one is made with exactly that pipeline, so it means the same to the `tokenizers` library and to every
-`AutoTokenizer`.
+transformers does not always run the pipeline that tokenizer.json describes: for this family some releases rebuild it
+(NFC, the family's split pattern, byte level without a pattern of its own) around the file's vocabulary and merges. A
+file made with another pipeline therefore gives other ids under other releases. This tokenizer has exactly that
+pipeline, so it means the same to the `tokenizers` library and to every `AutoTokenizer`.
 
 The chat template is ChatML with the family's thinking switch: `enable_thinking` opens the answer with
 `<think>`, otherwise an empty thought is already closed. `corpus.render_chat` renders the same for training.
@@ -38,7 +37,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 PLAIN_TOKENS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
-"""One id each, but kept when special tokens are dropped from decoded text."""
+"""Tokens of one id that stay when special tokens are dropped from decoded text."""
 _ADDED = SPECIAL_TOKENS + PLAIN_TOKENS
 
 CHAT_TEMPLATE = """\
@@ -76,8 +75,8 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build(texts: Iterable[str]) -> Tokenizer:
-    """Learn the merges from the texts."""
+def learn(texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer whose merges are learnt from the texts; `ValueError` if they are too few for all ids."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -103,8 +102,8 @@ def _added_token(token: str) -> AddedToken:
     return AddedToken(token, special=token in SPECIAL_TOKENS, normalized=False)
 
 
-def write(tokenizer: Tokenizer, directory: Path) -> None:
-    """The files that published checkpoints of the family ship."""
+def write_files(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes the tokenizer files of a published checkpoint of the family."""
     tokenizer.save(str(directory / "tokenizer.json"))
     tokenizer.model.save(str(directory))  # vocab.json, merges.txt
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
@@ -138,4 +137,5 @@ def write(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as published checkpoints write JSON: two spaces of indentation, a line end last."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,23 +1,21 @@
 """Training of an embedded model: tokenizer, trunk, then the MTP head on the frozen trunk; then the checkpoint.
 
-The stages, the seed and the number of workers fix the weights, up to the rounding of a machine's matrix
-kernels. Three stages make the trunk: drills, in which looking things up is all there is to learn; a mix of
-them with the corpus; and the corpus alone in longer windows, while the learning rate falls to zero. No text
-is seen twice. Hidden matrices are trained by Muon (orthogonalized momentum), everything else by AdamW, over
-float32 weights, and in bfloat16 autocast where the processor multiplies bfloat16. `--workers` single-threaded
-processes each take a share of every batch and sum their gradients: on a busy machine that loses less to waiting
-than threads do.
+The stages, the seed and the number of workers fix the weights, up to the rounding of a machine's matrix kernels. Three
+stages make the trunk: drills, in which looking things up is all there is to learn; a mix of drills with the corpus; and
+the corpus alone in longer windows, while the learning rate falls to zero. No text is seen twice. Muon (orthogonalized
+momentum) trains the hidden matrices and AdamW everything else, over float32 weights, and in bfloat16 autocast where the
+processor multiplies bfloat16. Several single-threaded workers each take a share of every batch and sum their gradients:
+on a busy machine they wait less for each other than threads do.
 
-The MoE model starts as the embedded dense one, cut up into experts, and takes one stage more; a loss on the
-router's balance keeps all experts in use.
+The MoE model starts as the embedded dense model, cut up into experts, and takes one stage more; a loss on the balance
+of its routers keeps all experts in use.
 
-On two cores the dense model takes about 35 minutes, the MoE model on top of it 10. A finished stage is kept in
-`--state`, and a second run goes on after it, so an interrupted training loses one stage at most.
+On two cores the dense model takes about 35 minutes, and the MoE model another 10. A finished stage is kept, and a
+second run continues after it, so an interrupted training loses one stage at most.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import tempfile
 import time
@@ -38,7 +36,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 from harness.demo import checkpoint_path, corpus
-from studies.demo_model import network, tokenizer
+from studies.demo_model import drills, network, tokenizer
 
 log = logging.getLogger("studies.demo_model")
 
@@ -64,8 +62,8 @@ class Stage:
 
 TRUNK_STAGES = {
     "dense": (
-        Stage("drills", 400, batch=8, window=128, first_document=0, mix=corpus.DRILLS),
-        Stage("mixed", 1000, batch=8, window=256, first_document=1_000_000, mix=corpus.WITH_DRILLS),
+        Stage("drills", 400, batch=8, window=128, first_document=0, mix=drills.DRILLS),
+        Stage("mixed", 1000, batch=8, window=256, first_document=1_000_000, mix=drills.WITH_DRILLS),
         Stage("standard", 900, batch=6, window=512, first_document=2_000_000, decay=True),
     ),
     "moe": (
@@ -75,7 +73,7 @@ TRUNK_STAGES = {
             batch=4,
             window=512,
             first_document=4_000_000,
-            mix=corpus.WITH_CHAT,
+            mix=drills.WITH_CHAT,
             learning_rate=2e-3,
             decay=True,
         ),
@@ -86,20 +84,40 @@ MTP_STAGES = {
     "moe": Stage("mtp", 60, batch=4, window=512, first_document=5_000_000, learning_rate=2e-3, decay=True),
 }
 BALANCE_WEIGHT = 0.01
-"""Of the router's load-balancing loss (arXiv 2101.03961)."""
+"""The weight of the routers' load-balancing loss (arXiv 2101.03961)."""
 WARMUP_STEPS = 50
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is trained: the options of the command line."""
+
+    model: str
+    """A name in `network.CONFIGS`."""
+    out: Path
+    """The folder of the checkpoint."""
+    state: Path
+    """The folder of finished stages."""
+    seed: int
+    workers: int
+    steps: tuple[int, ...] | None
+    """Steps of each stage of the trunk; None for the stages' own."""
+    mtp_steps: int | None
+    """Steps of the MTP head; None for the stage's own."""
+
+
 def token_stream(encoder: Tokenizer, stage: Stage, chunk_documents: int = 4_000) -> Iterator[np.ndarray]:
-    """The stage's ids without end, in chunks of documents."""
+    """Yields the token ids of the stage's text without end, each time those of a chunk of documents."""
     for first in count(stage.first_document, chunk_documents):
-        chunk = corpus.documents("train", num_documents=chunk_documents, first=first, mix=stage.mix)
+        chunk = corpus.documents(
+            "train", num_documents=chunk_documents, first=first, mix=stage.mix, makers=drills.MAKERS
+        )
         encodings = encoder.encode_batch([document.text + corpus.END_OF_TEXT for document in chunk])
         yield np.concatenate([np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings])
 
 
 def batches(encoder: Tokenizer, stage: Stage) -> Iterator[torch.Tensor]:
-    """One batch [batch, window + 1] per step; each window starts with the token that ended the one before."""
+    """Yields the ids [batch, window + 1] of every step; a window starts with the last token of the window before it."""
     stream, buffer = token_stream(encoder, stage), np.empty(0, dtype=np.int64)
     size = stage.batch * stage.window
     for _ in range(stage.num_steps):
@@ -111,7 +129,7 @@ def batches(encoder: Tokenizer, stage: Stage) -> Iterator[torch.Tensor]:
 
 
 class Optimizer:
-    """Muon for hidden matrices, AdamW for the rest; warm up, then hold or decay to zero."""
+    """Muon for hidden matrices and AdamW for the rest; the learning rate warms up, then holds or falls to zero."""
 
     def __init__(self, module: nn.Module, stage: Stage) -> None:
         hidden: list[nn.Parameter] = []
@@ -129,7 +147,7 @@ class Optimizer:
         self._stage = stage
 
     def step(self, step: int) -> None:
-        """Apply the gradients of step number `step`, summed over the workers."""
+        """Applies the gradients of step number `step`, averaged over the workers."""
         if dist.is_initialized():
             gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -148,7 +166,7 @@ class Optimizer:
 
 
 def _keep_delta_rule_in_float32() -> None:
-    """Autocast would round the delta rule's products to bfloat16: less accurate and, on a CPU, slower."""
+    """Takes the delta rule out of autocast, which would make it less accurate and, on a CPU, slower."""
     reference = modeling_qwen3_5.torch_chunk_gated_delta_rule
 
     def in_float32(*args: Any, **kwargs: Any) -> Any:
@@ -160,17 +178,17 @@ def _keep_delta_rule_in_float32() -> None:
 
 
 def _autocast() -> torch.autocast:
-    """bfloat16 where the processor has instructions for it; elsewhere torch emulates them, ten times slower."""
+    """Autocast to bfloat16 where the processor has instructions for it; torch emulates them ten times slower."""
     return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.cpu._is_avx512_bf16_supported()))
 
 
 def _share(rows: torch.Tensor) -> torch.Tensor:
-    """This worker's part of a batch."""
+    """This worker's rows of a batch."""
     return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
 
 
 def train_trunk(net: network.Network, encoder: Tokenizer, stage: Stage, save: Path) -> None:
-    """Next-token prediction on the text model and `lm_head`; the vision tower keeps its initial weights."""
+    """Trains the text model and `lm_head` to predict the next token; the vision tower keeps its initial weights."""
     trunk = nn.ModuleDict({"text": net.model.language_model, "lm_head": net.lm_head})
     optimizer = Optimizer(trunk, stage)
     meter = _Meter(stage)
@@ -189,7 +207,7 @@ def train_trunk(net: network.Network, encoder: Tokenizer, stage: Stage, save: Pa
 
 
 class _RouterLogits:
-    """Collects what the routers of a model say in a forward pass; a dense model has none."""
+    """Collects the routers' logits of a forward pass; a dense model has no routers."""
 
     def __init__(self, net: network.Network) -> None:
         config: Any = net.config.text_config
@@ -203,7 +221,7 @@ class _RouterLogits:
                 module.register_forward_hook(lambda _module, _inputs, output: self._logits.append(output[0]))
 
     def imbalance(self) -> torch.Tensor:
-        """The load-balancing loss of the last pass, 1 for even use times the number of experts per token."""
+        """The load-balancing loss of the last pass: the number of experts per token if all experts are used evenly."""
         if not self._logits:
             return torch.zeros(())
         logits: Any = tuple(self._logits)
@@ -213,7 +231,7 @@ class _RouterLogits:
 
 
 def train_mtp(net: network.Network, mtp: network.MtpHead, encoder: Tokenizer, stage: Stage) -> None:
-    """The head learns the frozen trunk's own distribution: a draft is accepted when the two agree."""
+    """Trains the head to predict the frozen trunk's own distribution: a draft is accepted when the two agree."""
     net.requires_grad_(False)
     optimizer = Optimizer(mtp, stage)
     meter = _Meter(stage)
@@ -243,6 +261,7 @@ class _Meter:
         self.num_tokens, self.start = 0, time.perf_counter()
 
     def update(self, step: int, num_tokens: int, loss: torch.Tensor) -> None:
+        """Counts a step, and logs if it is the last of its group."""
         self.losses.append(loss.item())
         self.num_tokens += num_tokens
         if (step + 1) % self.every == 0 and _is_first():
@@ -259,41 +278,41 @@ class _Meter:
             )
 
 
-def _worker(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
+def _worker(rank: int, training: Training, rendezvous: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    if options.workers > 1:
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=options.workers)
+    if training.workers > 1:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=training.workers)
     _keep_delta_rule_in_float32()
-    torch.manual_seed(options.seed)
-    config = network.CONFIGS[options.model]
-    net = network.build(config)
-    torch.manual_seed(options.seed + 1)
+    torch.manual_seed(training.seed)
+    config = network.CONFIGS[training.model]
+    net = network.new_network(config)
+    torch.manual_seed(training.seed + 1)
     mtp = network.MtpHead(net.model.language_model.config)
-    if options.model == "dense":
-        encoder = tokenizer.build(d.text for d in corpus.documents("train", num_documents=TOKENIZER_DOCUMENTS))
+    if training.model == "dense":
+        encoder = tokenizer.learn(d.text for d in corpus.documents("train", num_documents=TOKENIZER_DOCUMENTS))
     else:
         dense = checkpoint_path("dense")
         encoder = Tokenizer.from_file(str(dense / "tokenizer.json"))
-        _start_from_dense(net, mtp, network.read_weights(dense), config, options.seed)
-    stages = TRUNK_STAGES[options.model]
-    if options.steps:
-        stages = tuple(replace(stage, num_steps=n) for stage, n in zip(stages, options.steps, strict=True))
+        _start_from_dense(net, mtp, network.read_weights(dense), config, training.seed)
+    stages = TRUNK_STAGES[training.model]
+    if training.steps:
+        stages = tuple(replace(stage, num_steps=n) for stage, n in zip(stages, training.steps, strict=True))
     for stage in stages:
-        if (finished := options.state / f"{stage.name}.finished.pt").exists():
+        if (finished := training.state / f"{stage.name}.finished.pt").exists():
             net.load_state_dict(torch.load(finished, weights_only=True))
             continue
-        train_trunk(net, encoder, stage, options.state)
+        train_trunk(net, encoder, stage, training.state)
         if _is_first():
-            (options.state / f"{stage.name}.pt").replace(finished)
+            (training.state / f"{stage.name}.pt").replace(finished)
     with torch.no_grad():
         for parameter in net.parameters():  # the head learns to follow the trunk that will be written
             parameter.copy_(parameter.to(torch.bfloat16))
-        network.spread_channels(_text_weights(net), config, options.seed)
-    stage = MTP_STAGES[options.model]
-    train_mtp(net, mtp, encoder, replace(stage, num_steps=options.mtp_steps or stage.num_steps))
+        network.spread_channels(_text_weights(net), config, training.seed)
+    stage = MTP_STAGES[training.model]
+    train_mtp(net, mtp, encoder, replace(stage, num_steps=training.mtp_steps or stage.num_steps))
     if _is_first():
-        network.write_checkpoint(options.out, net, mtp, config, encoder)
+        network.write_checkpoint(training.out, net, mtp, config, encoder)
 
 
 def _text_weights(net: network.Network) -> dict[str, torch.Tensor]:
@@ -303,7 +322,7 @@ def _text_weights(net: network.Network) -> dict[str, torch.Tensor]:
 def _start_from_dense(
     net: network.Network, mtp: network.MtpHead, dense: dict[str, torch.Tensor], config: dict[str, Any], seed: int
 ) -> None:
-    """Loads the embedded dense model, its channels equalized again, as a mixture of experts."""
+    """Loads the embedded dense model into `net` and `mtp` as a mixture of experts, with its channels equal again."""
     weights = {name: tensor.float() for name, tensor in dense.items()}
     text = {name: tensor for name, tensor in weights.items() if ".language_model." in name}
     network.spread_channels(text, network.DENSE, seed, undo=True)
@@ -312,12 +331,12 @@ def _start_from_dense(
     mtp.load_state_dict({name.removeprefix("mtp."): tensor for name, tensor in cut.items() if name.startswith("mtp.")})
 
 
-def train(options: argparse.Namespace) -> None:
-    """Trains as the options of the command line say, in `options.workers` processes, and writes `options.out`."""
-    options.state.mkdir(parents=True, exist_ok=True)
+def train(training: Training) -> None:
+    """Trains in `workers` processes and writes the checkpoint."""
+    training.state.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (options, f"{folder}/rendezvous")
-        if options.workers > 1:
-            spawn(_worker, arguments, nprocs=options.workers)  # type: ignore[no-untyped-call]
+        arguments = (training, f"{folder}/rendezvous")
+        if training.workers > 1:
+            spawn(_worker, arguments, nprocs=training.workers)  # type: ignore[no-untyped-call]
         else:
             _worker(0, *arguments)

@@ -1,13 +1,14 @@
-"""Other quantizers, and lm-eval, beside ours on the same inputs, and two of our own ways to score: `python -m
-studies.peers`, or `nox -s peers`.
+"""Other quantizers, and lm-eval, beside ours on the same inputs, and two of our own ways to score.
 
     python -m studies.peers ──▶ stopwatch ──▶ harness build …              this environment
-                            ├─▶ stopwatch ──▶ studies.peers.compressor     an environment of its own
-                            ├─▶ stopwatch ──▶ studies.peers.evaluator      both sides of task evals, in one with either
+                            ├─▶ stopwatch ──▶ studies.peers.compressor     llm-compressor's environment
+                            ├─▶ stopwatch ──▶ studies.peers.answerer       an environment with lm-eval's model classes
                             └─▶ stopwatch ──▶ studies.peers.scorer         this environment
 
-`contest` says what is compared, `bench`, `evals` and `scoring` run it and keep records (the last two by `races`),
-`stopwatch` times a whole process, ours and theirs alike, and `compressor` alone imports llm-compressor: it pins another
-transformers and another compressed-tensors, so it lives in another environment and nothing else of the harness is
-imported there.
+`contest` says what is compared. `speed`, `quality`, `agreement`, `tasks` and `scoring` each measure a part and keep its
+records; `races` is what the parts about speed share, `quantizers` what the parts about quantizers share. `stopwatch`
+times a whole process, ours and theirs alike. `tables` and `page` show the records.
+
+Only `compressor` imports llm-compressor, which pins another transformers and another compressed-tensors. It runs in
+another environment, which has nothing else of ours.
 """

@@ -1,4 +1,4 @@
-"""`python -m studies.peers [PART ...]`: tables on stdout, progress on stderr, records under results/."""
+"""`python -m studies.peers [PART ...]`: tables on stdout, progress on stderr, records in results/."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ IN_VLLM = "speed-tasks-vllm"
 PARTS = (*MEASURED, IN_VLLM, "report")
 PAGE = "reports/peers/README.md"
 PYTHON = Path(".nox/peers-llmcompressor/bin/python")
-EVALS_PYTHON = Path(".nox/peers-lmeval/bin/python")
+TASKS_PYTHON = Path(".nox/peers-lmeval/bin/python")
 VLLM_PYTHON = Path(".nox/vllm/bin/python")
 CONFIG = Path("tests/data/qwen3.5-9b.json")
 REPETITIONS = 6
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """A polite kill ends a session like Ctrl-C: the scratch folder in memory must not stay behind."""
+    """Ends a session on SIGTERM as on Ctrl-C: the scratch folder in memory must not stay behind."""
     raise KeyboardInterrupt
 
 
@@ -52,45 +52,64 @@ def _parser() -> argparse.ArgumentParser:
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"{', '.join(MEASURED)} (all of them); {IN_VLLM}, which is left out unless named; or report, which writes "
-        "the page of the records that are there",
+        help=f"{', '.join(MEASURED)} (default: all of these); {IN_VLLM}; or report, which writes the page from the "
+        "records",
     )
     parser.add_argument(
         *("--repetitions", "-n"),
         type=whole_number,
         default=REPETITIONS,
         metavar="N",
-        help=f"of every time ({REPETITIONS}: fewer have no 95 %% interval)",
+        help=f"repetitions of every time ({REPETITIONS}: fewer have no 95 %% interval)",
     )
-    parser.add_argument("--model", action="append", metavar="M", help="for quality: an embedded model (dense, moe)")
+    parser.add_argument(
+        "--model", action="append", metavar="M", help="for quality: measure this embedded model (dense and moe)"
+    )
     parser.add_argument(
         "--only",
         action="append",
         metavar="GROUP",
         type=str.lower,
-        help="for quality: only this group (may be repeated)",
+        help="for quality: measure only this group (may be repeated)",
     )
     parser.add_argument(
         "--limit",
         type=whole_number,
         metavar="N",
-        help="for quality: only N windows of each text; for speed-scoring: only N windows; for speed-tasks: only N "
-        "documents of each task",
-    )
-    parser.add_argument("--config", type=Path, default=CONFIG, metavar="F", help=f"for speed: true widths ({CONFIG})")
-    parser.add_argument("--peers-python", type=Path, default=PYTHON, metavar="P", help=f"({PYTHON})")
-    parser.add_argument(
-        "--evals-python", type=Path, default=EVALS_PYTHON, metavar="P", help=f"for speed-tasks ({EVALS_PYTHON})"
+        help="use only N windows of each text (quality, speed-scoring) or N documents of each task (speed-tasks)",
     )
     parser.add_argument(
-        "--vllm-python", type=Path, default=VLLM_PYTHON, metavar="P", help=f"for {IN_VLLM} ({VLLM_PYTHON})"
+        "--config", type=Path, default=CONFIG, metavar="F", help=f"for speed: configuration with true widths ({CONFIG})"
     )
     parser.add_argument(
-        "--artifacts", type=Path, default=Path("artifacts/peers"), metavar="DIR", help="(artifacts/peers)"
+        "--peers-python", type=Path, default=PYTHON, metavar="P", help=f"interpreter with llm-compressor ({PYTHON})"
     )
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
-    parser.add_argument("--check", action="store_true", help=f"for report: only tell whether {PAGE} is up to date")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else")
+    parser.add_argument(
+        "--tasks-python",
+        type=Path,
+        default=TASKS_PYTHON,
+        metavar="P",
+        help=f"interpreter with lm-eval's model classes, for speed-tasks ({TASKS_PYTHON})",
+    )
+    parser.add_argument(
+        "--vllm-python",
+        type=Path,
+        default=VLLM_PYTHON,
+        metavar="P",
+        help=f"interpreter with vLLM, for {IN_VLLM} ({VLLM_PYTHON})",
+    )
+    parser.add_argument(
+        "--artifacts",
+        type=Path,
+        default=Path("artifacts/peers"),
+        metavar="DIR",
+        help="folder of artifacts (artifacts/peers)",
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="folder of records (results)"
+    )
+    parser.add_argument("--check", action="store_true", help=f"for report: write nothing, and fail if {PAGE} is stale")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
     return parser
 
 
@@ -98,7 +117,12 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     from harness.demo import checkpoint_path
     from harness.record.schema import new_id
     from harness.record.store import Record
-    from studies.peers import bench, contest, evals, scoring, tables
+    from studies.peers import contest, scoring, tables, tasks
+    from studies.peers.agreement import measure_agreement
+    from studies.peers.quality import measure_quality
+    from studies.peers.quantizers import their_packages
+    from studies.peers.session import Session
+    from studies.peers.speed import speed_a16, speed_w4a4
 
     for part in options.parts:
         if part not in PARTS:
@@ -112,22 +136,22 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
         raise UserError(
             f"No group is called '{options.only[0]}'.", did_you_mean(options.only[0], [g.name for g in contest.QUALITY])
         )
-    # Found out before an hour of work, not after it.
+    # Checked before an hour of work, not after it.
     if options.results.exists() and not options.results.is_dir():
         raise UserError(f"{options.results} is not a folder.", "Give another --results.")
     wanted = options.parts or MEASURED
-    # Not by resolve(), which would leave an environment.
-    python, evals_python, vllm_python = (
+    # Not by resolve(), which would follow the link out of an environment.
+    python, tasks_python, vllm_python = (
         Path(os.path.abspath(one))  # noqa: PTH100
-        for one in (options.peers_python, options.evals_python, options.vllm_python)
+        for one in (options.peers_python, options.tasks_python, options.vllm_python)
     )
     if "speed-tasks" in wanted:
-        evals.check_environment(evals_python, "--evals-python", ("lm_eval", "accelerate"))
+        tasks.check_environment(tasks_python, "--tasks-python", ("lm_eval", "accelerate"))
     if IN_VLLM in wanted:
-        evals.check_environment(vllm_python, "--vllm-python", ("lm_eval", "vllm"))
-    session = bench.Bench(
+        tasks.check_environment(vllm_python, "--vllm-python", ("lm_eval", "vllm"))
+    session = Session(
         their_python=python,
-        their_packages=bench.their_packages(python) if set(wanted) & set(QUANTIZING) else {},
+        their_packages=their_packages(python) if set(wanted) & set(QUANTIZING) else {},
         artifacts=options.artifacts.resolve(),
         results=options.results,
         repetitions=options.repetitions,
@@ -148,12 +172,12 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
 
     dense = checkpoint_path("dense")
     runs: list[tuple[str, Callable[[], list[Record]]]] = [
-        ("speed-a16", lambda: bench.speed_a16(session, options.config)),
-        ("speed-w4a4", lambda: bench.speed_w4a4(session, dense)),
-        *(("quality", partial(bench.quality, session, model, groups)) for model in models),
-        ("agreement", lambda: bench.agreement(session, dense)),
-        ("speed-tasks", lambda: evals.speed_tasks(session, dense, evals_python)),
-        (IN_VLLM, lambda: evals.speed_tasks_vllm(session, dense, vllm_python)),
+        ("speed-a16", lambda: speed_a16(session, options.config)),
+        ("speed-w4a4", lambda: speed_w4a4(session, dense)),
+        *(("quality", partial(measure_quality, session, model, groups)) for model in models),
+        ("agreement", lambda: measure_agreement(session, dense)),
+        ("speed-tasks", lambda: tasks.speed_tasks(session, dense, tasks_python)),
+        (IN_VLLM, lambda: tasks.speed_tasks_vllm(session, dense, vllm_python)),
         ("speed-scoring", lambda: scoring.synthetic(session, options.config)),
         ("speed-scoring", lambda: scoring.embedded(session, dense)),
     ]
@@ -161,7 +185,7 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
         if part in wanted:
             measured = run()
             records += measured
-            show(*tables.of_part(measured))
+            show(*tables.tables_of(measured))
     remarks = tables.remarks(records)
     if options.json:
         document = {
@@ -192,7 +216,7 @@ def _report(options: argparse.Namespace) -> int:
         raise UserError(
             f"{PAGE} cannot be read ({error.strerror}).", "Run this in the project's own folder."
         ) from error
-    rendered = {PAGE: page.render(records, options.results.as_posix(), PAGE, text)}
+    rendered = {PAGE: page.peers_page(records, options.results.as_posix(), PAGE, text)}
     changed = card.stale_files(rendered, Path.cwd()) if options.check else card.write_files(rendered, Path.cwd())
     print(f"{'stale' if options.check else 'written'}: {PAGE}" if changed else f"up to date: {PAGE}")
     return 1 if options.check and changed else 0
@@ -206,8 +230,8 @@ def _text(table: "tables.Table") -> str:  # type: ignore[name-defined]  # noqa: 
 
 
 class _Lines:
-    """One line on stderr when something begins and one when it is done; no bars, since a session takes long and
-    is read in a log."""
+    """Progress as lines on stderr, when something begins and when it is done: a session takes long and is read in a
+    log, so there are no bars."""
 
     def __init__(self) -> None:
         self._running = ""

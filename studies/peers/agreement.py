@@ -1,10 +1,11 @@
 """Whether both sides mean the same by rounding to nearest: their artifact beside ours, tensor by tensor.
 
-llm-compressor computes its scales in bfloat16, so its files differ from ours in their last digits. What can be held
-against each other exactly is the rest: our codes, chosen under *their* scales, must be theirs, bit for bit; and our
-block scales under their global scale, but for those that bfloat16 moved to the next E4M3 value.
+llm-compressor computes its scales in bfloat16, so its files differ from ours in their last digits. The rest can be
+compared exactly. Our codes, chosen under *their* scales, must be their codes, bit for bit. Our block scales, under
+their global scale, must be their block scales, but for those that bfloat16 moved to the next E4M3 value.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,38 @@ from torch import Tensor
 
 from harness.formats import nvfp4
 from harness.model.checkpoint import Checkpoint, open_checkpoint
+from harness.progress import named
+from harness.record import store
+from harness.record.store import Record, RunWriter
+from studies.peers import contest
+from studies.peers.quantizers import quantize_once, write_calibration
+from studies.peers.session import Session, header
 
 
-def compare(source: Path, ours: Path, theirs: Path) -> dict[str, Any]:
-    """One sample: how many packed bytes and block scales are equal as above, and the least and the greatest ratio of
-    their global scales and input scales to ours (None where there are no input scales)."""
+def measure_agreement(session: Session, source: Path) -> list[Record]:
+    """Our rounding to nearest beside theirs on an embedded model; a record of each pair."""
+    part = f"agreement-{source.name}"
+    folder = session.artifacts / source.name
+    data = write_calibration(source, folder, contest.QUALITY_SAMPLES, session.progress)
+    digest = open_checkpoint(source).fingerprint()
+    about = {"source": source.name, "calibration_digest": data.digest}
+    records = []
+    for ours, theirs in contest.AGREEMENTS:
+        told = replace(session, progress=named(session.progress, f"{part}: {theirs.name}"))
+        mine, made = (quantize_once(told, one, source, folder / one.name, data, digest) for one in (ours, theirs))
+        run = header(session, part, about, theirs.name, theirs, digest, made.digest, made.packages)
+        with RunWriter(session.results, run) as writer:
+            if failure := mine.failure or made.failure:
+                writer.sample({"kind": "failure", "reason": failure})
+            else:
+                writer.sample(agreement_of(source, folder / ours.name, folder / theirs.name))
+            records.append(store.read(writer.finish()))
+    return records
+
+
+def agreement_of(source: Path, ours: Path, theirs: Path) -> dict[str, Any]:
+    """The sample of two artifacts of `source`: how many packed bytes and block scales are equal, and the least and the
+    greatest ratio of their global scales and input scales to ours (None where there are no input scales)."""
     origin, mine, other = (open_checkpoint(folder) for folder in (source, ours, theirs))
     counts = dict.fromkeys(("num_bytes", "num_bytes_equal", "num_scales", "num_scales_equal"), 0)
     ratios: dict[str, list[float]] = {"weight_global_scale": [], "input_global_scale": []}

@@ -1,8 +1,9 @@
-"""What is compared: our recipes and options beside llm-compressor's methods, in groups of equal bits; our engines
-beside lm-eval's own model classes; and the streamed scorer beside the torch engine.
+"""What is compared: quantizers, task answerers and scorers.
 
-A group has one baseline, our round-to-nearest on absmax scales, and every divergence in the group is also given
-as a share of the baseline's. Both sides quantize the same modules: their ignore list is the recipe's own.
+Our recipes and options stand beside llm-compressor's methods in groups of equal bits, our engines beside lm-eval's own
+model classes, and the streamed scorer beside the torch engine. A group has one baseline, our round-to-nearest on absmax
+scales, and every divergence in the group is also given as a share of the baseline's. Both sides quantize the same
+modules: llm-compressor's ignore list is made of the recipe.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,14 @@ from harness.model.families import qwen35
 from harness.quantize.recipes import recipe_named
 
 SPEED_SAMPLES, QUALITY_SAMPLES = 32, 64
+"""Samples of calibration text."""
 CALIBRATION_TOKENS = 512
-"""Per sample of calibration text."""
+"""Tokens of a sample of calibration text."""
 
 
 @dataclass(frozen=True)
 class Ours:
-    """`harness build --recipe … --scales … --codes …`; None leaves an option to the recipe."""
+    """A build by `harness build --recipe … --scales … --codes …`; None leaves an option to the recipe."""
 
     recipe: str
     scales: str | None = None
@@ -27,21 +29,23 @@ class Ours:
 
     @property
     def name(self) -> str:
+        """The recipe and its options; the folder of the artifact has this name."""
         return "-".join(part for part in (self.recipe, self.scales, self.codes) if part)
 
     @property
     def needs_data(self) -> bool:
+        """Whether the build needs calibration text."""
         return recipe_named(self.recipe).with_method(self.scales, self.codes).needs_calibration
 
     def arguments(self) -> list[str]:
-        """Those of `harness build` that say what is built."""
+        """The arguments of `harness build` that say what is built."""
         options = (("--recipe", self.recipe), ("--scales", self.scales), ("--codes", self.codes))
         return [word for option, value in options if value for word in (option, value)]
 
 
 @dataclass(frozen=True)
 class Theirs:
-    """One of llm-compressor's methods on the modules of our `recipe`; see `compressor` for the words."""
+    """One of llm-compressor's methods on the modules of our `recipe`; `compressor` explains the words."""
 
     method: str
     scheme: str
@@ -50,18 +54,20 @@ class Theirs:
 
     @property
     def name(self) -> str:
+        """The recipe, the method and the observer; the folder of the artifact has this name."""
         short = {"model_free_ptq": "model-free", "QuantizationModifier": "rtn", "GPTQModifier": "gptq"}[self.method]
         parts = ("llmcompressor", self.recipe, short, self.observer)
         return "-".join(part.replace("_", "-") for part in parts if part)
 
     @property
     def needs_data(self) -> bool:
+        """Whether the method needs calibration text."""
         return self.scheme == "NVFP4" or self.method == "GPTQModifier"
 
     def job(self) -> dict[str, Any]:
         """The part of a `compressor` job that says what is built."""
         kept = recipe_named(self.recipe).ignored(qwen35.FAMILY)
-        # `model_free_ptq` takes every weight for a linear layer's that is not ignored; `oneshot` knows better.
+        # `model_free_ptq` takes every weight that is not ignored for a linear layer's; `oneshot` does not.
         kept += ["re:.*embed_tokens$", "re:.*conv1d$"]
         return {"method": self.method, "scheme": self.scheme, "observer": self.observer, "ignore": kept}
 
@@ -71,8 +77,8 @@ Contestant = Ours | Theirs
 
 @dataclass(frozen=True)
 class Group:
-    """Variants of equal bits. `targets` are the largest shares of the baseline's divergence that our best may keep,
-    on text like the calibration's and on text unlike it; None where none is set."""
+    """Variants of equal bits. `targets` are the largest shares of the baseline's divergence that our best variant may
+    keep, on text like the calibration's and on text unlike it; None where there is no target."""
 
     name: str
     baseline: Ours
@@ -81,6 +87,7 @@ class Group:
 
     @property
     def contestants(self) -> tuple[Contestant, ...]:
+        """All variants, the baseline first."""
         return (self.baseline, *self.others)
 
 
@@ -129,13 +136,13 @@ AGREEMENTS = (
     (Ours("rtn-a16"), Theirs("QuantizationModifier", "NVFP4A16", "rtn-a16")),
     (Ours("w4a4", "absmax", "rtn"), Theirs("QuantizationModifier", "NVFP4", "w4a4")),
 )
-"""Pairs that both round to nearest and should mean the same by it."""
+"""Pairs of variants that round to nearest and should be equal."""
 
 
 @dataclass(frozen=True)
 class Race:
-    """How the times of two contestants are to stand: `loser` / `winner` is at least `times`, where a goal is set. A
-    `memory_share` is what the winner's peak may be of the loser's."""
+    """The goal of two contestants: the time of `loser` is at least `times` the time of `winner` (None for no goal), and
+    the peak memory of `winner` at most `memory_share` of the loser's (None for no goal)."""
 
     winner: str
     loser: str
@@ -163,11 +170,11 @@ RACES_W4A4 = (Race(_RTN.name, _THEIR_RTN.name, 5), Race(_GPTQ.name, _THEIR_GPTQ.
 
 
 @dataclass(frozen=True)
-class Evaluator:
-    """One way to answer task evals: lm-eval's own model class `engine`, or our engine of that name.
+class Answerer:
+    """One way to answer tasks: lm-eval's own model class `engine`, or our engine of that name.
 
-    `arguments` are the class's own beside the checkpoint, or those of `open_engine` with the contexts in a forward pass
-    (`batch_size`) and the tokens of a sequence (`max_length`).
+    `arguments` are those of the model class beside the checkpoint, or those of `open_engine` and two more: the contexts
+    in a forward pass (`batch_size`) and the tokens of a sequence (`max_length`).
     """
 
     name: str
@@ -176,20 +183,20 @@ class Evaluator:
     arguments: Mapping[str, Any]
 
     def job(self) -> dict[str, Any]:
-        """The part of an `evaluator` job that says who answers."""
+        """The part of an `answerer` job that says who answers."""
         return {"side": self.side, "engine": self.engine, "arguments": dict(self.arguments)}
 
 
-EVALUATIONS = ("recall_choice", "agreement", "arithmetic_choice")
-"""The embedded tasks that are raced: of log-likelihoods, 300 documents each."""
+TASKS = ("recall_choice", "agreement", "arithmetic_choice")
+"""The embedded tasks of the races: log-likelihoods, 300 documents each."""
 SEQUENCE_TOKENS = 1024
 
 _CPU: dict[str, Any] = {"device": "cpu"}
 _WIDE = {**_CPU, "dtype": "float32"}
-_HF = Evaluator("lm-eval-hf", "lm-eval", "hf", _CPU)
-_HF_FLOAT32 = Evaluator("lm-eval-hf-float32", "lm-eval", "hf", _WIDE)
-_HF_BATCHED = Evaluator("lm-eval-hf-float32-batch16", "lm-eval", "hf", {**_WIDE, "batch_size": 16})
-_TORCH = Evaluator("harness-torch", "harness", "torch", {**_WIDE, "batch_size": 16, "max_length": SEQUENCE_TOKENS})
+_HF = Answerer("lm-eval-hf", "lm-eval", "hf", _CPU)
+_HF_FLOAT32 = Answerer("lm-eval-hf-float32", "lm-eval", "hf", _WIDE)
+_HF_BATCHED = Answerer("lm-eval-hf-float32-batch16", "lm-eval", "hf", {**_WIDE, "batch_size": 16})
+_TORCH = Answerer("harness-torch", "harness", "torch", {**_WIDE, "batch_size": 16, "max_length": SEQUENCE_TOKENS})
 
 SPEED_TASKS = (_TORCH, _HF, _HF_FLOAT32, _HF_BATCHED)
 RACES_TASKS = (
@@ -198,7 +205,7 @@ RACES_TASKS = (
     Race(_TORCH.name, _HF_BATCHED.name, None),
 )
 
-_THEIR_VLLM = Evaluator(
+_THEIR_VLLM = Answerer(
     "lm-eval-vllm",
     "lm-eval",
     "vllm",
@@ -216,8 +223,8 @@ _THEIR_VLLM = Evaluator(
         "hf_overrides": {"head_dtype": "float32"},
     },
 )
-"""vLLM's arguments are those that our engine gives it for the options below."""
-_VLLM = Evaluator(
+"""Its arguments are those that our engine gives vLLM for the options below."""
+_VLLM = Answerer(
     "harness-vllm",
     "harness",
     "vllm",
@@ -240,13 +247,13 @@ RACES_TASKS_VLLM = (Race(_VLLM.name, _THEIR_VLLM.name, 1),)
 
 @dataclass(frozen=True)
 class Scorer:
-    """One way to score a source and its variants: `streamed` takes them through their layers together, `separate` loads
-    one after the other into the torch engine."""
+    """One way to score a source and its variants: `streamed` takes all models through their layers together, `separate`
+    loads one model after the other into the torch engine."""
 
     name: Literal["streamed", "separate"]
 
     def job(self) -> dict[str, Any]:
-        """The part of a `scorer` job that says how."""
+        """The part of a `scorer` job that says which way."""
         return {"way": self.name}
 
 
@@ -255,4 +262,4 @@ SPEED_SCORING = (STREAMED, SEPARATE)
 SCORED = (Ours("rtn-a16"), Ours("rtn-a16", "search"))
 """The variants that are scored together with their source."""
 SCORED_WINDOWS, SCORED_TOKENS = 2, 512
-"""Tokens are drawn: how likely they are matters to no time."""
+"""Windows, and tokens of a window. The tokens are drawn, since no time depends on how likely they are."""

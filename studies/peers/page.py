@@ -1,4 +1,4 @@
-"""The page of the comparison: what the committed records say, in the blocks of a page whose prose people write."""
+"""The page of the comparison: its blocks are filled from the committed records, its other text people write."""
 
 import posixpath
 from collections.abc import Mapping, Sequence
@@ -19,24 +19,24 @@ PARTS = {
     "quality-moe": "quality",
     "agreement-dense": "agreement",
 }
-"""Block of the page -> the word that measures it."""
+"""By block of the page, the part of the command that measures it."""
 SUITE = "peers"
-"""What the page's markers call this comparison."""
+"""The name of this comparison in the page's markers."""
 
 
-def render(records: Sequence[Record], results_dir: str, page: str, text: bytes) -> bytes:
-    """The page with its blocks filled: one block for each part, named as the part.
+def peers_page(records: Sequence[Record], results_dir: str, page: str, text: bytes) -> bytes:
+    """The page with its blocks filled, a block for each part and named like it.
 
     `results_dir` and `page` are POSIX paths from the project's root.
     """
     folder = posixpath.relpath(results_dir, posixpath.dirname(page))
-    measured = newest(records)
+    measured = newest_of_parts(records)
     return filled(page, text, SUITE, {part: partial(_block, part, measured.get(part, []), folder) for part in PARTS})
 
 
-def newest(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records that speak for each part, one for each variant: the newest of those that were measured on the same
-    things as the part's newest one, and for a speed in the same session. `records` are in the order of their time."""
+def newest_of_parts(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records to show of each part, one for each variant: the newest that was measured on the same things as the
+    newest record of the part, and for a speed in the same session. `records` are in the order of their time."""
     parts: dict[str, list[Record]] = {}
     for record in records:
         if record.run.measure == "peers":
@@ -61,7 +61,7 @@ def _block(part: str, records: Sequence[Record], folder: str) -> str:
     machine = first.machine
     sides = dict.fromkeys(filter(None, (_side(record.run.packages) for record in records)))
     parts = [f"`{' '.join(first.command)}` on {machine['cpu']}, {machine['cores']} cores. {'; '.join(sides)}."]
-    for table in tables.of_part(records):
+    for table in tables.tables_of(records):
         rows = [[escape(cell) for cell in row] for row in table.rows]
         align = ("left", *("right" for _ in table.headers[1:]))
         parts += [

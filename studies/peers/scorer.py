@@ -1,10 +1,10 @@
-"""One run of a race of scorers: a job in, a result out.
+"""One run in a race of scorers: a job in, a result out.
 
     python -m studies.peers.scorer JOB.json
 
-What is timed begins with the loading of the first model and ends with the last score. The libraries are imported
-before, but for what transformers imports only once it knows the class of a model. Both sides compute in float32 on the
-CPU. The job is a JSON object:
+The time begins with the loading of the first model and ends with the last score. The libraries are imported before it,
+but for what transformers imports only once it knows the class of a model. Both ways compute in float32 on the CPU. The
+job is a JSON object:
 
     way             "streamed" for one pass over all models, "separate" for the torch engine on one after the other
     models          {name: checkpoint folder}, the source's first
@@ -34,7 +34,7 @@ from harness.engines.torch_engine import TorchEngine
 from harness.record import provenance
 
 Rows = dict[str, list[NDArray[np.floating[Any]]]]
-"""By model: log-probabilities, in nats, of all tokens but each window's first, piece by piece in order."""
+"""By model: pieces of the log-probabilities, in nats, of all tokens but each window's first, in order."""
 
 _DTYPE, _DEVICE = "float32", "cpu"
 

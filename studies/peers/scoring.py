@@ -1,8 +1,7 @@
-"""Races of scorers: a source and its variants in one pass of the streamed scorer, or one after the other in the torch
-engine.
+"""Races of scorers: a source and its variants in one streamed pass, or one after the other in the torch engine.
 
-The variants are built first, and models lie in memory where there is room, so that no disk is measured. What a process
-is told to do and what it times is in `scorer`.
+The variants are built first, and models lie in memory where there is room, so that no disk is measured. `scorer` says
+what a process is told to do and what it times.
 """
 
 import shutil
@@ -20,32 +19,33 @@ from harness.model.checkpoint import open_checkpoint, read_json
 from harness.model.families import parse_config
 from harness.record.store import Record
 from studies.peers import contest
-from studies.peers.bench import LAYERS, VOCABULARY, Bench, Data, quantize, scratch, warm
 from studies.peers.contest import Ours, Scorer
-from studies.peers.races import Answered, race, run_job
+from studies.peers.quantizers import Data, quantize
+from studies.peers.races import LAYERS, VOCABULARY, Turn, race, run_job, scratch, warm
+from studies.peers.session import Session
 
 
-def synthetic(bench: Bench, config: Path) -> list[Record]:
-    """Both scorers on a few layers of true width, random weights."""
+def synthetic(session: Session, config: Path) -> list[Record]:
+    """Both scorers on a few layers of true width with random weights."""
     part, raw = "speed-scoring-synthetic", read_json(config)
-    with scratch(part, bench.progress) as (folder, in_memory):
+    with scratch(part, session.progress) as (folder, in_memory):
         source = folder / "source"
-        synthesize(raw, source, num_layers=LAYERS, vocab_size=VOCABULARY, seed=0, progress=bench.progress)
+        synthesize(raw, source, num_layers=LAYERS, vocab_size=VOCABULARY, seed=0, progress=session.progress)
         about = {"source": config.stem, "layers": LAYERS, "vocabulary": VOCABULARY, "in_memory": in_memory}
-        return scored(bench, part, about, source, folder)
+        return scorer_race(session, part, about, source, folder)
 
 
-def embedded(bench: Bench, original: Path) -> list[Record]:
+def embedded(session: Session, original: Path) -> list[Record]:
     """Both scorers on an embedded model."""
     part = f"speed-scoring-{original.name}"
-    with scratch(part, bench.progress) as (folder, in_memory):
+    with scratch(part, session.progress) as (folder, in_memory):
         source = Path(shutil.copytree(original, folder / "source"))
         about = {"source": original.name, "in_memory": in_memory}
-        return scored(bench, part, about, source, folder)
+        return scorer_race(session, part, about, source, folder)
 
 
-def scored(
-    bench: Bench,
+def scorer_race(
+    session: Session,
     part: str,
     about: Mapping[str, Any],
     source: Path,
@@ -53,34 +53,36 @@ def scored(
     variants: Sequence[Ours] = contest.SCORED,
     contestants: Sequence[Scorer] = contest.SPEED_SCORING,
 ) -> list[Record]:
-    """Builds the variants of `source` into `folder`, which must hold none of them, and races; a record of each
-    contestant. `UserError` for a variant that cannot be built."""
+    """Builds the variants of `source` into `folder`, which must hold none of them, and races the scorers; a record of
+    each scorer. `UserError` for a variant that cannot be built."""
     models, digests = {"source": source}, {"source": open_checkpoint(source).fingerprint()}
     for variant in variants:
         what = f"{part}: build {variant.name}"
-        bench.progress(0, 1, what)
+        session.progress(0, 1, what)
         models[variant.name] = folder / variant.name
-        made = quantize(bench, variant, source, models[variant.name], Data(folder / "none", folder / "none", ""))
-        bench.progress(1, 1, what)
+        made = quantize(session, variant, source, models[variant.name], Data.none(folder))
+        session.progress(1, 1, what)
         if made.digest is None:
             raise UserError(
                 f"{variant.name} of {about['source']} was not built ({made.failure}).",
                 f"Run `harness build` with {' '.join(variant.arguments())} to see why.",
             )
         digests[variant.name] = made.digest
-    windows = drawn_windows(source, bench.limit)
+    windows = drawn_windows(source, session.limit)
     job = {
         "models": {name: str(one) for name, one in models.items()},
         "windows": windows,
         "batch_size": len(windows),
         "scratch": str(folder / "hidden"),
     }
-    # Twice what BF16 takes: the torch engine has all weights in float32.
+    # The torch engine holds all weights in float32, which is twice their size in BF16.
     num_bytes = 2 * open_checkpoint(source).num_bytes
 
-    def answer(one: Scorer) -> Answered:
+    entrants: dict[str, Scorer] = {one.name: one for one in contestants}
+
+    def take(name: str, repetition: int) -> Turn:
         warm(folder, num_bytes)
-        return run_job("scorer", {**job, **one.job()}, Path(sys.executable), folder / one.name)
+        return run_job("scorer", {**job, **entrants[name].job()}, Path(sys.executable), folder / name).turn(repetition)
 
     about = {
         **about,
@@ -89,12 +91,14 @@ def scored(
         "num_windows": len(windows),
         "num_window_tokens": contest.SCORED_TOKENS,
         "token_ids_sha256": perplexity.token_ids_digest([token for window in windows for token in window]),
+        "limit": session.limit,
+        "repetitions": session.repetitions,
     }
-    return race(bench, part, about, contestants, digests["source"], answer)
+    return race(session, part, about, entrants, digests["source"], take)
 
 
 def drawn_windows(source: Path, limit: int | None) -> list[list[int]]:
-    """Windows of token ids that the model in `source` knows, always the same; `limit` gives the first of them."""
+    """The same windows of token ids every time, all known to the model in `source`; `limit` is their largest number."""
     vocabulary = parse_config(read_json(source / "config.json"), str(source)).vocab_size
     drawn = np.random.default_rng(0).integers(vocabulary, size=(contest.SCORED_WINDOWS, contest.SCORED_TOKENS))
     windows: list[list[int]] = drawn[:limit].tolist()

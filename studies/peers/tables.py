@@ -1,4 +1,4 @@
-"""Tables of a session's records: times and their ratios, divergences and what is left of the baseline's, scores."""
+"""Tables of records: times and their ratios, divergences as shares of the baseline's, scores."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,27 +39,27 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def of_part(records: Sequence[Record]) -> list[Table]:
-    """The tables of one part's records, by what their `suite` says of it."""
+def tables_of(records: Sequence[Record]) -> list[Table]:
+    """The tables of one part's records; their `suite` says which part it is."""
     about = records[0].run.suite
     if about["name"] == "speed-a16":
-        return [*speed(f"RTN A16, {about['layers']} layers of {about['source']} width", records, RACES_A16)]
+        return [*speed_tables(f"RTN A16, {about['layers']} layers of {about['source']} width", records, RACES_A16)]
     if about["name"] == "speed-w4a4":
         samples = f"{SPEED_SAMPLES} × {CALIBRATION_TOKENS} tokens"
-        return [*speed(f"W4A4, demo:{about['source']}, {samples}", records, RACES_W4A4)]
+        return [*speed_tables(f"W4A4, demo:{about['source']}, {samples}", records, RACES_W4A4)]
     if about["name"].startswith("speed-tasks"):
         engine, races = ("vLLM", RACES_TASKS_VLLM) if about["name"].endswith("vllm") else ("torch", RACES_TASKS)
         cut = "" if about["limit"] is None else f", {about['limit']} documents of each"
-        return [*evaluations(f"Task evals in {engine}, demo:{about['source']}{cut}", records, races)]
+        return [*task_tables(f"Task evals in {engine}, demo:{about['source']}{cut}", records, races)]
     if about["name"].startswith("speed-scoring"):
         of = f"{about['layers']} layers of {about['source']} width" if "layers" in about else f"demo:{about['source']}"
         text = f"{about['num_windows']} × {about['num_window_tokens']} tokens"
-        return [*scoring(f"Perplexity of {len(about['models'])} models in float32, {of}, {text}", records)]
+        return [*scoring_tables(f"Perplexity of {len(about['models'])} models in float32, {of}, {text}", records)]
     if about["name"].startswith("agreement"):
-        return [agreement(f"Rounding to nearest, demo:{about['source']}", records)]
+        return [agreement_table(f"Rounding to nearest, demo:{about['source']}", records)]
     present = {record.run.variant["name"] for record in records}
     groups = [group for group in QUALITY if present & {one.name for one in group.contestants[1:]}]
-    return [quality(f"demo:{about['source']}", records, group) for group in groups]
+    return [quality_table(f"demo:{about['source']}", records, group) for group in groups]
 
 
 def by_name(records: Iterable[Record]) -> dict[str, Record]:
@@ -68,8 +68,8 @@ def by_name(records: Iterable[Record]) -> dict[str, Record]:
 
 
 def remarks(records: Sequence[Record]) -> list[str]:
-    """What failed, what the auditor found, and what llm-compressor warned of: each warning once, with how many
-    variants had it."""
+    """Sentences on what failed, what the auditor found, and what llm-compressor warned of, each warning once with the
+    number of runs that had it."""
     lines, warned = [], Counter[str]()
     for record in records:
         name = record.run.variant["name"]
@@ -81,8 +81,8 @@ def remarks(records: Sequence[Record]) -> list[str]:
     return lines + [f"llm-compressor warned in {num} of {len(records)} runs: {text}" for text, num in warned.items()]
 
 
-def speed(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple[Table, Table]:
-    """Medians with intervals, and how they stand to each other."""
+def speed_tables(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple[Table, Table]:
+    """Two tables of quantizers: medians of times with their intervals, and the ratios of the races."""
     named = by_name(records)
     rows = []
     for name, record in named.items():
@@ -125,9 +125,9 @@ def speed(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple
     return times, _ratios(title, standings)
 
 
-def evaluations(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple[Table, Table]:
-    """Medians with intervals, and how they stand to each other; beside them how right the answers were, so that nobody
-    is fast by answering something else."""
+def task_tables(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple[Table, Table]:
+    """Two tables of answerers: medians of times with their intervals and the scores, so that no side wins by
+    answering something else; and the ratios of the races."""
     named = by_name(records)
     standings = []
     for race in races:
@@ -138,9 +138,9 @@ def evaluations(title: str, records: Sequence[Record], races: Sequence[Race]) ->
     return _answers(title, ("evaluator", "items/s"), named, "num_items", "{:.4f}".format), _ratios(title, standings)
 
 
-def scoring(title: str, records: Sequence[Record]) -> tuple[Table, Table]:
-    """Medians with intervals, and what one pass takes of what separate runs take; beside them the scores in nats, with
-    so many digits that equal text is equal bits."""
+def scoring_tables(title: str, records: Sequence[Record]) -> tuple[Table, Table]:
+    """Two tables of scorers: medians of times with their intervals and the scores in nats with all digits, so that
+    equal text means equal bits; and one pass as a share of separate runs."""
     named = by_name(records)
     standings = []
     if STREAMED.name in named and SEPARATE.name in named:
@@ -160,7 +160,7 @@ def scoring(title: str, records: Sequence[Record]) -> tuple[Table, Table]:
 def _answers(
     title: str, heads: tuple[str, str], named: Mapping[str, Record], counted: str, text: Callable[[float], str]
 ) -> Table:
-    """Times, memory and scores of contestants; `heads` are theirs and that of how many `counted` they do a second."""
+    """Times, memory and scores of contestants. `heads` head the columns of their names and of `counted` per second."""
     takes = {name: record.kind("evaluation") for name, record in named.items()}
     scores = list(dict.fromkeys(score for samples in takes.values() for one in samples for score in one["scores"]))
     rows = []
@@ -181,8 +181,8 @@ def _answers(
     return Table(title, (who, "times", "whole process, s", "call alone, s", rate, "peak RSS", *scores), tuple(rows))
 
 
-def quality(title: str, records: Sequence[Record], group: Group) -> Table:
-    """Divergence per token in nats, as a share of the baseline's and of the best of llm-compressor's."""
+def quality_table(title: str, records: Sequence[Record], group: Group) -> Table:
+    """Divergence per token in nats, as a share of the baseline's and of llm-compressor's best."""
     named = by_name(records)
     measured = {one.name: one for one in group.contestants if one.name in named and _windows(named[one.name], "near")}
     best = {
@@ -221,8 +221,8 @@ def quality(title: str, records: Sequence[Record], group: Group) -> Table:
     return Table(f"{title}: {group.name}{wanted}", tuple(heads), tuple(rows))
 
 
-def agreement(title: str, records: Sequence[Record]) -> Table:
-    """How far their rounding to nearest is ours."""
+def agreement_table(title: str, records: Sequence[Record]) -> Table:
+    """Shares of equal bytes and scales, and ratios of global scales, under rounding to nearest."""
     rows = []
     for record in records:
         for sample in record.kind("agreement"):
@@ -245,7 +245,7 @@ def agreement(title: str, records: Sequence[Record]) -> Table:
 
 
 def _standing(race: Race, what: str, above: Sequence[float], below: Sequence[float]) -> tuple[str, ...]:
-    """A row of ratios: the loser's times over the winner's, and whether they are what was wanted."""
+    """A row of ratios: the loser's times over the winner's, the goal, and whether it is met."""
     ratio = stats.hodges_lehmann_ratio(above, below)
     wanted = (NONE, NONE) if race.times is None else (f"≥ {race.times:.3g}", _met(ratio, least=race.times))
     return (f"{race.loser} / {race.winner}", what, format_estimate(ratio, ".2f"), *wanted)
@@ -256,7 +256,7 @@ def _ratios(title: str, standings: Sequence[tuple[str, ...]]) -> Table:
 
 
 def _range(scores: Sequence[float], text: Callable[[float], str]) -> str:
-    """The one score of all repetitions, or the least and the greatest."""
+    """The score, if it is the same in all repetitions; otherwise the least and the greatest."""
     return " … ".join(text(score) for score in sorted({min(scores), max(scores)})) if scores else NONE
 
 
@@ -306,7 +306,7 @@ def _verdict(record: Record) -> str:
 
 
 def _met(ratio: Estimate, *, least: float | None = None, most: float | None = None) -> str:
-    """Whether the whole interval keeps the bound: yes, no, or (where it straddles it) unsure."""
+    """Whether the whole interval keeps the bound: yes, no, or unsure where the bound is inside."""
     low = ratio.value if ratio.low is None else ratio.low
     high = ratio.value if ratio.high is None else ratio.high
     kept = [low >= least, high >= least] if least is not None else [high <= (most or 0.0), low <= (most or 0.0)]

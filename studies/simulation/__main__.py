@@ -1,4 +1,4 @@
-"""`python -m studies.simulation`: tables on stdout, progress on stderr, the rest in reports/statistics."""
+"""`python -m studies.simulation`: tables on stdout, progress on stderr, counts and page in reports/statistics."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ DRAWS = 2500
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Simulates, or writes the page of what was simulated, and returns the exit code."""
+    """Simulates, or writes the page from stored counts, and returns the exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return _run(_parser().parse_args(given), tuple(given))
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """A polite kill ends the program like Ctrl-C."""
+    """Ends the program on SIGTERM as on Ctrl-C."""
     raise KeyboardInterrupt
 
 
@@ -53,18 +53,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"data sets of each scenario ({DRAWS}: a coverage of 95 %% is known to ±0.4 %%)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="(0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of all draws (0)")
     parser.add_argument(
         "--group",
         action="append",
         metavar="G",
-        help=f"only show this group (may be repeated) and write nothing: {', '.join(page.BLOCKS)}",
+        help=f"simulate and show only this group (may be repeated), and write nothing: {', '.join(page.BLOCKS)}",
     )
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(results)")
     parser.add_argument(
-        "--page", action="store_true", help=f"simulate nothing: write {PAGE} and its figure of {COUNTS}"
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="folder of records (results)"
     )
-    parser.add_argument("--check", action="store_true", help="only tell whether page and figure follow from the counts")
+    parser.add_argument(
+        "--page", action="store_true", help=f"simulate nothing: write {PAGE} and its figure from {COUNTS}"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, and fail if page or figure do not follow from the counts"
+    )
     return parser
 
 
@@ -77,13 +81,13 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     records, skipped = store.read_all(options.results)
     for one in skipped:
         print(f"studies.simulation: {one.path} is not used: {one.reason}", file=sys.stderr)
-    drawn_from = populations.read(records)
+    drawn_from = populations.populations_in(records)
     wanted = {page.BLOCKS[group] for group in options.group or page.BLOCKS}
-    chosen = [one for one in scenarios.everything(drawn_from) if one.group in wanted]
-    found = scenarios.run(chosen, options.draws, options.seed, _tell)
+    chosen = [one for one in scenarios.all_scenarios(drawn_from) if one.group in wanted]
+    found = scenarios.simulate(chosen, options.draws, options.seed, _tell)
     for group in dict.fromkeys(one.group for one in found):
-        cells = page.rows([one for one in found if one.group == group])
-        print(f"\n{group}\n\n{page.table(cells, 'simple')}", flush=True)
+        cells = page.cells_of([one for one in found if one.group == group])
+        print(f"\n{group}\n\n{page.table_of(cells, 'simple')}", flush=True)
     if options.group:
         return 0
     document = _document(options, given, drawn_from, found)
@@ -140,8 +144,8 @@ def _page(document: dict[str, Any], *, check: bool) -> int:
             f"{PAGE} cannot be read ({error.strerror}).", "Run this in the project's own folder."
         ) from error
     rendered = {
-        PAGE.as_posix(): page.render(document, PAGE.as_posix(), text),
-        **{(FOLDER / name).as_posix(): data for name, data in page.figure(document).items()},
+        PAGE.as_posix(): page.statistics_page(document, PAGE.as_posix(), text),
+        **{(FOLDER / name).as_posix(): data for name, data in page.coverage_figure(document).items()},
     }
     changed = card.stale_files(rendered, Path.cwd()) if check else card.write_files(rendered, Path.cwd())
     for path in rendered:

@@ -1,4 +1,4 @@
-"""The page and the figure of the simulation, from its counts: reports/statistics/simulation.json and nothing else."""
+"""The page and the figure of the simulation, made of its counts alone: reports/statistics/simulation.json."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,8 +21,9 @@ from studies.simulation import scenarios
 from studies.simulation.scenarios import Result
 
 SUITE = "statistics"
-"""What the page's markers call the simulation."""
+"""The name of the simulation in the page's markers."""
 TOLERANCE = 0.01
+"""How far a coverage may be from its level."""
 BLOCKS = {
     "losses": scenarios.LOSSES,
     "divergences": scenarios.DIVERGENCES,
@@ -33,13 +34,13 @@ BLOCKS = {
     "decisions": scenarios.DECISIONS,
     "power": scenarios.POWERS,
 }
-"""Which block of the page is written from which group of scenarios."""
+"""By block of the page, the group of scenarios that it shows."""
 _PANELS = tuple(BLOCKS.values())[:6]
 
 
 @dataclass(frozen=True)
-class Point:
-    """A share of draws in the figure, with the interval that the number of draws leaves it."""
+class DrawnShare:
+    """A point of the figure: a share of draws, with the interval that the number of draws leaves open."""
 
     panel: str
     line: str
@@ -54,7 +55,7 @@ def results_of(document: Mapping[str, Any]) -> list[Result]:
     return [Result(**one) for one in document["results"]]
 
 
-def render(document: Mapping[str, Any], page: str, text: bytes) -> bytes:
+def statistics_page(document: Mapping[str, Any], page: str, text: bytes) -> bytes:
     """The page `text`, whose path is `page`, with its blocks filled from the stored document."""
     results = results_of(document)
     blocks = {name: partial(_group, results, group) for name, group in BLOCKS.items()}
@@ -66,14 +67,14 @@ def render(document: Mapping[str, Any], page: str, text: bytes) -> bytes:
     )
 
 
-def figure(document: Mapping[str, Any]) -> dict[str, bytes]:
-    """{"coverage.svg": ..., "coverage.png": ...}: a panel for each group of intervals."""
+def coverage_figure(document: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of the figure, coverage.svg and coverage.png, with a panel for each group of intervals."""
     points = points_of(results_of(document))
     return plots.image_files("coverage", points, lambda: _draw(points))
 
 
-def points_of(results: Sequence[Result]) -> list[Point]:
-    """What the figure shows."""
+def points_of(results: Sequence[Result]) -> list[DrawnShare]:
+    """The points of the figure."""
     points = []
     for one in results:
         if one.group in _PANELS:
@@ -82,20 +83,20 @@ def points_of(results: Sequence[Result]) -> list[Point]:
             data = {other.data for other in alike}
             words = [one.data] * (len(data) > 1) + [one.function] * (len(functions) > 1)
             x = float(one.num) if one.spread is None else one.spread
-            points.append(Point(one.group, ", ".join(words), x, *share(one)))
+            points.append(DrawnShare(one.group, ", ".join(words), x, *share_of(one)))
     return points
 
 
-def share(result: Result) -> tuple[float, float, float]:
+def share_of(result: Result) -> tuple[float, float, float]:
     """The share of draws that were right, and its own 95 % interval (Wilson's)."""
     interval = stats.binomtest(result.num_right, result.num_draws).proportion_ci(0.95, "wilson")
     return result.num_right / result.num_draws, float(interval.low), float(interval.high)
 
 
-def verdict(result: Result) -> str:
+def verdict_on(result: Result) -> str:
     """Whether the goal is kept, as far as the number of draws can tell: coverage within 1 % of its level, false alarms
-    no more often, power no less."""
-    found, low, high = share(result)
+    no more often than their level, power no less."""
+    found, low, high = share_of(result)
     if result.goal == "false alarms":
         return "kept" if low <= result.level else "too many"
     if result.goal == "power":
@@ -107,11 +108,11 @@ def verdict(result: Result) -> str:
     return "kept" if abs(found - result.level) <= TOLERANCE else "unsure"
 
 
-def rows(results: Sequence[Result]) -> list[dict[str, str]]:
-    """A table of one group's results, a cell for each heading."""
+def cells_of(results: Sequence[Result]) -> list[dict[str, str]]:
+    """The rows of a table of results: the text of each cell by its heading."""
     shown = []
     for one in results:
-        value, low, high = share(one)
+        value, low, high = share_of(one)
         cells = {"data": one.data, "function": one.function, "n": f"{one.num:,}"}
         if one.spread is not None:
             cells["spread of starts"] = f"{one.spread:.2f}"
@@ -120,13 +121,13 @@ def rows(results: Sequence[Result]) -> list[dict[str, str]]:
             for heading, key in (("truth below it", "truth_below"), ("above it", "truth_above"), ("none", "without")):
                 cells[heading] = format_percent(one.counts.get(key, 0) / one.num_draws)
         cells["goal"] = format_percent(one.level, "g") + (" ± 1 %" if one.goal == "coverage" else "")
-        cells["verdict"] = verdict(one)
+        cells["verdict"] = verdict_on(one)
         shown.append(cells)
     return shown
 
 
-def table(cells: Sequence[Mapping[str, str]], form: str) -> str:
-    """Rows as tabulate writes them in `form`; words to the left, numbers to the right."""
+def table_of(cells: Sequence[Mapping[str, str]], form: str) -> str:
+    """The rows as a table in one of tabulate's forms, words to the left and numbers to the right."""
     left = ("data", "function", "verdict")
     align = ["left" if heading in left else "right" for heading in cells[0]]
     values = [list(row.values()) for row in cells]
@@ -134,8 +135,8 @@ def table(cells: Sequence[Mapping[str, str]], form: str) -> str:
 
 
 def _group(results: Sequence[Result], group: str) -> str:
-    shown = rows([one for one in results if one.group == group])
-    return table([{heading: escape(cell) for heading, cell in row.items()} for row in shown], "pipe")
+    shown = cells_of([one for one in results if one.group == group])
+    return table_of([{heading: escape(cell) for heading, cell in row.items()} for row in shown], "pipe")
 
 
 def _setup(document: Mapping[str, Any]) -> str:
@@ -163,7 +164,7 @@ def _populations(document: Mapping[str, Any]) -> str:
     ]
     speeds = document["speeds"]
     return (
-        f"{table(shown, 'pipe')}\n\nLogarithms of times, over all variants and shapes: standard deviation "
+        f"{table_of(shown, 'pipe')}\n\nLogarithms of times, over all variants and shapes: standard deviation "
         f"{speeds['within']:.3f} within starts and {speeds['between']:.3f} between them."
     )
 
@@ -171,7 +172,7 @@ def _populations(document: Mapping[str, Any]) -> str:
 # -- The figure --------------------------------------------------------------------------------------------------
 
 
-def _draw(points: Sequence[Point]) -> Figure:
+def _draw(points: Sequence[DrawnShare]) -> Figure:
     figure = Figure(figsize=(11, 9.5), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     FigureCanvasAgg(figure)
     panels = figure.subplots(3, 2)
@@ -180,8 +181,8 @@ def _draw(points: Sequence[Point]) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, name: str, points: Sequence[Point]) -> None:
-    """Lines over the number of units, or over the spread of starts; the band is 95 ± 1 %."""
+def _draw_panel(axes: Axes, name: str, points: Sequence[DrawnShare]) -> None:
+    """Draws lines over the number of units or over the spread of starts, and a band of 95 ± 1 %."""
     axes.set_title(name)
     axes.grid(axis="y")
     axes.set_axisbelow(True)

@@ -1,7 +1,7 @@
 """What data sets are drawn from: the windows, items and speeds of committed records.
 
-Which records these are is fixed by name below, so that a later measurement of something else changes nothing; of each
-the newest whole run is taken.
+The names below fix which records these are, so that a later measurement of something else changes nothing. The newest
+whole run of each is taken.
 """
 
 import math
@@ -20,9 +20,9 @@ Array = NDArray[np.float64]
 NUM_LAGS = 5
 SOURCE = "source"
 PROTOCOL = "wikitext2-512"
-# (suite, variant): from almost no skewness to one window that outweighs the others.
+# (suite, variant): from almost no skewness to a window that outweighs all others.
 LOSSES = (("demo", "w4a4"), ("demo", "nvfp4a16"), ("demo-moe", "nvfp4a16"))
-# (part of the comparison with peers, variant, text): the most even one, and one with an outlier.
+# (part of the comparison with peers, variant, text): the most even divergence, and a divergence with an outlier.
 DIVERGENCES = (
     ("quality-dense", "rtn-a16", "far"),
     ("quality-moe", "a16-weighted-search-rtn", "near"),
@@ -40,7 +40,7 @@ BENCHES = ("demo", "demo-moe")
 
 @dataclass(frozen=True)
 class Windows:
-    """Clusters of a text: `above` [windows] sums of what is measured, `below` [windows] what it is divided by."""
+    """The windows of a text: `above` [windows] are sums of what is measured, `below` [windows] what divides them."""
 
     name: str
     above: Array
@@ -48,11 +48,11 @@ class Windows:
 
     @property
     def truth(self) -> float:
-        """What data sets drawn from these estimate."""
+        """The value that data sets drawn from the windows estimate."""
         return float(self.above.sum() / self.below.sum())
 
     def facts(self) -> dict[str, object]:
-        """Scale, skewness and autocorrelation of the windows in their order, for the page."""
+        """Mean, spread, skewness and autocorrelation of the windows in their order, for the page."""
         rates = self.above / self.below
         centred = rates - rates.mean()
         lags = [float((centred[lag:] * centred[:-lag]).mean() / centred.var()) for lag in range(1, NUM_LAGS + 1)]
@@ -68,7 +68,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Flips:
-    """Items of a task that only one side solves, as shares of all."""
+    """Items of a task that only one side solves, as shares of all items."""
 
     name: str
     lost_share: float
@@ -77,8 +77,8 @@ class Flips:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Logarithms of times: `noise` [repetitions], what a repetition differs by from the mean of its start, scaled to
-    the spread of independent repetitions, and the standard deviations within starts and between them."""
+    """Logarithms of times. `noise` [repetitions] is the difference of a repetition from the mean of its start, scaled
+    to the spread of independent repetitions; `within` and `between` are standard deviations in and between starts."""
 
     noise: Array
     within: float
@@ -87,7 +87,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Populations:
-    """All of them, and the files that they come from."""
+    """All that data sets are drawn from, and the files of its records."""
 
     losses: tuple[Windows, ...]
     divergences: tuple[Windows, ...]
@@ -99,8 +99,8 @@ class Populations:
     files: tuple[str, ...]
 
 
-def read(records: Sequence[Record]) -> Populations:
-    """The populations in `records`; a `UserError` names what is missing."""
+def populations_in(records: Sequence[Record]) -> Populations:
+    """The populations in the records; a `UserError` names a record that is missing."""
     used: dict[str, None] = {}
 
     def newest(measure: str, suite: str, variant: str, **dataset: str) -> Record:
@@ -177,8 +177,8 @@ def _benches(records: Sequence[Record], suite: str) -> list[Record]:
 
 
 def _speeds(benches: Sequence[Record]) -> Speeds:
-    """One-way analysis of variance of log times over starts, added up over variants and shapes: the components of
-    variance by their expected mean squares (Cochran 1977, section 9.3)."""
+    """One-way analysis of variance of log times over starts, averaged over variants and shapes: the components of
+    variance from their expected mean squares (Cochran 1977, section 9.3)."""
     noise, within, between = [], [], []
     for record in benches:
         starts: dict[tuple[object, ...], dict[int, list[float]]] = {}

@@ -1,17 +1,17 @@
-"""Data sets with a known truth, what is made of each, and the count of how often that was right.
+"""Data sets with a known truth, what the statistics make of each, and the count of how often they are right.
 
-A scenario draws one data set, hands it to a function of `harness.record.stats`, and gets back an interval, which holds
+A scenario draws a data set and hands it to a function of `harness.record.stats`, which returns an interval, which holds
 the truth or does not, or a decision. Scenarios on the same data and number of units draw the same data sets.
 
-**Running text.** Windows of the demo text, which is made of independent sentences, have no autocorrelation; those of an
-encyclopaedia have, because an article is easy or hard as a whole. It was measured with the dense demo model and its two
-variants in float32, on all 1,557 windows of 512 tokens of WikiText-2's test text, and on 519 groups of three of them,
-which are as long as windows of a real vocabulary. The loss to the source has autocorrelations of 0.06 to 0.17 at lag 1,
-0.00 to 0.08 at lag 2 and at most 0.04 beyond, and the mean of 16 neighbours varies by 1.2 to 1.9 times as much as that
-of 16 independent windows. The divergence has 0.11 to 0.19, 0.10 to 0.12, 0.03 to 0.12, 0.02 to 0.07 and -0.01 to 0.08
-at lags 1 to 5, and its mean of 16 varies by 1.8 to 2.4 times as much. The model of it here is an article effect with a
-share of the variance, over articles whose lengths are geometric with a mean of 9.4 windows (62 articles in 581
-windows): a share of 0.05 gives 1.4 times for 16 neighbours, a share of 0.12 gives 2.0 times.
+**Running text.** Windows of the embedded text, which is made of independent sentences, have no autocorrelation. Windows
+of an encyclopaedia have, because an article is easy or hard as a whole. That was measured with the dense embedded model
+and its two variants in float32, on all 1,557 windows of 512 tokens of WikiText-2's test text, and on 519 groups of
+three windows, which are as long as windows of a real vocabulary. The loss to the source has autocorrelations of 0.06 to
+0.17 at lag 1, 0.00 to 0.08 at lag 2 and at most 0.04 beyond; the mean of 16 neighbours varies 1.2 to 1.9 times as much
+as the mean of 16 independent windows. The divergence has 0.11 to 0.19, 0.10 to 0.12, 0.03 to 0.12, 0.02 to 0.07 and
+-0.01 to 0.08 at lags 1 to 5; its mean of 16 varies 1.8 to 2.4 times as much. The model here is an article effect that
+has a share of the variance, over articles whose lengths are geometric with a mean of 9.4 windows (62 articles in 581
+windows). A share of 0.05 gives 1.4 times for 16 neighbours, a share of 0.12 gives 2.0 times.
 """
 
 import math
@@ -45,7 +45,7 @@ POWERS = "Power"
 
 COVERAGE = stats.LEVEL
 ALARMS = 0.025
-"""Of a one-sided decision, such as a gate's."""
+"""The level of a one-sided decision, such as a gate's."""
 POWER = 0.8
 
 ARTICLE_WINDOWS = 9.4
@@ -57,8 +57,8 @@ MARGIN = 0.03
 
 @dataclass(frozen=True)
 class Scenario:
-    """`function` of `num` units of `data`; `level` is the share of draws that `goal` asks for, `truth` what an interval
-    should hold (None where the trial decides)."""
+    """A function of the statistics on `num` units of `data`. `level` is the share of draws that the goal asks for,
+    `truth` the value that an interval should hold (None where the trial decides)."""
 
     group: str
     data: str
@@ -69,13 +69,13 @@ class Scenario:
     trial: Trial
     truth: float | None = None
     spread: float | None = None
-    """Of starts, over that of the repetitions within one; None where there are no starts."""
+    """The spread of starts over the spread of repetitions within a start; None where there are no starts."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """How the draws of a scenario ended. Of an interval: covered, truth_below (it), truth_above, without; of a
-    decision: yes, no."""
+    """How the draws of a scenario ended. The counts of an interval are `covered`, `truth_below` it, `truth_above` it
+    and `without` an interval; those of a decision are `yes` and `no`."""
 
     group: str
     data: str
@@ -88,17 +88,17 @@ class Result:
 
     @property
     def num_draws(self) -> int:
-        """All of them."""
+        """The number of draws."""
         return sum(self.counts.values())
 
     @property
     def num_right(self) -> int:
-        """Draws whose interval held the truth, or that decided as counted."""
+        """The number of draws whose interval held the truth, or whose decision was yes."""
         return self.counts.get("covered" if self.goal == "coverage" else "yes", 0)
 
 
-def run(scenarios: Sequence[Scenario], num_draws: int, seed: int, progress: Progress) -> list[Result]:
-    """The counts of `num_draws` draws of each scenario; the same for the same seed, alone or among others."""
+def simulate(scenarios: Sequence[Scenario], num_draws: int, seed: int, progress: Progress) -> list[Result]:
+    """The results of `num_draws` draws of each scenario; the same for the same seed, whatever other scenarios run."""
     results = []
     for done, one in enumerate(scenarios):
         progress(done, len(scenarios), "simulating", f"{one.data}, {one.function}, {one.num:,}")
@@ -121,8 +121,8 @@ def _outcome(scenario: Scenario, found: Estimate | bool) -> str:
     return "truth_below" if scenario.truth < found.low else "truth_above"
 
 
-def everything(populations: Populations) -> list[Scenario]:
-    """All scenarios, in the order of the page."""
+def all_scenarios(populations: Populations) -> list[Scenario]:
+    """The scenarios of the page, in its order."""
     return [
         *_independent_windows(populations),
         *_running_text(populations),
@@ -164,15 +164,15 @@ def _independent_windows(populations: Populations) -> Iterator[Scenario]:
 
 
 def _long_tail() -> Windows:
-    """Divergences worse than any in the records: log-normal, with a standard deviation of 0.94 means and a skewness of
-    3.7."""
+    """Divergences worse than those of the records: log-normal, with a standard deviation of 0.94 means and a skewness
+    of 3.7."""
     quantiles = (np.arange(20_000) + 0.5) / 20_000
     divergences = np.exp(0.8 * norm.ppf(quantiles))
     return Windows("KL, made up, log-normal", 500 * 0.01 * divergences, np.full(len(divergences), 500.0))
 
 
 def _running_text(populations: Populations) -> Iterator[Scenario]:
-    """With and without blocks of neighbours."""
+    """Intervals with and without blocks of neighbours."""
 
     def trial(windows: Windows, share: float, num: int, block: int, rng: Generator) -> Estimate:
         above, below = articles(windows, share, num, rng)
@@ -194,8 +194,8 @@ def _running_text(populations: Populations) -> Iterator[Scenario]:
 
 
 def articles(windows: Windows, share: float, num: int, rng: Generator) -> tuple[Array, Array]:
-    """Sums and weights of `num` neighbouring windows, `share` of whose variance belongs to articles, and whose mean is
-    that of `windows`: the rest are windows drawn from them."""
+    """Sums and weights of `num` neighbouring windows whose mean is that of `windows`. Articles have a `share` of their
+    variance; windows drawn from `windows` have the rest."""
     chosen = rng.integers(len(windows.above), size=num)
     weights = windows.below[chosen]
     rates = windows.above / windows.below
@@ -215,7 +215,7 @@ def _flipped(lost_share: float, won_share: float, num: int, rng: Generator) -> t
 
 
 def _loss(lost_share: float, won_share: float, num: int, rng: Generator) -> Estimate:
-    """Of a share of solved items; positive is worse."""
+    """The loss of a share of solved items; positive is worse."""
     lost, won = _flipped(lost_share, won_share, num, rng)
     return stats.paired_share_difference(won, lost, num)
 
@@ -259,7 +259,7 @@ def _items(populations: Populations) -> Iterator[Scenario]:
 
 
 def _verdicts(populations: Populations) -> Iterator[Scenario]:
-    """How often a decision is taken where it must not be: the hypothesis holds, at its edge."""
+    """How often a decision is taken that must not be taken: the hypothesis holds, at its edge."""
 
     def changed(num: int, rng: Generator) -> bool:
         return stats.mcnemar(*_flipped(0.05, 0.05, num, rng)) <= 2 * ALARMS
@@ -308,8 +308,8 @@ def _verdicts(populations: Populations) -> Iterator[Scenario]:
 
 
 def _powers() -> Iterator[Scenario]:
-    """With as many items as `num_for_margin` asks for: how often nothing lost is shown to be less than the margin, and
-    how often a loss of the margin is seen."""
+    """With the number of items that `num_for_margin` asks for: how often a variant that loses nothing is shown to lose
+    less than the margin, and how often a loss of the margin is seen."""
 
     def shown(flip_share: float, num: int, rng: Generator) -> bool:
         found = _loss(flip_share / 2, flip_share / 2, num, rng)

@@ -1,8 +1,11 @@
 """Documents of the embedded models' lm-eval tasks, the same on every machine.
 
-lm-eval calls each function with the task's metadata and dataset arguments, none of which changes anything:
-seeds and sizes are fixed, so that two results of one task version are about the same documents. Every task
-has a seed of its own, so no two share a document.
+lm-eval calls each public function with the task's metadata and dataset arguments, which change nothing: seeds and sizes
+are fixed, so that two results of one version of a task are about the same documents. Every task has a seed of its own,
+so no two tasks share a document.
+
+A task's digest covers the source text of its function, docstring included: with other words here, new records of the
+task cannot be compared with the committed records.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from harness.demo import corpus
 
 NUM_ITEMS = 300
 NUM_QUESTIONS = 200
-"""Fewer in chat form: with a thought, an answer takes many steps of decoding."""
+"""Fewer than items: in chat form, with a thought, an answer takes many steps of decoding."""
 
 
 def recall_choice(**_: object) -> dict[str, Dataset]:

@@ -1,10 +1,9 @@
-"""What an embedded model has learnt, in figures, on text and operands it never saw.
+"""What an embedded model has learnt, in figures, on text and operands that it never saw.
 
-Perplexity is over disjoint windows of 512 ids, every token scored but each window's first; the unigram model
-is given the held-out text's own frequencies, the best it could have. Items are scored twice: `choice` asks
-whether the answer is likelier than each distractor, `exact` whether greedy decoding writes the answer, which
-leaves no room for lucky guesses. MTP acceptance is the share of positions whose draft is the trunk's own
-next choice.
+Perplexity is over disjoint windows of 512 ids; every token but each window's first is scored. The unigram model gets
+the held-out text's own frequencies, the best that it could have. Items are scored twice: `choice` asks whether the
+answer is likelier than each distractor, and `exact` whether greedy decoding writes the answer, which leaves no room for
+lucky guesses. MTP acceptance is the share of positions whose draft is the trunk's own next choice.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
 from harness.demo import corpus
+from harness.demo.language import FAR, NEAR, Draw, Language, Story, sentence
 from studies.demo_model.network import MtpHead, Network, draft, read_mtp
 
 WINDOW = 512
@@ -30,7 +30,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Figures:
-    """Shares are of 1; perplexities are per token of the demo tokenizer."""
+    """Shares are of 1; perplexities are per token of the embedded tokenizer."""
 
     num_heldout_tokens: int
     unigram_perplexity: float
@@ -42,8 +42,8 @@ class Figures:
     choice_share: dict[str, float]
 
 
-def evaluate(directory: Path, num_items: int = 300) -> Figures:
-    """All figures of a checkpoint folder, in float32 arithmetic on its BF16 weights."""
+def figures_of(directory: Path, num_items: int = 300) -> Figures:
+    """The figures of a checkpoint folder, in float32 arithmetic on its BF16 weights."""
     encoder = Tokenizer.from_file(str(directory / "tokenizer.json"))
     loaded: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
     net: Network = loaded
@@ -55,8 +55,8 @@ def evaluate(directory: Path, num_items: int = 300) -> Figures:
         by_kind[document.kind] += encoder.encode(document.text + corpus.END_OF_TEXT).ids
     items = {
         "recall": corpus.recall_items(0, num_items),
-        "arithmetic": corpus.arithmetic_items(0, num_items),
-        "agreement": corpus.agreement_items(0, num_items),
+        "arithmetic": arithmetic_items(0, num_items),
+        "agreement": agreement_items(0, num_items),
     }
     exact: dict[str, float] = {}
     choice: dict[str, float] = {}
@@ -70,7 +70,7 @@ def evaluate(directory: Path, num_items: int = 300) -> Figures:
             num_heldout_tokens=len(heldout),
             unigram_perplexity=(-(frequencies * frequencies.log()).sum()).exp().item(),
             perplexity=_perplexity(net, heldout),
-            far_perplexity=_perplexity(net, encoder.encode(corpus.heldout_text(corpus.FAR)).ids[: len(heldout)]),
+            far_perplexity=_perplexity(net, encoder.encode(corpus.heldout_text(FAR)).ids[: len(heldout)]),
             perplexity_by_kind={kind: _perplexity(net, ids) for kind, ids in by_kind.items()},
             mtp_acceptance_share=_acceptance(net, mtp, heldout),
             exact_share=exact,
@@ -79,7 +79,7 @@ def evaluate(directory: Path, num_items: int = 300) -> Figures:
 
 
 def _windows(ids: list[int]) -> Iterator[torch.Tensor]:
-    """Batches [batch, window] of whole windows."""
+    """Yields batches [batch, window] of whole windows."""
     rows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
     yield from torch.split(rows, _BATCH)
 
@@ -117,3 +117,33 @@ def _answer(net: Network, encoder: Tokenizer, item: corpus.Item) -> tuple[bool, 
     scores = [row[:length].sum().item() for row, length in zip(log_probs, lengths, strict=True)]
     exact = bool((logits[0, : lengths[0]].argmax(-1) == targets[0, : lengths[0]]).all())
     return exact, scores[0] > max(islice(scores, 1, None))
+
+
+def arithmetic_items(seed: int, num_items: int) -> Iterator[corpus.Item]:
+    """Three solved problems and a fourth to solve, all held out; distractors are near misses."""
+    for index in range(num_items):
+        draw = Draw(12, seed, index)
+        solved = "".join(f"{a}{sign}{b}={c}\n" for a, b, sign, c in (corpus.problem(draw, "heldout") for _ in range(3)))
+        a, b, sign, result = corpus.problem(draw, "heldout")
+        near = [result + step for step in (1, 10, -1, -10, 2) if result + step >= 0][:3]
+        yield corpus.Item(f"{solved}{a}{sign}{b}=", f"{result}\n", tuple(f"{value}\n" for value in near))
+
+
+def agreement_items(seed: int, num_items: int, *, language: Language = NEAR) -> Iterator[corpus.Item]:
+    """A story broken off before a verb that a relative clause of the other number parts from its subject."""
+    for index in range(num_items):
+        draw = Draw(13, seed, language.seed, index)
+        story = Story(draw, language)
+        context = story.tell(2 + draw.below(3))
+        noun, number, verb = story.noun(), draw.below(2), story.verb()
+        inner = story.verb()
+        actor = story.noun_phrase(story.noun(), 1 - number)
+        clause = story.arrange(actor, story.verb_form(inner, 1 - number), [])
+        subject = [*story.noun_phrase(noun, number), language.relative, *clause]
+        if language.verb_final:
+            subject += story.object_of(verb)
+        yield corpus.Item(
+            prompt=f"{context} {sentence(subject)[:-1]}",
+            answer=f" {story.verb_form(verb, number)}",
+            distractors=(f" {story.verb_form(verb, 1 - number)}",),
+        )

@@ -1,10 +1,10 @@
-"""One run of a race of task evals: a job in, a result out.
+"""One run in a race of tasks: a job in, a result out.
 
-    python -m studies.peers.evaluator JOB.json
+    python -m studies.peers.answerer JOB.json
 
-The model is loaded and the tasks are read first; what is timed is the evaluation alone. Both sides end up in lm-eval's
-`evaluate`: ours by `harness.measure.tasks`, theirs as `simple_evaluate` calls it, without the second in which that
-describes the machine. The job is a JSON object:
+The model is loaded and the tasks are read first; only the answering and the scoring are timed. Both sides end up in
+lm-eval's `evaluate`: ours by `harness.measure.tasks`, theirs as `simple_evaluate` calls it, without the second in which
+that function describes the machine. The job is a JSON object:
 
     source          the checkpoint folder
     tasks           lm-eval's files of tasks that are scored by accuracy
@@ -12,7 +12,7 @@ describes the machine. The job is a JSON object:
     result          the file for what was measured, written last: without it the job has failed
     side            "lm-eval" for its own model class, "harness" for our engine
     engine          the name of either
-    arguments       what either is opened with, see `contest.Evaluator`
+    arguments       what either is opened with, see `contest.Answerer`
 
 and the result {"seconds", "num_items", "num_requests", "scores": {task: accuracy}, "packages": {name: version}}.
 """
@@ -44,7 +44,7 @@ def _theirs(job: dict[str, Any]) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     model = _model_class(job["engine"])(pretrained=job["source"], **job["arguments"])
-    # Of these files alone: lm-eval's own are thousands, and nobody asks for one.
+    # Only these files: lm-eval's own tasks are thousands, and nobody asks for them.
     manager = TaskManager(include_path=str(Path(job["tasks"][0]).parent), include_defaults=False)
     loaded = manager.load(job["tasks"])
     start = time.perf_counter()

