@@ -4,7 +4,7 @@
     nox -s ppl -- --limit 20         arguments after -- go to the subcommand
     nox -s gate                      the suite's rules, judged by what was measured
     nox -s peers -- speed-a16        beside llm-compressor, which has an environment of its own
-    nox -s peers -- speed-tasks      beside lm-eval, in one with what its own model class needs
+    nox -s peers -- speed-tasks      beside lm-eval, whose model class has an environment of its own
     nox -s peers -- speed-scoring    a source and its variants in one pass, beside one after the other
     nox -s simulate                  how often the statistics are right, on data with a known truth
     nox -s vllm                      every variant in vLLM on the CPU, in an environment of its own
@@ -198,8 +198,8 @@ def vllm(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def peers(session: nox.Session) -> None:
     """llm-compressor, lm-eval and the harness on the same inputs: time, memory, divergence, accuracy
-    (`python -m studies.peers -h`). An environment is made if a part that needs it is named; without a name those of all
-    parts but speed-tasks-vllm are."""
+    (`python -m studies.peers -h`). The session makes the environments of the parts that are named; without a name, those
+    of all parts but speed-tasks-vllm."""
     ours = shared_python(session)
     parts = {word for word in session.posargs if word in PEERS_PARTS} or {*PEERS_QUANTIZING, "speed-tasks"}
     pythons = {}
@@ -210,7 +210,7 @@ def peers(session: nox.Session) -> None:
         pythons["--tasks-python"] = made_environment(session, "peers-lmeval", CONSTRAINTS, *wanted)
     if "speed-tasks-vllm" in parts:
         pythons["--vllm-python"] = vllm_python(session)
-    # From the root: a record keeps its command, and a place of this machine has no business there.
+    # Relative to the root: a record keeps its command, which must not name a place of this machine.
     arguments = [word for option, one in pythons.items() for word in (option, str(Path(one).relative_to(ROOT)))]
     session.run(ours, "-m", "studies.peers", *arguments, *session.posargs, env=OFFLINE, external=True)
 
