@@ -198,8 +198,8 @@ def vllm(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def peers(session: nox.Session) -> None:
     """llm-compressor, lm-eval and the harness on the same inputs: time, memory, divergence, accuracy
-    (`python -m studies.peers -h`). The session makes the environments of the parts that are named; without a name, those
-    of all parts but speed-tasks-vllm."""
+    (`python -m studies.peers -h`). The session makes the environments of the named parts; without a name, those of all
+    parts but speed-tasks-vllm."""
     ours = shared_python(session)
     parts = {word for word in session.posargs if word in PEERS_PARTS} or {*PEERS_QUANTIZING, "speed-tasks"}
     pythons = {}

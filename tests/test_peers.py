@@ -124,8 +124,8 @@ THEIRS = {one.name: one for group in QUALITY for one in group.others if isinstan
 @pytest.mark.parametrize("model", ["qwen3.5-9b", "qwen3.6-35b-a3b"])
 @pytest.mark.parametrize("name", THEIRS)
 def test_both_sides_keep_the_same_modules(name: str, model: str) -> None:
-    _, tensors = census(tiny_config(model), with_mtp=True)
-    formats = recipe_named(THEIRS[name].recipe).formats
+    config, tensors = census(tiny_config(model), with_mtp=True)
+    formats = recipe_named(THEIRS[name].recipe).formats(config.family)
     ignore = THEIRS[name].job()["ignore"]
     quantized = {tensor.name for tensor in tensors if tensor.role is not None and tensor.role.name in formats}
     matrices = {tensor.name for tensor in tensors if len(tensor.shape) >= 2}
