@@ -7,6 +7,7 @@
     nox -s peers -- speed-tasks      beside lm-eval, whose model class has an environment of its own
     nox -s peers -- speed-scoring    a source and its variants in one pass, beside one after the other
     nox -s simulate                  how often the statistics are right, on data with a known truth
+    nox -s startup -- --before DIR   CPU time of starting a command, beside another checkout
     nox -s vllm                      every variant in vLLM on the CPU, in an environment of its own
     nox -s browser                   the page of a card in Chromium, which is installed if it is missing
     nox                              tests, lint, typing
@@ -223,6 +224,12 @@ def simulate(session: nox.Session) -> None:
     session.run(
         *(python, "-m", "studies.simulation", *session.posargs), env={**OFFLINE, "OMP_NUM_THREADS": "1"}, external=True
     )
+
+
+@nox.session(venv_backend="none", default=False)
+def startup(session: nox.Session) -> None:
+    """CPU time of starting a command, beside another checkout: `nox -s startup -- --before DIR`."""
+    session.run(shared_python(session), "-m", "studies.startup", *session.posargs, external=True)
 
 
 @nox.session(default=False)

@@ -9,18 +9,21 @@ import os
 import sys
 from collections.abc import Sequence
 
-from harness import __version__, commands
-from harness.allocator import keep_freed_memory
+from harness import __version__
+from harness.commands import SUBCOMMANDS, command_named
 from harness.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code."""
-    keep_freed_memory()
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser(given).parse_args(given)
     try:
-        code = commands.command_named(options.command).run(options, given)
+        # Not before the grammar is satisfied, which needs no ctypes.
+        from harness.allocator import keep_freed_memory
+
+        keep_freed_memory()
+        code = command_named(options.command).run(options, given)
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -46,14 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser(given: Sequence[str]) -> argparse.ArgumentParser:
-    """The grammar of `harness`, as far as the words of a command line need it: of the subcommand that they begin with,
-    or else of all."""
+    """The grammar of a command line: a sentence for every subcommand, and the arguments of the subcommand that the line
+    begins with."""
     top = argparse.ArgumentParser(
         prog="harness", description="Build, verify, measure and report NVFP4 variants of hybrid DeltaNet models."
     )
     top.add_argument("--version", action="version", version=f"harness {__version__}")
     subcommands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in commands.NAMES if not given or given[0] not in commands.NAMES else given[:1]:
-        command = commands.command_named(name)
-        command.add_arguments(subcommands.add_parser(name, help=command.HELP, description=command.HELP))
+    for name, sentence in SUBCOMMANDS.items():
+        subcommand = subcommands.add_parser(name, help=sentence, description=sentence)
+        if name in given[:1]:
+            command_named(name).add_arguments(subcommand)
     return top

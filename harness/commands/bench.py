@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from harness.record.store import Record, RunWriter
     from harness.suite.schema import Bench
 
-HELP = "Measure decode and prefill speed of the source and its variants, or of a running server."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of every measure, and a server to measure in place of an engine."""

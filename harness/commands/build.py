@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from harness.quantize.artifact import Artifact
 
 
-HELP = "Build a suite's variants, or one checkpoint by one recipe, as compressed-tensors checkpoints."
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the source and its recipe, or a suite and its variants."""
     parser.add_argument(

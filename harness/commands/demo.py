@@ -9,8 +9,6 @@ from pathlib import Path
 from harness.commands.options import whole_number
 from harness.commands.output import progress_bars
 
-HELP = "Write synthetic checkpoints: `harness demo synthesize`."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `synthesize` and its configuration, folder and size."""

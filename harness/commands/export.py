@@ -10,8 +10,6 @@ from harness.commands.options import add_json, add_results, add_suite, add_varia
 from harness.commands.output import print_json, stored_records
 from harness.errors import UserError
 
-HELP = "Write the results of the records in the formats that other tools read."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the suite, its records and variants, and the new folder."""

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from harness.measure.packs import Pack
     from harness.suite.schema import Fidelity, Suite
 
-HELP = "Measure how far every variant's predictions are from its source's, token by token, beside the noise."
-
 _PACKS, _SCRATCH = ".packs", ".streamed"  # beside the artifacts; no variant can be called so
 _RESTART, _BATCH, _ENGINE = NOISE
 _TOGETHER = ("torch", "streamed")
@@ -43,13 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Compares the suite's variants with their source and prints their divergences beside the noise."""
-    from harness.report import fidelity_tables
-
     with measuring_job(options, given) as job:
         work = fidelity_work(job, options.variant)
         print_models(options, work.models)
         measured = compare_with_source(job, work, options.limit)
         stored = stored_noise(job)
+
+    from harness.report import fidelity_tables
+
     records = measured.records
     shown = {**records, **{row: one for row, one in stored.items() if row not in records}}
     frames = [fidelity_tables.divergence_table(shown), fidelity_tables.band_table(shown)] if records else []

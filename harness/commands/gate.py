@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from harness.record.store import Record
     from harness.suite.schema import Suite
 
-HELP = "Judge the suite's rules by the records: pass, fail, inconclusive or incomparable."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the suite, the new records, the baselines, and where verdicts are written."""

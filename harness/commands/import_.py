@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from harness.record.store import Record
 
 
-HELP = "Store what `vllm bench` measured on another machine as a record."
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the file, and what it does not say: the variant, the machine, vLLM's release, the size of a batch."""
     parser.add_argument(
@@ -52,11 +49,13 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         raise UserError(f"--machine '{options.machine}' is no name.", "Use lower-case letters, digits, '.' and '-'.")
 
     from harness.measure.vllm_bench import BatchShape
-    from harness.report import speed_tables, tables
 
     shape = BatchShape(*sizes) if all(sizes) else None
     with open_job(options, given) as job:
         record = _imported(job, options.variant, options.file, shape, options.machine, options.vllm_version)
+
+    from harness.report import speed_tables, tables
+
     frame = speed_tables.served_table({options.variant: record})
     if options.json:
         print_json({"record": str(record.path), "tables": [tables.json_rows(frame)]})

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from harness.quantize.plan import CalibrationMemory, Plan
     from harness.quantize.recipes import Recipe
 
-HELP = "Show what a recipe makes of a model: tensors, bytes, memory traffic. No weights are read."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the model, the recipe, and what calibration and the ceiling of speed depend on."""

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from harness.record.store import Record
     from harness.suite.schema import Perplexity, Suite
 
-HELP = "Measure the perplexity of the source and its variants on the same tokens."
-
 _STORED = ".log-probs"  # no variant can be called so
 
 
@@ -46,12 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Measures the suite's models by its protocols and prints a table of them, beside the source's stored runs where
     this command did not measure the source."""
-    from harness.report import fidelity_tables, perplexity_tables, runs
-
     with measuring_job(options, given) as job:
         models, readings = _prepared(job, options.variant)
         print_models(options, models)
         found = _measured(job, models, readings, options.limit, fresh=options.fresh)
+
+        from harness.report import fidelity_tables, perplexity_tables, runs
+
         stored = runs.newest_by_protocol(job.stored(), job.suite.name, list(found.records), (SOURCE,))
         shown = {name: {**stored.get(name, {}), **rows} for name, rows in found.records.items()}
         frame = perplexity_tables.perplexity_table(shown, fidelity_tables.log_ppl_floor(stored_noise(job), shown))

@@ -12,8 +12,6 @@ from pathlib import Path
 from harness.commands.options import add_job, open_job, suite_file
 from harness.commands.output import format_table, print_json, stored_records
 
-HELP = "Assemble a variant's upload folder, check it, and upload it to the model hub."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the variant, the repository, and how far to go."""

@@ -10,8 +10,6 @@ from pathlib import Path
 from harness.commands.options import add_json, positive_number
 from harness.commands.output import format_table, print_findings, print_json, progress_bars
 
-HELP = "Mend a quantized checkpoint where that needs no quantizing again, as a new folder."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the checkpoint, the new folder, and what may be taken from where."""

@@ -11,8 +11,6 @@ from harness.commands.options import add_json, add_results, add_suite, load_suit
 from harness.commands.output import print_json, stored_records
 from harness.errors import UserError
 
-HELP = "Write the card, its figures and the marked tables, if the records support every claim."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the pages, the suite and its records, and whether to write."""

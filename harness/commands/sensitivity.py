@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from harness.record.store import Record
 
 
-HELP = "Measure what each format would cost each projection of each layer."
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the suite, whose calibration samples are used."""
     add_job(parser)
@@ -28,10 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Measures the source's layers and prints a table of where bytes pay."""
-    from harness.report import sensitivity_tables, tables
-
     with open_job(options, given) as job:
         record = _measured(job)
+
+    from harness.report import sensitivity_tables, tables
+
     frame = sensitivity_tables.sensitivity_table({SOURCE: record})
     words = sensitivity_tables.sensitivity_words(frame)
     if options.json:

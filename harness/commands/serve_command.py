@@ -17,8 +17,6 @@ from harness.commands.options import (
 from harness.commands.output import format_table, print_json
 from harness.errors import UserError
 
-HELP = "Print commands that serve a variant with vLLM or Docker, and the memory that serving takes."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the variant and the GPUs that serve it."""

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from harness.commands.output import print_json
 
-HELP = "Print the JSON Schema of suite files: `harness suite schema`."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `schema`, and which file it is about."""
@@ -16,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "Print what a suite file may say as a JSON Schema, by which editors complete, explain and check its keys."
     schema = kinds.add_parser("schema", help=text, description=text)
     schema.add_argument(
-        "--calibration", action="store_true", help="of the file that `harness build --calibration` takes instead"
+        "--calibration", action="store_true", help="print that of the files that `harness build --calibration` takes"
     )
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from harness.record.store import Record
     from harness.suite.schema import Suite, Task
 
-HELP = "Put the source and its variants to lm-eval's tasks, and keep every item."
-
 _JOURNALS = ".answers"  # no variant can be called so
 
 
@@ -39,12 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Puts the suite's models to its tasks and prints their scores, beside the source's stored runs where this command
     did not run the source."""
-    from harness.report import task_tables
-
     with measuring_job(options, given) as job:
         work = _prepared(job, options.variant, options.task)
         print_models(options, work.models)
         found = _answered(job, work, limit=options.limit, fresh=options.fresh)
+
+        from harness.report import task_tables
+
         stored = task_tables.newest_by_task(job.stored(), job.suite, (SOURCE,))
         shown = {label: {**stored.get(label, {}), **rows} for label, rows in found.records.items()}
     invalid = [

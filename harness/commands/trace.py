@@ -10,8 +10,6 @@ from pathlib import Path
 from harness.commands.options import add_json
 from harness.commands.output import print_json
 
-HELP = "Follow every number of a card to its record, and compute it again."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the card, and the suite that it was written for."""

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from harness.job import Job
 
 
-HELP = "Check compressed-tensors checkpoints, whether the harness built them or not."
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the folder and its source, or a suite and its variants."""
     parser.add_argument(
@@ -34,22 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Prints the findings, a table of round trips and a verdict for each checkpoint; returns 1 where one failed."""
-    from harness.resolve import chosen_variants, find_source
-
-    if options.folder is None:
-        if options.source:
-            raise UserError("--source goes with a DIR.", "Name the folder; a suite knows its own source.")
-        with open_job(options, given) as job:
-            names = chosen_variants(job.suite, options.variant, with_source=False)
-            outcomes = {str(job.artifact(name)): _verified(job, name) for name in names}
-    else:
-        if options.suite or options.variant:
-            raise UserError("--suite and --variant do not go with a DIR.", "Leave them out, or leave DIR out.")
-        from harness.audit.verify import verify
-
-        source = find_source(options.source) if options.source else None
-        with progress_bars() as progress:
-            outcomes = {str(options.folder): verify(options.folder, source, progress)}
+    outcomes = _checked_variants(options, given) if options.folder is None else _checked_folder(options)
     passed = all(outcome.passed for outcome in outcomes.values())
     if options.json:
         print_json({folder: {"passed": one.passed, **asdict(one)} for folder, one in outcomes.items()})
@@ -77,7 +59,32 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     return 0 if passed else 1
 
 
-def _verified(job: Job, variant: str) -> Verification:
+def _checked_variants(options: argparse.Namespace, given: Sequence[str]) -> dict[str, Verification]:
+    """What the check of each variant of the suite found, by the folder of its artifact."""
+    if options.source:
+        raise UserError("--source goes with a DIR.", "Name the folder; a suite knows its own source.")
+
+    from harness.resolve import chosen_variants
+
+    with open_job(options, given) as job:
+        names = chosen_variants(job.suite, options.variant, with_source=False)
+        return {str(job.artifact(name)): _checked_variant(job, name) for name in names}
+
+
+def _checked_folder(options: argparse.Namespace) -> dict[str, Verification]:
+    """What the check of a checkpoint found, by its folder."""
+    if options.suite or options.variant:
+        raise UserError("--suite and --variant do not go with a DIR.", "Leave them out, or leave DIR out.")
+
+    from harness.audit.verify import verify
+    from harness.resolve import find_source
+
+    source = find_source(options.source) if options.source else None
+    with progress_bars() as progress:
+        return {str(options.folder): verify(options.folder, source, progress)}
+
+
+def _checked_variant(job: Job, variant: str) -> Verification:
     """Checks a variant of the suite, built where missing, against its source, and records what the check found."""
     from harness.audit.verify import VERSION, verify
     from harness.job import Model
