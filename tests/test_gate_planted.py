@@ -24,7 +24,8 @@ from harness.record import stats
 from harness.record.store import Record, read
 from harness.report import gate
 from harness.report.gate import Judgement
-from harness.suite.schema import Bench, Fidelity, Perplexity, Rule, Source, Suite, Task, Variant
+from harness.suite.rules import Rule
+from harness.suite.schema import Bench, Fidelity, Perplexity, Source, Suite, Task, Variant
 from harness.suite.texts import DemoText
 from tests.artifacts import change, quiet, write_artifact
 from tests.perplexities import protocol_samples

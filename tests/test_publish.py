@@ -510,7 +510,7 @@ def a_loss_beyond_the_margin(place: Path) -> None:
 
 
 def a_claim_without_evidence(place: Path) -> None:
-    edit("suite.toml", "Random weights.", "It is lossless.")
+    edit("suite.toml", "[ppl]", '[[claim]]\nkind = "better"\nvariant = "a16"\nmetric = "log_ppl"\n[ppl]')
     measure(place)
 
 

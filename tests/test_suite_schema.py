@@ -14,7 +14,7 @@ from jsonschema.validators import validator_for
 from harness.cli import main
 from harness.demo import SUITE as DEMO_SUITE
 from harness.errors import UserError
-from harness.suite import schema, texts
+from harness.suite import rules, schema, texts
 from harness.suite.json_schema import json_schema
 from harness.suite.load import load
 from harness.suite.schema import SuiteFile
@@ -42,8 +42,10 @@ def test_the_schema_is_json_schema_of_draft_2020_12(table: type) -> None:
 
 def test_every_key_of_every_table_is_explained() -> None:
     written_out = json_schema(SuiteFile)
-    classes = [one for module in (schema, texts) for one in vars(module).values() if isinstance(one, type)]
-    tables = {one for one in classes if one.__module__ in (schema.__name__, texts.__name__)} - {schema.Suite}
+    classes = [one for module in (schema, rules, texts) for one in vars(module).values() if isinstance(one, type)]
+    tables = {one for one in classes if one.__module__ in (schema.__name__, rules.__name__, texts.__name__)} - {
+        schema.Suite
+    }
     assert len(tables) > 20
     for table in tables:
         said = written_out if table is SuiteFile else written_out["$defs"][table.__name__]

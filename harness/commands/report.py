@@ -28,8 +28,10 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Writes the files that changed, or names those that are stale; returns 1 for stale files, for tables edited by
     hand and for claims without support."""
     from harness.report import blocks, card, claims
+    from harness.report.claim_words import check_words
 
     suite = load_suite(options)
+    check_words(suite)
     records, skipped = stored_records(options.results)
     named = [Path(page) for page in options.pages] or [page for page in (Path("README.md"),) if page.exists()]
     pages = {}
@@ -46,17 +48,17 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if edits and not options.check and not options.overwrite:
         raise UserError(" ".join(edits), "Move your words out of it, or lose them by --overwrite.")
     word = "stale" if options.check else "written"
-    said = claims.claims_of(suite, records, skipped)
-    if unsupported := [claim for claim in said if not claim.supported]:
+    judged = claims.judged_claims(suite, records, skipped)
+    if unsupported := [claim for claim in judged if not claim.supported]:
         print(*(f"harness: {claim.reason}." for claim in unsupported), f"  {claims.REMEDY}", sep="\n", file=sys.stderr)
         if options.json:
-            print_json({"files": [], word: [], "edited": edits, "claims": claims.rows(said)})
+            print_json({"files": [], word: [], "edited": edits, "claims": claims.claim_rows(judged)})
         return 1
     rendered = card.generated_files(suite, records, results_dir=options.results.as_posix(), pages=pages)
     root = Path.cwd()
     changed = card.stale_files(rendered, root) if options.check else card.write_files(rendered, root)
     if options.json:
-        print_json({"files": sorted(rendered), word: changed, "edited": edits, "claims": claims.rows(said)})
+        print_json({"files": sorted(rendered), word: changed, "edited": edits, "claims": claims.claim_rows(judged)})
     else:
         if options.check:
             print(*edits, sep="\n", end="\n" if edits else "")

@@ -36,6 +36,7 @@ from harness.quantize.artifact import MANIFEST, altered
 from harness.record import baselines
 from harness.record.store import Record, Skipped
 from harness.report import card, claims, export, gate
+from harness.report.claim_words import check_words
 from harness.report.evidence import Evidence, gather
 from harness.report.trace import trace
 from harness.resolve import chosen_variants
@@ -89,6 +90,7 @@ def assemble(
     that the records are not of; for a suite without a rule for it; and for an `out` that was not made by this function.
     """
     chosen_variants(job.suite, [variant], with_source=False)
+    check_words(job.suite)
     out = out.resolve()
     _check_out(out)
     artifact = _artifact(job, variant)
@@ -102,9 +104,8 @@ def assemble(
         if one.severity == "error"
     ]
     findings += [_words(one) for one in judged if one.verdict == "fail"]
-    # The card has the suite's prose, with what that says of other variants too.
-    found = claims.claims_of(job.suite, records, skipped)
-    findings += [f"claims: {one.reason}" for one in found if not one.supported]
+    judged_claims = claims.judged_claims(evidence.suite, records, skipped)
+    findings += [f"claims: {one.reason}" for one in judged_claims if not one.supported]
     undecided = tuple(_words(one) for one in judged if gate.EXIT_CODES[one.verdict] == 3)
     outcome = Assembled(out, artifact.digest, {}, tuple(findings), undecided)
     if findings or (undecided and not allow_undecided):

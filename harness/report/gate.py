@@ -33,7 +33,8 @@ from harness.report.gate_runs import (
     slots_of,
 )
 from harness.suite.names import BASELINE, SOURCE, row_name
-from harness.suite.schema import Rule, Suite
+from harness.suite.rules import Rule
+from harness.suite.schema import Suite
 
 Verdict = Literal["pass", "fail", "inconclusive", "incomparable"]
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "inconclusive": 3, "incomparable": 3, "fail": 1}

@@ -9,7 +9,8 @@ from harness.record.store import Record, Skipped
 from harness.report import runs, task_tables
 from harness.suite.metrics import METRICS
 from harness.suite.names import BASELINE
-from harness.suite.schema import Rule, Suite
+from harness.suite.rules import Rule
+from harness.suite.schema import Suite
 
 
 class IncomparableError(Exception):

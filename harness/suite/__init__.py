@@ -47,9 +47,13 @@
     versus = "source"                   # or another variant, or "baseline": what `harness gate` wrote down before
     margin = 0.02                       # the largest loss that is accepted, in the metric's unit
 
-* `names` and `metrics`: what rows of tables are called, and what a gate rule can be about.
-* `schema` and `texts`: every key, as a field of a frozen dataclass. A key is documented, typed, defaulted and checked
-  there and nowhere else; `values` has the kinds of values, each with its sentence for a person.
+    [[claim]]
+    kind = "near-lossless"              # what the card says of a variant, if the records support it
+    variant = "nvfp4a16"
+
+* `names` and `metrics`: what rows of tables are called, and what a gate rule and a claim can be about.
+* `schema`, `rules` and `texts`: every key, as a field of a frozen dataclass. A key is documented, typed, defaulted and
+  checked there and nowhere else; `values` has the kinds of values, each with its sentence for a person.
 * `reader`: pydantic validates a TOML document against these classes; the reader turns the first error into a sentence.
 * `load`: reads a file, and checks what one table says of another.
 * `json_schema`: the same classes as a JSON Schema, for editors.

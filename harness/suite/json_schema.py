@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from harness.suite import schema, texts
+from harness.suite import rules, schema, texts
 
 
 def json_schema(table: type) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class SchemaWriter(GenerateJsonSchema):
 def _documents() -> dict[tuple[str, str], str]:
     """The string under every field, by the names of its class and of the field."""
     found = {}
-    for module in (schema, texts):
+    for module in (schema, rules, texts):
         for table in (node for node in _tree(module).body if isinstance(node, ast.ClassDef)):
             for declared, under in zip(table.body, table.body[1:], strict=False):
                 match declared, under:

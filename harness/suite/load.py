@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, did_you_mean
-from harness.suite.metrics import METRICS, SHARE
+from harness.suite.metrics import CLAIM_KINDS, METRICS, SHARE
 from harness.suite.names import BASELINE, SOURCE, row_name
 from harness.suite.reader import read_table
-from harness.suite.schema import Bench, Rule, Suite, SuiteFile
+from harness.suite.rules import Claim, Rule
+from harness.suite.schema import Bench, Suite, SuiteFile
 from harness.suite.texts import Calibration
 
 
 def narrowed(suite: Suite, variant: str) -> Suite:
-    """The suite with one of its variants alone beside the source: without the rules that are about others, or hold it
-    against one."""
+    """The suite with one of its variants alone beside the source, without rules and claims that another variant is
+    part of."""
     alone = dataclasses.replace(suite, variants={variant: suite.variants[variant]})
     rows = alone.rows()
     bench = suite.bench
@@ -25,7 +26,8 @@ def narrowed(suite: Suite, variant: str) -> Suite:
     if bench is not None and bench.versus not in rows:
         bench = dataclasses.replace(bench, versus=SOURCE)
     gate = tuple(rule for rule in suite.gate if rule.variant in rows and rule.versus in (None, BASELINE, *rows))
-    return dataclasses.replace(alone, bench=bench, gate=gate)
+    claims = tuple(one for one in suite.claim if one.variant in rows and one.versus in (None, *rows))
+    return dataclasses.replace(alone, bench=bench, gate=gate, claim=claims)
 
 
 def load(path: Path) -> Suite:
@@ -50,8 +52,9 @@ def load(path: Path) -> Suite:
                 f"{path}: 'ppl.expected' has '{name}', which is not among the protocols.",
                 did_you_mean(name, suite.ppl.protocols),
             )
-    rules = tuple(_completed(f"{path}: 'gate[{place}]", rule, suite) for place, rule in enumerate(suite.gate))
-    return dataclasses.replace(suite, gate=rules, folder=path.parent)
+    rules = tuple(_completed_rule(f"{path}: 'gate[{place}]", rule, suite) for place, rule in enumerate(suite.gate))
+    claims = tuple(_completed_claim(f"{path}: 'claim[{place}]", one, suite) for place, one in enumerate(suite.claim))
+    return dataclasses.replace(suite, gate=rules, claim=claims, folder=path.parent)
 
 
 def restored(resolved: Mapping[str, Any], where: str) -> Suite:
@@ -77,7 +80,7 @@ def _timed_rows(suite: Suite, bench: Bench) -> list[str]:
     return [row_name(name, setup) for setup in (None, *(bench.setups or ())) for name in names]
 
 
-def _completed(where: str, rule: Rule, suite: Suite) -> Rule:
+def _completed_rule(where: str, rule: Rule, suite: Suite) -> Rule:
     """A rule with what it leaves open filled in; `UserError` for one that this suite has no numbers for."""
     metric = METRICS[rule.metric]
     if metric.table and not getattr(suite, metric.table):
@@ -88,7 +91,11 @@ def _completed(where: str, rule: Rule, suite: Suite) -> Rule:
     rows = suite.variants if metric.unit is None else suite.rows()
     if rule.variant not in rows:
         raise UserError(f"{where}.variant' names '{rule.variant}', which is none.", did_you_mean(rule.variant, rows))
-    filled = _with_option(where, rule, suite)
+    protocol = suite.ppl.protocols[0] if suite.ppl and metric.option == "protocol" else None
+    filled = dataclasses.replace(
+        rule, protocol=rule.protocol or protocol, batch=rule.batch or (1 if metric.option == "batch" else None)
+    )
+    _check_option(where, filled, rule.metric, metric.option, suite)
     if metric.unit is None:
         for key in ("versus", "margin"):
             if getattr(rule, key) is not None:
@@ -117,28 +124,63 @@ def _completed(where: str, rule: Rule, suite: Suite) -> Rule:
     return dataclasses.replace(filled, versus=versus)
 
 
-def _with_option(where: str, rule: Rule, suite: Suite) -> Rule:
-    """The rule with the default of its metric's own key, which must be something that the suite measures."""
-    option = METRICS[rule.metric].option
-    protocols = suite.ppl.protocols if suite.ppl else ()
-    filled = dataclasses.replace(
-        rule,
-        protocol=rule.protocol or (protocols[0] if option == "protocol" else None),
-        batch=rule.batch or (1 if option == "batch" else None),
-    )
+def _completed_claim(where: str, claim: Claim, suite: Suite) -> Claim:
+    """A claim with what it leaves open filled in; `UserError` for one that this suite has no numbers for."""
+    kind, rows = CLAIM_KINDS[claim.kind], suite.rows()
+    if claim.metric is not None and not (kind.names_metric and claim.metric in kind.metrics):
+        remedy = f"Name one of {', '.join(kind.metrics)}." if kind.names_metric else "Leave it out."
+        raise UserError(f"{where}.metric' is {claim.metric}, which '{claim.kind}' is not about.", remedy)
+    is_better = claim.kind == "better"  # in all of the quality that is measured, unless a metric is named
+    metric = claim.metric or (kind.metrics[0] if kind.names_metric and not is_better else None)
+    about = (metric,) if metric else kind.metrics
+    missing = [table for one in about if (table := METRICS[one].table) and not getattr(suite, table)]
+    if missing and not (is_better and metric is None and len(missing) < len(about)):
+        raise UserError(
+            f"{where}.kind' is {claim.kind}, and the suite has no [{missing[0]}] table.",
+            "Add the table, or leave the claim out.",
+        )
+    if claim.variant not in rows:
+        raise UserError(f"{where}.variant' names '{claim.variant}', which is none.", did_you_mean(claim.variant, rows))
+    versus = claim.versus or SOURCE
+    against = [row for row in rows if row != claim.variant and (row == SOURCE or not kind.of_source)]
+    if claim.variant == SOURCE and (kind.of_source or "kl" in about):
+        against = []
+    if versus not in against:
+        remedy = did_you_mean(versus, against) if against else "Name a variant."
+        problem = f"{where}.versus' is '{versus}', which '{claim.variant}' cannot be held against as {claim.kind}."
+        raise UserError(problem, remedy)
+    margin = kind.default_margin if claim.margin is None else claim.margin
+    if margin is None and kind.needs_margin:
+        raise UserError(f"{where}.margin' is missing.", "Say what share is lost at most, for example 0.01.")
+    if margin is not None and not kind.needs_margin and kind.default_margin is None:
+        raise UserError(f"{where}.margin' is set, and '{claim.kind}' has none.", "Leave it out.")
+    if margin is not None and (margin < 0 or (kind.needs_margin and margin > _MOST_LOST)):
+        bounds = f"from 0 to {_MOST_LOST}" if kind.needs_margin else "of at least 0"
+        raise UserError(f"{where}.margin' is {margin:g}.", f"Use a share {bounds}.")
+    batch = claim.batch or (1 if metric == "decode_speed" else None)
+    filled = dataclasses.replace(claim, versus=versus, metric=metric, margin=margin, batch=batch)
+    options = {METRICS[one].option for one in about} if metric or claim.kind == "recovery" else set()
+    _check_option(where, filled, metric or claim.kind, next(iter(options), None), suite)
+    return filled
+
+
+_MOST_LOST = 0.5  # of perplexity, speed or score by a claim: 0.99 is a slip of who means what is left
+
+
+def _check_option(where: str, entry: Rule | Claim, about: str, option: str | None, suite: Suite) -> None:
+    """`UserError` for a task, protocol or batch that the suite does not measure, or that the entry has no use for."""
     measured = {
         "task": tuple(suite.tasks),
-        "protocol": protocols,
+        "protocol": suite.ppl.protocols if suite.ppl else (),
         "batch": suite.bench.batch_sizes if suite.bench else (),
     }
     for key, known in measured.items():
-        value = getattr(filled, key)
+        value = getattr(entry, key)
         if value is not None and key != option:
-            raise UserError(f"{where}.{key}' is set, and {rule.metric} has none.", "Leave it out.")
+            raise UserError(f"{where}.{key}' is set, and {about} has none.", "Leave it out.")
         if value is not None and value not in known:
             remedy = did_you_mean(str(value), map(str, known))
             raise UserError(f"{where}.{key}' is {value}, which the suite does not measure.", remedy)
-    return filled
 
 
 def load_calibration(path: Path) -> tuple[Calibration, Path]:

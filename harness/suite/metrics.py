@@ -1,4 +1,4 @@
-"""What a gate rule can be about: every metric with its unit and the keys that a rule on it may have."""
+"""What a gate rule and a claim can be about: every metric with its unit, and every kind of claim with what it asks."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,14 @@ from dataclasses import dataclass
 class Metric:
     """What a rule on one metric may say."""
 
-    unit: str | None  # of the loss and its margin; None: found or not found, of one model alone, without a margin
-    table: str | None = None  # of the suite, which says how it is measured
-    option: str | None = None  # the key that says which of several numbers is meant
+    unit: str | None
+    """The unit of the loss and its margin; None where something is found or not, of one model alone."""
+    table: str | None = None
+    """The suite's table that says how the metric is measured."""
+    option: str | None = None
+    """The key that says which of several numbers is meant."""
     has_baseline: bool = True
+    """Whether an older run may be compared with."""
 
 
 SHARE = "share"
@@ -26,3 +30,31 @@ METRICS = {
     "verify": Metric(unit=None),  # no finding that is an error
     "arithmetic": Metric(unit=None),  # every engine computed what the checkpoint says
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimKind:
+    """What a claim of one kind may say."""
+
+    metrics: tuple[str, ...]
+    """The metrics that it is about: all of them at once, or the one that its key `metric` names."""
+    names_metric: bool = False
+    """Whether `metric` may be set; where it is left out, the first metric is meant."""
+    default_margin: float | None = None
+    """The margin where it is left out."""
+    needs_margin: bool = False
+    """Whether the claim must say a margin."""
+    of_source: bool = False
+    """Whether it can only be held against the source."""
+
+
+CLAIM_KINDS = {
+    "lossless": ClaimKind(metrics=("log_ppl", "kl"), of_source=True),
+    "noise": ClaimKind(metrics=("log_ppl", "kl"), of_source=True),
+    "near-lossless": ClaimKind(metrics=("log_ppl", "kl")),
+    "better": ClaimKind(metrics=("log_ppl", "kl", "score"), names_metric=True),
+    "faster": ClaimKind(metrics=("decode_speed", "prefill_speed"), names_metric=True, default_margin=0.0),
+    "within": ClaimKind(metrics=("log_ppl", "decode_speed", "prefill_speed"), names_metric=True, needs_margin=True),
+    "recovery": ClaimKind(metrics=("score",), needs_margin=True, of_source=True),
+}
+"""By kind; `harness.report.claims` says what each asks of the records."""

@@ -1,7 +1,7 @@
 """Every key of a suite file: its type, its default, what it must be, and what it is for.
 
 One field is one key, and the string under a field documents it: editors show it, through `harness suite schema`. A key
-that is added later is declared by `added(...)`, so that the digests of suites that do not set it stay what they are.
+that is added later has the metadata `ADDED`, so that the digests of suites that do not set it stay what they are.
 """
 
 import dataclasses
@@ -10,13 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import with_config
 
 from harness.sampling import PRESETS
-from harness.suite.metrics import METRICS
 from harness.suite.names import BASELINE, NOISE, SOURCE, row_name
+from harness.suite.rules import Claim, ClaimMargins, Rule
 from harness.suite.texts import Calibration, Text
 from harness.suite.values import (
     STRICT,
@@ -32,15 +32,8 @@ from harness.suite.values import (
     one_of,
 )
 
-T = TypeVar("T")
-
-_ADDED = "added"
-
-
-def added(default: T) -> T:
-    """A field for a key that older suites do not know: `Suite.resolved` leaves it out while it has its default."""
-    made: T = field(default=default, metadata={_ADDED: True})
-    return made
+ADDED = {"added": True}
+"""Metadata of a field whose key older suites do not know: `Suite.resolved` leaves it out while it has its default."""
 
 
 @dataclass(frozen=True)
@@ -259,49 +252,6 @@ class Audit:
     """Tokens of an answer, divided by those of the source's answer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Claims:
-    """The margins of the claims "near-lossless" and "equal": the whole interval of a difference must lie within them,
-    to both sides.
-
-    0.01 nats of log-perplexity are one per cent of perplexity. Of llama.cpp's formats on an 8B model, those of 8 and 6
-    bits are called near-lossless: they diverge by 0.0014 and 0.0055 nats and lose 0.0004 and 0.0035 nats of
-    log-perplexity. The one of 5 bits, which few would call near-lossless, diverges by 0.0108 nats
-    (https://github.com/ggml-org/llama.cpp/pull/6936). A point of the mean score is the least that tasks of usual size
-    can tell: identical weights, run twice, differ by a third of it.
-    """
-
-    near_lossless_log_ppl: Share = 0.01
-    """The margin of log-perplexity, in nats per token."""
-    near_lossless_kl: Share = 0.01
-    """The margin of the divergence from the source, in nats per token."""
-    near_lossless_score: Share = 0.01
-    """The margin of the mean score over tasks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """What `harness gate` holds a variant to: it loses at most `margin` against `versus`.
-
-    `load` fills in what a rule leaves open, but for `task` where the rule is about all tasks together.
-    """
-
-    metric: Annotated[str, one_of(*METRICS)]
-    """What is judged."""
-    variant: NonEmpty
-    """The row that is judged: a variant, a variant in a setup ("w4a4+mtp1"), or the source against its baseline."""
-    versus: NonEmpty | None = None
-    """What it is held against: "source" (where left out), another row, or "baseline"."""
-    margin: float | None = None
-    """The largest loss that is accepted, in the metric's unit; below zero where a gain is wanted."""
-    task: NonEmpty | None = None
-    """The task whose score is meant; all tasks where left out."""
-    protocol: NonEmpty | None = None
-    """The protocol whose log-perplexity is meant; the suite's first one where left out."""
-    batch: AtLeast1 | None = None
-    """The batch size whose decoding speed is meant; 1 where left out."""
-
-
 def _reserved_variant(variants: Mapping[str, Variant]) -> str | None:
     for name, meaning in ((SOURCE, "the unquantized model"), (BASELINE, "an older run of a variant")):
         if name in variants:
@@ -352,10 +302,12 @@ class SuiteFile:
     """The tasks that answers are scored on, by the label that tables use."""
     audit: Audit = Audit()
     """Which runs of tasks are invalid."""
-    claims: Claims = Claims()
-    """How near is near: the margins of claims."""
+    claims: ClaimMargins = field(default_factory=ClaimMargins)
+    """How near "near-lossless" is."""
     gate: Distinct[Rule] = ()
     """What `harness gate` judges."""
+    claim: Distinct[Claim] = field(default=(), metadata=ADDED)
+    """What the card says of variants, as far as the records support it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,13 +358,11 @@ class Suite(SuiteFile):
 
 
 def as_json(value: Any) -> Any:
-    """A table of a suite as JSON values: every key with its value or default, `added` keys only if they are set."""
+    """A table of a suite as JSON values: every key with its value or default, `ADDED` keys only if they are set."""
     if dataclasses.is_dataclass(value):
         entries = {key: getattr(value, key.name) for key in dataclasses.fields(value)}
         return {
-            key.name: as_json(entry)
-            for key, entry in entries.items()
-            if _ADDED not in key.metadata or entry != key.default
+            key.name: as_json(entry) for key, entry in entries.items() if key.metadata != ADDED or entry != key.default
         }
     if isinstance(value, Mapping):
         return {name: as_json(entry) for name, entry in value.items()}
