@@ -28,8 +28,8 @@ from harness.record.store import Record
 from studies.peers import contest, page, quality, quantizers, speed, tables
 from studies.peers.__main__ import main
 from studies.peers.agreement import agreement_of
-from studies.peers.contest import COPY, QUALITY, Contestant, Group, Ours, Race, Theirs
-from studies.peers.session import Session, reason
+from studies.peers.contest import COPY, QUALITY, Contestant, Ours, QualityGroup, Race, Theirs
+from studies.peers.session import Session, failure_reason
 from studies.peers.stopwatch import timed
 from tests.conftest import census, hear_interruptions, tiny_config
 
@@ -82,7 +82,7 @@ def test_what_a_process_says_is_kept_apart_and_progress_bars_are_cut_into_lines(
 def test_a_process_that_is_killed_says_so(tmp_path: Path) -> None:
     run = timed([sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"], tmp_path / "log")
     assert run.exit_code == -9
-    assert reason(run.exit_code, run.complaint) == "killed by signal 9: no message"
+    assert failure_reason(run.exit_code, run.complaint) == "killed by signal 9: no message"
 
 
 def is_running(pid: int) -> bool:
@@ -113,7 +113,7 @@ timed([sys.executable, '-S', '-c', {sleeper!r}], Path('log'))"
 
 def test_the_reason_of_a_failure_is_the_exception_at_its_end() -> None:
     complaint = 'Traceback (most recent call last):\n  File "x", line 1\nValueError: expected 2D\n    ^^^^'
-    assert reason(1, complaint) == "exit code 1: ValueError: expected 2D"
+    assert failure_reason(1, complaint) == "exit code 1: ValueError: expected 2D"
 
 
 # -- Fairness ----------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_a_failing_tool_is_recorded_and_the_others_go_on(session: Session, dense
 
 
 def test_quality_is_measured_once_built_and_reused_the_next_time(session: Session) -> None:
-    group = Group("A16", Ours("rtn-a16"), (FAILING,))
+    group = QualityGroup("A16", Ours("rtn-a16"), (FAILING,))
     source = checkpoint_path("dense")
     steps: list[str] = []
 
@@ -364,7 +364,7 @@ def test_a_share_is_of_the_baseline_and_of_the_best_peer() -> None:
     near, far = [1.0, 2.0, 3.0, 4.0] * 5, [2.0, 4.0, 6.0, 8.0] * 5
     peers = (Theirs("GPTQModifier", "NVFP4", "w4a4"), Theirs("QuantizationModifier", "NVFP4", "w4a4"))
     ours = Ours("w4a4", "search", "gptq")
-    group = Group("W4A4", Ours("w4a4"), (ours, *peers), targets=(0.7, 0.3))
+    group = QualityGroup("W4A4", Ours("w4a4"), (ours, *peers), targets=(0.7, 0.3))
     records = [
         diverging("w4a4", near, far),
         diverging(ours.name, [0.5 * one for one in near], [0.5 * one for one in far]),

@@ -333,7 +333,7 @@ def write_checkpoint(
     tokenizer.write_json(directory / "preprocessor_config.json", images)
     videos = _VISION_INPUT | {"video_processor_type": "Qwen3VLVideoProcessor"}
     tokenizer.write_json(directory / "video_preprocessor_config.json", videos)
-    tokenizer.write_files(encoder, directory)
+    tokenizer.write_tokenizer(encoder, directory)
 
 
 def read_mtp(directory: Path, config: TextConfig) -> MtpHead:

@@ -102,7 +102,7 @@ def _added_token(token: str) -> AddedToken:
     return AddedToken(token, special=token in SPECIAL_TOKENS, normalized=False)
 
 
-def write_files(tokenizer: Tokenizer, directory: Path) -> None:
+def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Writes the tokenizer files of a published checkpoint of the family."""
     tokenizer.save(str(directory / "tokenizer.json"))
     tokenizer.model.save(str(directory))  # vocab.json, merges.txt

@@ -162,9 +162,9 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     )
     models = [checkpoint_path(name) for name in options.model or ("dense", "moe")]
     records: list[Record] = []
-    shown: list[tables.Table] = []
+    shown: list[tables.TextTable] = []
 
-    def show(*new: tables.Table) -> None:
+    def show(*new: tables.TextTable) -> None:
         shown.extend(new)
         if not options.json:
             for table in new:
@@ -222,7 +222,7 @@ def _report(options: argparse.Namespace) -> int:
     return 1 if options.check and changed else 0
 
 
-def _text(table: "tables.Table") -> str:  # type: ignore[name-defined]  # noqa: F821
+def _text(table: "tables.TextTable") -> str:  # type: ignore[name-defined]  # noqa: F821
     from tabulate import tabulate
 
     align = ("left", *("right" for _ in table.headers[1:]))

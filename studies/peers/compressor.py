@@ -2,9 +2,9 @@
 
     python -m studies.peers.compressor JOB.json
 
-It runs in the environment that has llm-compressor, without the harness's own dependencies, and calls what its
-users call: `model_free_ptq` for round-to-nearest without a model, `oneshot` with a modifier for everything else.
-The job is a JSON object:
+The program runs in the environment that has llm-compressor, without the harness's own dependencies, and calls what
+users of llm-compressor call: `model_free_ptq` for round-to-nearest without a model, `oneshot` with a modifier for
+everything else. The job is a JSON object:
 
     source, out     the checkpoint folder and the new folder
     result          the file for what was measured, written last: without it the job has failed
@@ -14,8 +14,8 @@ The job is a JSON object:
     ignore          patterns of the modules to keep
     token_ids       a JSON file with one list of ids per calibration sample; null for a method without data
 
-and the result {"seconds": {stage: seconds}, "packages": {name: version}, "warnings": [text]}. The stages follow
-each other and leave the imports out: `load`, `quantize` and `save`, of which `model_free_ptq` has only the second.
+and the result {"seconds": {stage: seconds}, "packages": {name: version}, "warnings": [text]}. The stages are `load`,
+`quantize` and `save`, without the imports before them; `model_free_ptq` has only `quantize`.
 """
 
 import importlib.metadata
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
 
 def _listen() -> list[str]:
     """The list that llm-compressor's warnings and errors go to from now on: failed Cholesky decompositions, modules
-    that no sample reached, and whatever else it continues after."""
+    that no sample reached, and everything else that does not stop it."""
     import llmcompressor  # type: ignore[import-not-found]  # noqa: F401 - takes all listeners away when imported
     from loguru import logger
 

@@ -76,7 +76,7 @@ Contestant = Ours | Theirs
 
 
 @dataclass(frozen=True)
-class Group:
+class QualityGroup:
     """Variants of equal bits. `targets` are the largest shares of the baseline's divergence that our best variant may
     keep, on text like the calibration's and on text unlike it; None where there is no target."""
 
@@ -101,7 +101,7 @@ _STEPS = (
 _EXPANDED = "nvfp4_expanded_mse"
 
 
-def _w4a4(name: str, recipe: str, targets: tuple[float, float] | None) -> Group:
+def _w4a4(name: str, recipe: str, targets: tuple[float, float] | None) -> QualityGroup:
     theirs = (
         Theirs("QuantizationModifier", "NVFP4", recipe),
         Theirs("QuantizationModifier", "NVFP4", recipe, _EXPANDED),
@@ -109,11 +109,11 @@ def _w4a4(name: str, recipe: str, targets: tuple[float, float] | None) -> Group:
         Theirs("GPTQModifier", "NVFP4", recipe, _EXPANDED),
     )
     ours = tuple(Ours(recipe, scales, codes) for scales, codes in _STEPS)
-    return Group(name, Ours(recipe, "absmax", "rtn"), (*ours, *theirs), targets)
+    return QualityGroup(name, Ours(recipe, "absmax", "rtn"), (*ours, *theirs), targets)
 
 
 QUALITY = (
-    Group(
+    QualityGroup(
         "A16",
         Ours("rtn-a16"),
         (

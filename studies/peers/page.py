@@ -79,7 +79,7 @@ def _block(part: str, records: Sequence[Record], folder: str) -> str:
 
 
 def _side(packages: Mapping[str, str]) -> str | None:
-    """A tool's version and those of what it computes with."""
+    """A tool's version, and the versions of the packages that it computes with."""
     tool = next((name for name in ("llmcompressor", "harness", "lm_eval") if name in packages), None)
     if tool is None:
         return None

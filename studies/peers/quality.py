@@ -48,7 +48,9 @@ class _Remembered:
         yield from self._answers
 
 
-def measure_quality(session: Session, source: Path, groups: Sequence[contest.Group] = contest.QUALITY) -> list[Record]:
+def measure_quality(
+    session: Session, source: Path, groups: Sequence[contest.QualityGroup] = contest.QUALITY
+) -> list[Record]:
     """Every contestant of the groups on an embedded model: built if it is not there yet, checked, measured."""
     part = f"quality-{source.name}"
     folder = session.artifacts / source.name

@@ -24,7 +24,7 @@ from harness.record import provenance
 from harness.suite.texts import Calibration, FileSamples
 from studies.peers import contest
 from studies.peers.contest import Contestant, Ours, Theirs
-from studies.peers.session import Session, reason
+from studies.peers.session import Session, failure_reason
 from studies.peers.stopwatch import timed
 
 _COMPRESSOR = Path(__file__).with_name("compressor.py")
@@ -164,7 +164,7 @@ def _run_ours(contestant: Ours, source: Path, out: Path, data: Data) -> Made:
     calibration = ["--calibration", str(data.toml)] if contestant.needs_data else []
     run = timed([*command, *calibration, "--json"], _logs(out))
     if run.exit_code:
-        return Made(failure=reason(run.exit_code, run.complaint))
+        return Made(failure=failure_reason(run.exit_code, run.complaint))
     (built,) = json.loads(run.stdout)
     stages = built.get("stage_seconds")
     return Made(
@@ -193,7 +193,7 @@ def _run_theirs(session: Session, contestant: Theirs, source: Path, out: Path, d
     command = [str(session.their_python), "-P", str(_COMPRESSOR), str(file)]
     run = timed(command, _logs(out), env={"HF_HUB_OFFLINE": "1"})
     if run.exit_code or not result.exists():
-        return Made(failure=reason(run.exit_code, run.complaint))
+        return Made(failure=failure_reason(run.exit_code, run.complaint))
     told = json.loads(result.read_text(encoding="utf-8"))
     return Made(
         digest=_fingerprint(out),

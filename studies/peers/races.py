@@ -24,7 +24,7 @@ from harness.progress import Progress
 from harness.record import store
 from harness.record.store import Record, RunWriter
 from studies.peers.contest import Answerer, Contestant, Scorer
-from studies.peers.session import Session, header, reason
+from studies.peers.session import Session, failure_reason, header
 from studies.peers.stopwatch import Timed, timed
 
 LAYERS, VOCABULARY = 4, 32_000
@@ -152,5 +152,5 @@ def run_job(module: str, job: Mapping[str, Any], python: Path, logs: Path) -> Jo
     file.write_text(json.dumps({**job, "result": str(result)}, indent=2), encoding="utf-8")
     run = timed([str(python), "-m", f"studies.peers.{module}", str(file)], logs, env={"HF_HUB_OFFLINE": "1"})
     if run.exit_code or not result.exists():
-        return JobRun(run, failure=reason(run.exit_code, run.complaint))
+        return JobRun(run, failure=failure_reason(run.exit_code, run.complaint))
     return JobRun(run, json.loads(result.read_text(encoding="utf-8")))

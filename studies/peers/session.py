@@ -70,7 +70,7 @@ def header(
     )
 
 
-def reason(exit_code: int, complaint: str) -> str:
+def failure_reason(exit_code: int, complaint: str) -> str:
     """Why a process failed: the exception of its traceback or the sentence of its user error, whichever is last."""
     killed = f"killed by signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
     lines = [line for line in complaint.splitlines() if not line.startswith((" ", "\t"))]

@@ -1,11 +1,11 @@
-"""Wall time and peak memory of a whole process, whatever it is: ours and theirs on the same clock.
+"""Wall time and peak memory of a whole process: ours and theirs on the same clock.
 
-A command is started by a launcher that is nothing but a bare interpreter, and the launcher reports what the kernel
-says of its child. The detour matters: Linux hands the parent's peak on to a child until it executes the new program,
-so a child of a large process would seem as large as its parent. The launcher itself is about 10 MB.
+A launcher, which is nothing but a bare interpreter, starts the command and reports what the kernel says of its child.
+The detour matters: Linux hands the parent's peak on to a child until the child executes the new program, so a child of
+a large process would seem as large as its parent. The launcher itself takes about 10 MB.
 
-The wall time covers everything from the start of the process to its end, imports included. Peak memory is the
-largest of the processes that the command consists of; file pages that it maps count as they do in `top`.
+The wall time covers everything from the start of the process to its end, imports included. Peak memory is the largest
+peak among the processes of the command; mapped file pages count as they do in `top`.
 """
 
 import json

@@ -20,8 +20,8 @@ from studies.peers.contest import (
     SEPARATE,
     SPEED_SAMPLES,
     STREAMED,
-    Group,
     Ours,
+    QualityGroup,
     Race,
     Theirs,
 )
@@ -31,7 +31,7 @@ NONE = "–"
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """Rows of text under headers."""
 
     title: str
@@ -39,7 +39,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def tables_of(records: Sequence[Record]) -> list[Table]:
+def tables_of(records: Sequence[Record]) -> list[TextTable]:
     """The tables of one part's records; their `suite` says which part it is."""
     about = records[0].run.suite
     if about["name"] == "speed-a16":
@@ -81,7 +81,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
     return lines + [f"llm-compressor warned in {num} of {len(records)} runs: {text}" for text, num in warned.items()]
 
 
-def speed_tables(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple[Table, Table]:
+def speed_tables(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple[TextTable, TextTable]:
     """Two tables of quantizers: medians of times with their intervals, and the ratios of the races."""
     named = by_name(records)
     rows = []
@@ -99,7 +99,7 @@ def speed_tables(title: str, records: Sequence[Record], races: Sequence[Race]) -
             )
         )
     heads = ("quantizer", "times", "whole process, s", "call alone, s", "peak RSS", "size", "verify")
-    times = Table(title, heads, tuple(rows))
+    times = TextTable(title, heads, tuple(rows))
     standings = []
     for race in races:
         if race.winner not in named or race.loser not in named:
@@ -125,7 +125,7 @@ def speed_tables(title: str, records: Sequence[Record], races: Sequence[Race]) -
     return times, _ratios(title, standings)
 
 
-def task_tables(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple[Table, Table]:
+def task_tables(title: str, records: Sequence[Record], races: Sequence[Race]) -> tuple[TextTable, TextTable]:
     """Two tables of answerers: medians of times with their intervals and the scores, so that no side wins by
     answering something else; and the ratios of the races."""
     named = by_name(records)
@@ -138,7 +138,7 @@ def task_tables(title: str, records: Sequence[Record], races: Sequence[Race]) ->
     return _answers(title, ("evaluator", "items/s"), named, "num_items", "{:.4f}".format), _ratios(title, standings)
 
 
-def scoring_tables(title: str, records: Sequence[Record]) -> tuple[Table, Table]:
+def scoring_tables(title: str, records: Sequence[Record]) -> tuple[TextTable, TextTable]:
     """Two tables of scorers: medians of times with their intervals and the scores in nats with all digits, so that
     equal text means equal bits; and one pass as a share of separate runs."""
     named = by_name(records)
@@ -153,13 +153,13 @@ def scoring_tables(title: str, records: Sequence[Record]) -> tuple[Table, Table]
             if above and below:
                 share = format_estimate(stats.hodges_lehmann_ratio(above, below), ".3f")
                 standings.append((f"{STREAMED.name} / {SEPARATE.name}", what, share))
-    ratios = Table(f"{title}: ratios", ("", "of", "ratio"), tuple(standings))
+    ratios = TextTable(f"{title}: ratios", ("", "of", "ratio"), tuple(standings))
     return _answers(title, ("scorer", "tokens/s"), named, "num_requests", repr), ratios
 
 
 def _answers(
     title: str, heads: tuple[str, str], named: Mapping[str, Record], counted: str, text: Callable[[float], str]
-) -> Table:
+) -> TextTable:
     """Times, memory and scores of contestants. `heads` head the columns of their names and of `counted` per second."""
     takes = {name: record.kind("evaluation") for name, record in named.items()}
     scores = list(dict.fromkeys(score for samples in takes.values() for one in samples for score in one["scores"]))
@@ -178,10 +178,10 @@ def _answers(
             )
         )
     who, rate = heads
-    return Table(title, (who, "times", "whole process, s", "call alone, s", rate, "peak RSS", *scores), tuple(rows))
+    return TextTable(title, (who, "times", "whole process, s", "call alone, s", rate, "peak RSS", *scores), tuple(rows))
 
 
-def quality_table(title: str, records: Sequence[Record], group: Group) -> Table:
+def quality_table(title: str, records: Sequence[Record], group: QualityGroup) -> TextTable:
     """Divergence per token in nats, as a share of the baseline's and of llm-compressor's best."""
     named = by_name(records)
     measured = {one.name: one for one in group.contestants if one.name in named and _windows(named[one.name], "near")}
@@ -218,10 +218,10 @@ def quality_table(title: str, records: Sequence[Record], group: Group) -> Table:
     heads = ["quantizer", "verify", "s", "peak RSS", "size"]
     for text in TEXTS:
         heads += [f"KLD {text}, nats/token", "top-1", "/ RTN", "/ best peer"]
-    return Table(f"{title}: {group.name}{wanted}", tuple(heads), tuple(rows))
+    return TextTable(f"{title}: {group.name}{wanted}", tuple(heads), tuple(rows))
 
 
-def agreement_table(title: str, records: Sequence[Record]) -> Table:
+def agreement_table(title: str, records: Sequence[Record]) -> TextTable:
     """Shares of equal bytes and scales, and ratios of global scales, under rounding to nearest."""
     rows = []
     for record in records:
@@ -241,7 +241,7 @@ def agreement_table(title: str, records: Sequence[Record]) -> Table:
         "global scales / ours",
         "input scales / ours",
     )
-    return Table(title, heads, tuple(rows))
+    return TextTable(title, heads, tuple(rows))
 
 
 def _standing(race: Race, what: str, above: Sequence[float], below: Sequence[float]) -> tuple[str, ...]:
@@ -251,8 +251,8 @@ def _standing(race: Race, what: str, above: Sequence[float], below: Sequence[flo
     return (f"{race.loser} / {race.winner}", what, format_estimate(ratio, ".2f"), *wanted)
 
 
-def _ratios(title: str, standings: Sequence[tuple[str, ...]]) -> Table:
-    return Table(f"{title}: ratios", ("", "of", "ratio", "wanted", "met"), tuple(standings))
+def _ratios(title: str, standings: Sequence[tuple[str, ...]]) -> TextTable:
+    return TextTable(f"{title}: ratios", ("", "of", "ratio", "wanted", "met"), tuple(standings))
 
 
 def _range(scores: Sequence[float], text: Callable[[float], str]) -> str:

@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     found = scenarios.simulate(chosen, options.draws, options.seed, _tell)
     for group in dict.fromkeys(one.group for one in found):
         cells = page.cells_of([one for one in found if one.group == group])
-        print(f"\n{group}\n\n{page.table_of(cells, 'simple')}", flush=True)
+        print(f"\n{group}\n\n{page.table_text(cells, 'simple')}", flush=True)
     if options.group:
         return 0
     document = _document(options, given, drawn_from, found)

@@ -126,7 +126,7 @@ def cells_of(results: Sequence[Result]) -> list[dict[str, str]]:
     return shown
 
 
-def table_of(cells: Sequence[Mapping[str, str]], form: str) -> str:
+def table_text(cells: Sequence[Mapping[str, str]], form: str) -> str:
     """The rows as a table in one of tabulate's forms, words to the left and numbers to the right."""
     left = ("data", "function", "verdict")
     align = ["left" if heading in left else "right" for heading in cells[0]]
@@ -136,7 +136,7 @@ def table_of(cells: Sequence[Mapping[str, str]], form: str) -> str:
 
 def _group(results: Sequence[Result], group: str) -> str:
     shown = cells_of([one for one in results if one.group == group])
-    return table_of([{heading: escape(cell) for heading, cell in row.items()} for row in shown], "pipe")
+    return table_text([{heading: escape(cell) for heading, cell in row.items()} for row in shown], "pipe")
 
 
 def _setup(document: Mapping[str, Any]) -> str:
@@ -164,7 +164,7 @@ def _populations(document: Mapping[str, Any]) -> str:
     ]
     speeds = document["speeds"]
     return (
-        f"{table_of(shown, 'pipe')}\n\nLogarithms of times, over all variants and shapes: standard deviation "
+        f"{table_text(shown, 'pipe')}\n\nLogarithms of times, over all variants and shapes: standard deviation "
         f"{speeds['within']:.3f} within starts and {speeds['between']:.3f} between them."
     )
 
