@@ -54,7 +54,9 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         if options.json:
             print_json({"files": [], word: [], "edited": edits, "claims": claims.claim_rows(judged)})
         return 1
-    rendered = card.generated_files(suite, records, results_dir=options.results.as_posix(), pages=pages)
+    rendered = card.generated_files(
+        suite, records, results_dir=options.results.as_posix(), pages=pages, is_drawn=not options.check
+    )
     root = Path.cwd()
     changed = card.stale_files(rendered, root) if options.check else card.write_files(rendered, root)
     if options.json:

@@ -36,16 +36,17 @@ from harness.suite.schema import Suite
 
 
 def generated_files(
-    suite: Suite, records: Sequence[Record], *, results_dir: str, pages: Mapping[str, bytes]
+    suite: Suite, records: Sequence[Record], *, results_dir: str, pages: Mapping[str, bytes], is_drawn: bool = True
 ) -> dict[str, bytes]:
     """Every generated file: path from the project's root -> bytes.
 
     `results_dir` is the results folder and the keys of `pages` are the Markdown files whose blocks are to be
-    filled, all as POSIX paths from the root.
+    filled, all as POSIX paths from the root. With `is_drawn` false, figures are only marked with what they show, which
+    is all that `stale_files` needs.
     """
     evidence = gather(suite, records, results_dir)
     folder = f"reports/{suite.name}"
-    drawn = figures.drawn_files(evidence)
+    drawn = figures.drawn_files(evidence) if is_drawn else figures.undrawn_files(evidence)
     return {
         **_card_files(evidence, f"{folder}/", _linker(f"{folder}/README.md"), drawn),
         **{f"{folder}/{name}": data for name, data in drawn.items()},

@@ -121,7 +121,7 @@ def draw_divergence(plotted: Divergence) -> Figure:
     points = [*([plotted.source] if plotted.source else []), *plotted.points]
     figure = canvas(9, 4.6 + 0.1 * max(0, len(points) - 7))
     axes = figure.subplots()
-    axes.set_title("Checkpoint size and draw_divergence from the source")
+    axes.set_title("Checkpoint size and divergence from the source")
     axes.grid()
     axes.set_axisbelow(True)
     unit, scale = byte_unit(max(point.num_bytes for point in points))
@@ -149,7 +149,7 @@ def draw_divergence(plotted: Divergence) -> Figure:
     beside = _beside(axes, sizes, heights)
     notes = [plotted.note] if plotted.note else []
     if beside != sizes:
-        notes.append("Variants of nearly the same size and draw_divergence stand side by side, around that size.")
+        notes.append("Variants of nearly the same size and divergence stand side by side, around that size.")
     add_footnote(figure, "\n".join(notes))
     sizes = beside
     for x, y, point in zip(sizes, heights, points, strict=True):

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from harness.record.stats import Estimate
 from harness.suite.names import SOURCE, row_name
@@ -18,6 +21,8 @@ SOURCE_COLOUR = "#8d929a"
 COLOURS = ("#258ef0", "#c57d1b", "#05806a", "#9760ae", "#d63052", "#fc1ce5")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 _FILLS = ("full", "none", "left", "right", "bottom", "top")  # of a variant's marker: plain, and in each setup
+_SAME_SHARE = 0.01  # what two builds may differ by in one panel: of the calibration tokens,
+_SAME_COLOUR = 0.05  # and of the scale of colours
 _MARK = re.compile(rb"harness-figure-sha256:([0-9a-f]{64})")
 
 
@@ -31,6 +36,7 @@ class Look:
 
     @property
     def line(self) -> str:
+        """Matplotlib's style of a curve: dashed in a setup."""
         return "-" if self.fill == _FILLS[0] else "--"
 
 
@@ -54,8 +60,9 @@ def embedded_digest(image: bytes) -> str | None:
     return found[1].decode() if found else None
 
 
-def digest_of(rows: Sequence[Any]) -> str:
-    """SHA-256 of what is plotted, to ten digits: the last bits of a sum may differ between processors."""
+def mark_of(plotted: Sequence[Any]) -> str:
+    """The words in a figure file's metadata that say what it shows: a digest of the dataclass instances that are
+    plotted and of `VERSION`. Numbers count to ten digits: the last bits of a sum may differ between processors."""
 
     def rounded(value: object) -> object:
         if isinstance(value, float):
@@ -64,8 +71,8 @@ def digest_of(rows: Sequence[Any]) -> str:
             return {key: rounded(item) for key, item in value.items()}
         return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
-    plotted = {"version": VERSION, "rows": [rounded(asdict(row)) for row in rows]}
-    return hashlib.sha256(json.dumps(plotted, sort_keys=True).encode()).hexdigest()
+    document = {"version": VERSION, "rows": [rounded(asdict(one)) for one in plotted]}
+    return f"harness-figure-sha256:{hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -200,3 +207,46 @@ class Coverages:
     """Of the calibrated builds of a mixture of experts, those that look the same in one."""
 
     builds: tuple[Coverage, ...]
+
+
+def joined_coverages(builds: Sequence[Coverage]) -> Coverages:
+    """The coverages of single builds, those joined whose panels nobody could tell apart: the same experts got nothing,
+    and every share is the same within a percentage point and within a twentieth of the scale of colours."""
+    limits = colour_range(reached_shares(builds))
+    found: list[Coverage] = []
+    for build in builds:
+        for place, first in enumerate(found):
+            differing = _differing(first, build, limits)
+            if differing is not None:
+                variants = (*first.variants, *build.variants)
+                found[place] = replace(first, variants=variants, differing=max(first.differing, differing))
+                break
+        else:
+            found.append(build)
+    return Coverages(tuple(found))
+
+
+def reached_shares(builds: Sequence[Coverage]) -> list[float]:
+    """The shares of the calibration tokens that experts got, without the experts that got nothing."""
+    return [num / build.num_tokens for build in builds for row in build.routed for num in row if num]
+
+
+def colour_range(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of a logarithmic scale of colours for positive values: a decade at least, so that it has a number."""
+    low, high = (min(values), max(values)) if values else (0.1, 1.0)
+    return min(low, high / 10), high
+
+
+def _differing(one: Coverage, other: Coverage, limits: tuple[float, float]) -> float | None:
+    """By how much shares of two builds differ at most; None where that can be seen."""
+    if (one.layers, [len(row) for row in one.routed]) != (other.layers, [len(row) for row in other.routed]):
+        return None
+    first, second = (
+        np.array([num for row in build.routed for num in row]) / build.num_tokens for build in (one, other)
+    )
+    reached = first > 0
+    if (reached != (second > 0)).any():
+        return None
+    differing = float(np.abs(first - second).max())
+    colours = np.abs(np.log(first[reached] / second[reached])) / math.log(limits[1] / limits[0])
+    return differing if differing <= _SAME_SHARE and (colours <= _SAME_COLOUR).all() else None

@@ -3,20 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from harness.record.stats import Estimate
 from harness.record.store import Record
 from harness.report import (
     build_tables,
-    drawings,
     fidelity_tables,
     figure_data,
-    forests,
-    heatmaps,
-    plots,
     runs,
     speed_tables,
 )
@@ -24,46 +18,59 @@ from harness.report.evidence import Evidence
 from harness.report.tables import cell_text
 from harness.suite.names import NOISE, SOURCE, row_parts
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Figure:
-    """Alternative text for who cannot see it; the dataclass that it draws, None where no record has anything for it;
-    and the drawing."""
+    """A figure's alternative text, for readers who cannot see it, and the dataclass that it shows: None where no record
+    has anything for it."""
 
     words: str
     shows: Callable[[Evidence], Any]
-    draw: Callable[[Any], Figure]
 
 
 def drawn_files(evidence: Evidence) -> dict[str, bytes]:
-    """Every figure that there is something for, as "NAME.svg" and "NAME.png": name -> bytes."""
+    """The files of every figure that there is something for: "NAME.svg" and "NAME.png" -> bytes."""
+    from harness.report.plots import image_files
+
     made: dict[str, bytes] = {}
     for name, what in plotted_by_name(evidence).items():
-        made |= plots.image_files(name, [what], partial(draw, name, what))
+        made |= image_files(name, [what], partial(draw, name, what))
     return made
 
 
+def undrawn_files(evidence: Evidence) -> dict[str, bytes]:
+    """The same names, and in place of each drawing the mark that its file carries. It tells whether a file is stale, in
+    a fraction of the time."""
+    marks = {name: figure_data.mark_of([what]).encode() for name, what in plotted_by_name(evidence).items()}
+    return {f"{name}.{kind}": mark for name, mark in marks.items() for kind in ("svg", "png")}
+
+
 def available(evidence: Evidence) -> list[str]:
-    """The names of the figures that `drawn_files` draws, without drawing them."""
+    """The names of the figures that there is something for."""
     return list(plotted_by_name(evidence))
 
 
 def plotted_by_name(evidence: Evidence) -> dict[str, Any]:
-    """What every figure shows that there is something for, as the dataclass of its drawing: name -> dataclass."""
-    return dict(_shown(evidence))
+    """What each figure shows that there is something for, as the dataclass of its drawing: name -> dataclass."""
+    return dict(_plotted(evidence))
 
 
 @lru_cache(maxsize=1)  # a card asks for each of its figures whether it is there
-def _shown(evidence: Evidence) -> tuple[tuple[str, Any], ...]:
+def _plotted(evidence: Evidence) -> tuple[tuple[str, Any], ...]:
     found = ((name, figure.shows(evidence)) for name, figure in _KINDS.items())
     return tuple((name, what) for name, what in found if what is not None)
 
 
-def draw(name: str, what: Any) -> Figure:
-    """One figure of what `shown` says, inside `plots.style()`."""
-    return _KINDS[name].draw(what)
+def draw(name: str, what: Any) -> "Figure":
+    """Draws one of `plotted_by_name`, inside `plots.style()`."""
+    from harness.report.gallery import DRAWINGS
+
+    return DRAWINGS[name](what)
 
 
 # -- What each shows ---------------------------------------------------------------------------------------------
@@ -223,7 +230,7 @@ def _experts(evidence: Evidence) -> figure_data.Coverages | None:
             layers = sorted(routed)
             rows = tuple(tuple(num for _, num in sorted(routed[layer].items())) for layer in layers)
             builds.append(figure_data.Coverage((variant,), calibrated[0]["num_tokens"], tuple(layers), rows))
-    return heatmaps.joined_coverages(builds) if builds else None
+    return figure_data.joined_coverages(builds) if builds else None
 
 
 # -- Common ------------------------------------------------------------------------------------------------------
@@ -293,45 +300,37 @@ _KINDS: dict[str, _Figure] = {
     "overview": _Figure(
         "Checkpoint size, loss of log-perplexity and decode step times of every variant beside the source",
         _overview,
-        drawings.draw_overview,
     ),
     "divergence": _Figure(
         "KL divergence from the source over checkpoint size, a point with its interval for every variant and the "
         "source at zero",
         _divergence,
-        drawings.draw_divergence,
     ),
     "losses": _Figure(
         "Change of log-perplexity against the source with its interval, for every variant by every protocol",
         _losses,
-        forests.draw_losses,
     ),
     "decode": _Figure(
         "Decode speed at batch 1 with its interval for every variant, beside the ceiling that memory bandwidth sets "
         "where it is known",
         _decode,
-        forests.draw_decode_speeds,
     ),
     "batch": _Figure(
         "Decode speed over batch size, in total and for each user, a curve for every variant",
         _batch,
-        forests.draw_batches,
     ),
     "depth": _Figure(
         "KL divergence from the source by the number of tokens before the predicted one, a curve for every variant",
         _depth,
-        forests.draw_bands,
     ),
     "sensitivity": _Figure(
         "Layer error by layer, projection and format",
         _sensitivity,
-        heatmaps.draw_sensitivity,
     ),
     "experts": _Figure(
         "Share of the calibration tokens that every expert of every layer got, for each calibrated build; builds that "
         "look the same share a panel",
         _experts,
-        heatmaps.draw_experts,
     ),
 }
 FIGURES: dict[str, str] = {name: figure.words for name, figure in _KINDS.items()}

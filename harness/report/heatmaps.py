@@ -3,7 +3,6 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from harness.report.figure_data import COLOURS, Coverage, Coverages, Sensitivity
+from harness.report.figure_data import COLOURS, Coverage, Coverages, Sensitivity, colour_range, reached_shares
 from harness.report.labels import num_lines
 from harness.report.numbers import format_percent
 from harness.report.plots import canvas
@@ -26,8 +25,6 @@ _ROW = 0.28  # inches, where rows have names or numbers
 _DENSE_ROW = 0.09
 _TITLE_WIDTH = 84  # characters
 _NAMES_WIDTH = 56  # of names, whose letters may be wide
-_SAME_SHARE = 0.01  # what two builds may differ by in one panel: of the calibration tokens,
-_SAME_COLOUR = 0.05  # and of the scale of colours
 _MISSED = COLOURS[5]
 
 
@@ -54,48 +51,11 @@ def draw_sensitivity(plotted: Sensitivity) -> Figure:
     return figure
 
 
-def joined_coverages(builds: Sequence[Coverage]) -> Coverages:
-    """The coverages of single builds, with those in one whose panels could not be told apart: the same experts got
-    nothing, and every share is the same within a percentage point and within a twentieth of the scale of colours."""
-    norm = _norm(_shares(builds))
-    found: list[Coverage] = []
-    for build in builds:
-        for place, first in enumerate(found):
-            differing = _differing(first, build, norm)
-            if differing is not None:
-                variants = (*first.variants, *build.variants)
-                found[place] = replace(first, variants=variants, differing=max(first.differing, differing))
-                break
-        else:
-            found.append(build)
-    return Coverages(tuple(found))
-
-
-def _shares(builds: Sequence[Coverage]) -> list[float]:
-    """Of every expert that got anything."""
-    return [num / build.num_tokens for build in builds for row in build.routed for num in row if num]
-
-
-def _differing(one: Coverage, other: Coverage, norm: LogNorm) -> float | None:
-    """By how much shares of two builds differ at most; None where that can be seen."""
-    if (one.layers, [len(row) for row in one.routed]) != (other.layers, [len(row) for row in other.routed]):
-        return None
-    first, second = (
-        np.array([num for row in build.routed for num in row]) / build.num_tokens for build in (one, other)
-    )
-    reached = first > 0
-    if (reached != (second > 0)).any():
-        return None
-    differing = float(np.abs(first - second).max())
-    colours = np.abs(np.asarray(norm(first[reached])) - np.asarray(norm(second[reached])))
-    return differing if differing <= _SAME_SHARE and (colours <= _SAME_COLOUR).all() else None
-
-
 def draw_experts(plotted: Coverages) -> Figure:
     """A panel for each build, or for several that look the same, experts across, layers down; a cross for an expert
     that no calibration token reached."""
     builds = plotted.builds
-    norm = _norm(_shares(builds))
+    norm = _norm(reached_shares(builds))
     num_experts = max(len(row) for build in builds for row in build.routed)
     is_written = num_experts <= _MOST_WRITTEN
     heights = [len(build.layers) * (_ROW if is_written else _DENSE_ROW) for build in builds]
@@ -145,9 +105,7 @@ def _told(build: Coverage) -> str:
 
 
 def _norm(values: Sequence[float]) -> LogNorm:
-    """A logarithmic scale of colours for what is above zero: a decade at least, so that it has a number."""
-    low, high = (min(values), max(values)) if values else (0.1, 1.0)
-    return LogNorm(min(low, high / 10), high, clip=True)
+    return LogNorm(*colour_range(values), clip=True)
 
 
 def _colours() -> ListedColormap:

@@ -50,8 +50,8 @@ def page(title: str, markdown: str, images: Mapping[str, bytes]) -> bytes:
 
     `markdown` is the card without its front matter, in CommonMark with tables. `images` are its figures, by name: where
     the Markdown shows `NAME.png` or `NAME.svg`, of whatever folder, alone in a paragraph, and `NAME.svg` is among them,
-    the page draws that; any other picture becomes a link to it. Links stay as they are, so the page belongs beside the
-    card.
+    the page shows that; any other picture becomes a link to it. Links stay as they are, so the page belongs beside the
+    card. An image that is only the mark of a figure (see `figures.undrawn_files`) gives the page without that drawing.
     """
     tokens = _MARKDOWN.parse(markdown)
     headings = _numbered(tokens)
@@ -121,8 +121,9 @@ def _pictured(paragraph: Token) -> str | None:
 
 def _figure(name: str, words: str, svg: bytes, number: int) -> str:
     digest = figure_data.embedded_digest(svg) or hashlib.sha256(svg).hexdigest()
+    drawing = _inlined(svg, words, number) if b"<svg" in svg else ""
     return (
-        f'<figure data-figure="{escape(name)}" data-sha256="{digest}">{_inlined(svg, words, number)}'
+        f'<figure data-figure="{escape(name)}" data-sha256="{digest}">{drawing}'
         f'<figcaption aria-hidden="true">{escape(words)}</figcaption></figure>\n'
     )
 

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from harness.report.figure_data import digest_of
+from harness.report.figure_data import mark_of
 
 INK = "#7b7f86"  # text and axes: contrast 4:1 against white and against GitHub's dark page alike
 _STYLE: dict[Any, Any] = {
@@ -67,12 +67,12 @@ def canvas(width: float, height: float) -> Figure:
 def image_files(name: str, plotted: Sequence[Any], draw: Callable[[], Figure]) -> dict[str, bytes]:
     """What `draw` draws in the common style as {"NAME.svg": ..., "NAME.png": ...}, both with the digest of `plotted`,
     the dataclass instances that it draws."""
-    description = f"harness-figure-sha256:{digest_of(plotted)}"
+    mark = mark_of(plotted)
     with style():
         figure = draw()
         return {
-            f"{name}.svg": _saved(figure, "svg", {"Date": None, "Creator": None, "Description": description}),
-            f"{name}.png": _saved(figure, "png", {"Software": None, "Description": description}),
+            f"{name}.svg": _saved(figure, "svg", {"Date": None, "Creator": None, "Description": mark}),
+            f"{name}.png": _saved(figure, "png", {"Software": None, "Description": mark}),
         }
 
 
