@@ -20,7 +20,7 @@ from harness.demo import checkpoint_path, corpus
 from harness.engines.protocol import Engine, open_engine
 from harness.measure import decode, fidelity, perplexity
 from harness.quantize.recipes import recipe_named
-from harness.record import stats
+from harness.record import significance
 from harness.record.store import Record, read
 from harness.report import gate
 from harness.report.gate import Judgement
@@ -192,7 +192,7 @@ def test_three_points_of_a_task_are_caught_at_the_n_that_they_need() -> None:
         assert judgement.loss is not None and judgement.loss.value == pytest.approx(lost, abs=2 / num)
         return judgement.verdict
 
-    enough = stats.num_for_margin(flip_share, loss - margin)
+    enough = significance.num_for_margin(flip_share, loss - margin)
     assert verdict(enough, loss) == "fail"
     assert verdict(enough // 4, loss) == "inconclusive"
     assert verdict(4 * enough, 0.0) == "pass"

@@ -11,20 +11,22 @@ from scipy import optimize
 from scipy import stats as scipy_stats
 
 from harness.record import stats
-from harness.record.stats import (
-    Estimate,
+from harness.record.significance import (
     detectable_margin,
     equivalence_p,
-    hodges_lehmann_ratio,
     holm,
     mcnemar,
-    median,
     non_inferiority_p,
     num_for_margin,
     num_needed,
     p_above,
-    paired_mean_difference,
     paired_permutation,
+)
+from harness.record.stats import (
+    Estimate,
+    hodges_lehmann_ratio,
+    median,
+    paired_mean_difference,
     paired_share_difference,
     paired_sum_ratio,
     pooled,
@@ -123,7 +125,7 @@ def test_an_interval_moves_and_stretches_with_its_data(data: list[float], shift:
 def test_many_clusters_are_drawn_in_parts_and_come_to_the_textbooks_standard_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stats, "_BATCH_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(stats, "BATCH_ELEMENTS", 1 << 16)
     data = np.random.default_rng(6).normal(0, 1, 300)
     estimate = weighted_mean(data.tolist(), [1.0] * 300)
     assert estimate.standard_error == pytest.approx(data.std(ddof=1) / math.sqrt(300), rel=0.03)

@@ -1,4 +1,4 @@
-"""Estimates with intervals, and p-values. Nothing here knows what is measured: numbers in, an `Estimate` out.
+"""Estimates with intervals. Nothing here knows what is measured: numbers in, an `Estimate` out.
 
 All intervals are at 95 %. A bound is None where the data cannot support one at that level; a point is never
 dressed up as an interval. Resampling uses one fixed seed, so the same records give the same figures everywhere.
@@ -23,10 +23,10 @@ from scipy import special
 
 LEVEL = 0.95
 RESAMPLES = 9999
-_SEED = 0
-_BATCH_ELEMENTS = 1 << 23  # counts drawn at a time: bounds the memory of a bootstrap at about 200 MB
-_TAIL = (1 - LEVEL) / 2
-_Z = -float(special.ndtri(_TAIL))
+SEED = 0
+BATCH_ELEMENTS = 1 << 23  # counts drawn at a time: bounds the memory of a bootstrap at about 200 MB
+TAIL = (1 - LEVEL) / 2
+_Z = -float(special.ndtri(TAIL))
 
 Array = NDArray[np.float64]
 
@@ -46,6 +46,11 @@ class Estimate:
     method: str
     standard_error: float | None = None
     degrees: float | None = None
+
+    @property
+    def degrees_of_freedom(self) -> float:
+        """Of the standard error: `degrees`, or `num` - 1."""
+        return self.num - 1 if self.degrees is None else self.degrees
 
     @property
     def standard_errors_from_zero(self) -> float | None:
@@ -153,7 +158,7 @@ def _ratio_of_sums(above: Array, below: Array, block: int, method: str) -> Estim
     standard_error = wider * float(ratios.std(ddof=1))
     if _is_nothing(standard_error, value):
         return none
-    student = _student(num - 1)
+    student = student_quantile(num - 1)
     tail = float(special.ndtr(-wider * student))
     low, high = np.quantile(ratios, (tail, 1 - tail))
     reach = student * standard_error
@@ -166,10 +171,11 @@ def _ratio_of_sums(above: Array, below: Array, block: int, method: str) -> Estim
     )
 
 
-def _student(degrees: float) -> float:
-    """The quantile of Student's t at the upper end of a 95 % interval, as `scipy.stats.t.isf` has it. What is imported
-    here is imported by every command that reads records; `scipy.stats` would take it six times as long."""
-    return -float(special.stdtrit(degrees, _TAIL))
+def student_quantile(degrees: float) -> float:
+    """How many standard errors Student's t puts between a value and either end of its 95 % interval: the same number as
+    `scipy.stats.t.isf(TAIL, degrees)`, without the import of `scipy.stats`, which takes most commands longer than the
+    rest of their start."""
+    return -float(special.stdtrit(degrees, TAIL))
 
 
 def _is_nothing(standard_error: float, value: float) -> bool:
@@ -180,7 +186,7 @@ def _is_nothing(standard_error: float, value: float) -> bool:
 def _resampled_sums(columns: Array) -> Array:
     """Sums [columns, resamples] of `RESAMPLES` resamples, with replacement, of the rows of columns [rows, columns]."""
     num = len(columns)
-    size = max(1, _BATCH_ELEMENTS // num)
+    size = max(1, BATCH_ELEMENTS // num)
     drawn = (_draws(num, start, min(size, RESAMPLES - start)) for start in range(0, RESAMPLES, size))
     sums: Array = np.concatenate([[counts @ column for column in columns.T.copy()] for counts in drawn], axis=1)
     return sums
@@ -190,34 +196,9 @@ def _resampled_sums(columns: Array) -> Array:
 def _draws(num: int, start: int, size: int) -> Array:
     """How often each of `num` rows is drawn [size, num] in the resamples from number `start` on; in column order, in
     which a product with a column is fastest."""
-    drawn = np.random.default_rng((_SEED, start)).integers(num, size=(size, num), dtype=np.int32)
+    drawn = np.random.default_rng((SEED, start)).integers(num, size=(size, num), dtype=np.int32)
     cells = drawn * size + np.arange(size, dtype=np.int32)[:, None]
     return np.bincount(cells.ravel(), minlength=size * num).reshape(num, size).astype(float).T
-
-
-def paired_permutation(baseline: Sequence[float], variant: Sequence[float]) -> float:
-    """Two-sided p-value of two sides having the same totals over clusters (both [clusters]), by exchanging the sides.
-
-    Under the hypothesis that nothing but chance tells the sides of a pair apart, every pair may be exchanged: the
-    p-value is the share of exchanges whose mean difference is at least as far from zero (Fisher 1935). All 2^n of them
-    where these are no more than `RESAMPLES`, else as many random ones. Assumes independent clusters, no distribution.
-    Fewer than six clusters cannot give a p-value below 5 %, and a single one gives 1.
-    """
-    difference = np.asarray(variant, float) - np.asarray(baseline, float)
-    if len(difference) == 1:  # which scipy refuses
-        return 1.0
-    from scipy.stats import permutation_test
-
-    result = permutation_test(
-        (difference,),
-        lambda one, axis: one.mean(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=max(1, _BATCH_ELEMENTS // max(1, len(difference))),
-        rng=np.random.default_rng(_SEED),
-    )
-    return float(result.pvalue)
 
 
 # -- Repetitions: timings and speeds -----------------------------------------------------------------------------
@@ -234,7 +215,7 @@ def median(values: Sequence[float]) -> Estimate:
     data = np.asarray(values, float)
     num = len(data)
     counts = accumulate(math.comb(num, below) for below in range(num // 2))
-    rank = sum(at_most / 2**num < _TAIL for at_most in counts)
+    rank = sum(at_most / 2**num < TAIL for at_most in counts)
     ordered = np.sort(data)
     low, high = (float(ordered[rank - 1]), float(ordered[-rank])) if rank else (None, None)
     method = "median, order-statistic interval"
@@ -263,7 +244,7 @@ def hodges_lehmann_ratio(variant: Sequence[float], baseline: Sequence[float]) ->
     method = "Hodges-Lehmann, exact Mann-Whitney interval"
     counts = _mann_whitney_counts(num, max(len(above), len(below)))
     arrangements = math.comb(len(above) + len(below), num)
-    rank = sum(at_most / arrangements <= _TAIL for at_most in accumulate(counts))
+    rank = sum(at_most / arrangements <= TAIL for at_most in accumulate(counts))
     if rank == 0:
         return Estimate(value, None, None, num, method)
     low, high = float(ratios[rank - 1]), float(ratios[-rank])
@@ -294,7 +275,7 @@ def ratio_of_groups(variant: Sequence[Sequence[float]], baseline: Sequence[Seque
     log_error = math.sqrt(variance * (1 / len(above) + 1 / len(below)))
     if _is_nothing(log_error, 1.0):
         return Estimate(value, None, None, num, method)
-    reach = _student(degrees) * log_error
+    reach = student_quantile(degrees) * log_error
     low, high = math.exp(log_ratio - reach), math.exp(log_ratio + reach)
     return Estimate(value, low, high, num, method, value * log_error, degrees)
 
@@ -323,17 +304,6 @@ def _mann_whitney_counts(fewer: int, more: int) -> tuple[int, ...]:
 # -- Pairs of right and wrong ------------------------------------------------------------------------------------
 
 
-def mcnemar(num_lost: int, num_won: int) -> float:
-    """Two-sided p-value of losing and winning being equally likely, from the pairs in which the two sides differ.
-
-    The exact test of McNemar (1947): the lost ones are binomial(lost + won, 1/2). Assumes independent pairs. Without
-    any difference it is 1.
-    """
-    from scipy.stats import binomtest
-
-    return float(binomtest(num_lost, num_lost + num_won).pvalue) if num_lost + num_won else 1.0
-
-
 def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
     """The difference of two shares of the same `num` items: (num_won - num_lost) / num.
 
@@ -351,6 +321,8 @@ def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
         raise ValueError("flips must not be negative, nor more than the items")
     value = (num_won - num_lost) / num
 
+    from scipy.optimize import brentq  # a heavy import that most commands do not need
+
     def score(difference: float, bound: float) -> float:
         # The share of lost items that is most likely under this difference: the root of a quadratic (Tango, section 2).
         b = (2 * num - num_won + num_lost) * difference - num_won - num_lost
@@ -359,8 +331,6 @@ def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
         variance = num * (2 * lost + difference * (1 - difference))
         return num * (value - difference) - bound * math.sqrt(max(0.0, variance))
 
-    from scipy.optimize import brentq
-
     # Without flips the value itself solves the equation too, so the search keeps off it.
     low = -1.0 if num_lost == num else float(brentq(score, -1, value - 1e-12, args=(_Z,)))
     high = 1.0 if num_won == num else float(brentq(score, value + 1e-12, 1, args=(-_Z,)))
@@ -368,72 +338,7 @@ def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
     return Estimate(value, low, high, num, method, _implied_error(low, high, num))
 
 
-def detectable_margin(flip_share: float, num: int, power: float = 0.8, alpha: float = _TAIL) -> float:
-    """The smallest loss (a share) that `num` paired right-or-wrong items can tell from none with the given power.
-
-    `flip_share` is the share of items that change sides where nothing is lost: the difference then has the standard
-    error sqrt(flip_share / num), by the normal approximation of McNemar's test (Miettinen, Biometrics 24 (1968)
-    339-352). A loss of z(1 - alpha) + z(power) standard errors is found with that power by a one-sided test at `alpha`;
-    alike, a variant that loses nothing is shown with that power to lose less. The default is what a 95 % interval
-    decides to one side. With alpha = 0.05 and flip shares of 5, 8, 10, 15 and 25 % it gives the margins that are often
-    quoted: 1.5 points for GSM8K's 1,319 items, 3.0 for IFEval's 541, 0.7 for MMLU-Pro's 12,032, 6.8 for GPQA Diamond's
-    198 and 23 for AIME's 30; at the default they are 13 % larger. A Tango interval is a little longer beside the margin
-    than at zero: that nothing lost is shown to be less than the margin has a power of 74 % for flips of 5 % and a
-    margin of 3 points, 78 % for 10 % and 80 % for 25 %; that a loss of the margin is seen, 80 to 85 %.
-    """
-    return _detectable_errors(power, alpha) * math.sqrt(flip_share / num)
-
-
-def num_for_margin(flip_share: float, margin: float, power: float = 0.8, alpha: float = _TAIL) -> int:
-    """How many paired items `detectable_margin` needs for a margin (a share, above zero)."""
-    return _whole(flip_share * (_detectable_errors(power, alpha) / margin) ** 2)
-
-
-def _detectable_errors(power: float, alpha: float) -> float:
-    return float(special.ndtri(power) - special.ndtri(alpha))
-
-
-# -- Verdicts ----------------------------------------------------------------------------------------------------
-
-
-def p_above(estimate: Estimate, bound: float) -> float | None:
-    """One-sided p-value of "the true value is at most `bound`"; None without an interval.
-
-    Student's t with the estimate's degrees of freedom, its scale that of the interval's half that points to `bound`:
-    the p-value is 2.5 % exactly where that end of the interval meets `bound`. Assumes that each half is about that of a
-    normal distribution.
-    """
-    return _tail(estimate.value - bound, estimate, estimate.low if bound <= estimate.value else estimate.high)
-
-
-def non_inferiority_p(loss: Estimate, margin: float) -> float | None:
-    """One-sided p-value of "the true loss is at least `margin`": small where the loss is shown to be less."""
-    return _tail(margin - loss.value, loss, loss.high if margin >= loss.value else loss.low)
-
-
-def equivalence_p(difference: Estimate, margin: float) -> float | None:
-    """p-value of "the true difference is `margin` or more to either side": small where both sides are shown to be
-    equal.
-
-    Two one-sided tests (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987) 657-680): the larger
-    p-value of the two.
-    """
-    below = non_inferiority_p(difference, margin)
-    above = p_above(difference, -margin)
-    return None if above is None or below is None else max(above, below)
-
-
-def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """p-values of several tests, adjusted so that all that are below a level hold together at that level.
-
-    In the order given. Step-down (Holm, Scandinavian Journal of Statistics 6 (1979) 65-70): the smallest times their
-    number, the next times one fewer, and so on, none below the one before it and none above 1. Assumes nothing of how
-    the tests depend on each other.
-    """
-    order = sorted(range(len(p_values)), key=lambda at: p_values[at])
-    scaled = (min(1.0, (len(order) - step) * p_values[at]) for step, at in enumerate(order))
-    by_place = dict(zip(order, accumulate(scaled, max), strict=True))
-    return tuple(by_place[at] for at in range(len(p_values)))
+# -- Several estimates together ----------------------------------------------------------------------------------
 
 
 def pooled(estimates: Sequence[Estimate]) -> Estimate:
@@ -458,42 +363,9 @@ def pooled(estimates: Sequence[Estimate]) -> Estimate:
     below, above = (math.hypot(*side) / len(estimates) for side in zip(*bounds, strict=True))
     known = [error for one in estimates if (error := _error_of(one)) is not None]
     error = math.hypot(*known) / len(estimates)
-    spread = math.fsum(error**4 / _degrees(one) for error, one in zip(known, estimates, strict=True))
+    spread = math.fsum(error**4 / one.degrees_of_freedom for error, one in zip(known, estimates, strict=True))
     degrees = math.fsum(error**2 for error in known) ** 2 / spread if spread else None
     return Estimate(value, value - below, value + above, num, method, error, degrees)
-
-
-def num_needed(estimate: Estimate, margin: float) -> int | None:
-    """How many units like those seen would bring the interval clear of `margin`, if the value stayed the same.
-
-    The interval shrinks with the root of their number: num * (half-width / |value - margin|)^2, rounded up, with the
-    half that points to the margin. None where there is no interval, or where the value is the margin itself.
-    """
-    bound = estimate.high if margin > estimate.value else estimate.low
-    if bound is None or margin == estimate.value:
-        return None
-    return _whole(estimate.num * ((bound - estimate.value) / (margin - estimate.value)) ** 2)
-
-
-def _whole(number: float) -> int:
-    """Rounded up, but not for what is only an error of rounding."""
-    return math.ceil(number * (1 - 1e-12))
-
-
-def _tail(distance: float, estimate: Estimate, end: float | None) -> float | None:
-    """The probability that noise alone brings an estimate `distance` or more above a true value; `end` of its interval
-    says how large the noise is."""
-    if end is None:
-        return None
-    degrees = _degrees(estimate)
-    reach = abs(end - estimate.value)
-    if reach == 0:
-        return 0.0 if distance > 0 else 1.0
-    return float(special.stdtr(degrees, -distance / reach * _student(degrees)))
-
-
-def _degrees(estimate: Estimate) -> float:
-    return estimate.num - 1 if estimate.degrees is None else estimate.degrees
 
 
 def _error_of(estimate: Estimate) -> float | None:
@@ -510,4 +382,4 @@ def _implied_error(low: float | None, high: float | None, num: int) -> float | N
     one unit."""
     if low is None or high is None or num < 2:
         return None
-    return (high - low) / 2 / _student(num - 1)
+    return (high - low) / 2 / student_quantile(num - 1)

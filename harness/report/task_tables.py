@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from harness.record import stats
+from harness.record import significance, stats
 from harness.record.comparable import incomparable
 from harness.record.store import Record
 from harness.report import runs
@@ -96,7 +96,7 @@ def score_table(by_task: ByTask) -> Table:
                     compared.setdefault(row, []).extend([found] if first else [])
                 rows.append(found)
     for those in compared.values():
-        for one, p_value in zip(those, stats.holm([one["p_value"] for one in those]), strict=True):
+        for one, p_value in zip(those, significance.holm([one["p_value"] for one in those]), strict=True):
             one["p_holm"] = p_value
     return table_of([*rows, *(_together(row, those) for row, those in compared.items() if len(those) > 1)])
 
@@ -322,7 +322,7 @@ def _compared(record: Record, source: Record, task: str, metric: str) -> dict[st
         "delta_score": _difference(before, after, weights),
         "recovery_ratio": stats.paired_sum_ratio(after, before) if is_share else None,
         "flips": flips,
-        "p_value": stats.mcnemar(*lost_won) if lost_won else stats.paired_permutation(before, after),
+        "p_value": significance.mcnemar(*lost_won) if lost_won else significance.paired_permutation(before, after),
     }
 
 

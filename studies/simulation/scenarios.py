@@ -27,7 +27,7 @@ from numpy.random import Generator
 from scipy.stats import norm
 
 from harness.progress import Progress
-from harness.record import stats
+from harness.record import significance, stats
 from harness.record.stats import Estimate
 from studies.simulation.populations import Array, Flips, Populations, Windows
 
@@ -262,31 +262,31 @@ def _verdicts(populations: Populations) -> Iterator[Scenario]:
     """How often a decision is taken that must not be taken: the hypothesis holds, at its edge."""
 
     def changed(num: int, rng: Generator) -> bool:
-        return stats.mcnemar(*_flipped(0.05, 0.05, num, rng)) <= 2 * ALARMS
+        return significance.mcnemar(*_flipped(0.05, 0.05, num, rng)) <= 2 * ALARMS
 
     def exchanged(num: int, rng: Generator) -> bool:
         base, variant, _ = _documents(populations, num, rng)
         swap = rng.random(num) < 0.5
         one, other = np.where(swap, variant, base), np.where(swap, base, variant)
-        return stats.paired_permutation(one.tolist(), other.tolist()) <= 2 * ALARMS
+        return significance.paired_permutation(one.tolist(), other.tolist()) <= 2 * ALARMS
 
     def worse(num: int, rng: Generator) -> bool:
-        p_value = stats.p_above(_loss(0.05, 0.05, num, rng), 0)
+        p_value = significance.p_above(_loss(0.05, 0.05, num, rng), 0)
         return p_value is not None and p_value <= ALARMS
 
     def no_worse(num: int, rng: Generator) -> bool:
-        p_value = stats.non_inferiority_p(_loss(0.05 + MARGIN, 0.05, num, rng), MARGIN)
+        p_value = significance.non_inferiority_p(_loss(0.05 + MARGIN, 0.05, num, rng), MARGIN)
         return p_value is not None and p_value <= ALARMS
 
     def equal(windows: Windows, num: int, rng: Generator) -> bool:
         chosen = rng.integers(len(windows.above), size=num)
         found = stats.weighted_mean(windows.above[chosen].tolist(), windows.below[chosen].tolist())
-        p_value = stats.equivalence_p(found, abs(windows.truth))
+        p_value = significance.equivalence_p(found, abs(windows.truth))
         return p_value is not None and p_value <= ALARMS
 
     def any_of_seven(num: int, rng: Generator) -> bool:
-        p_values = [stats.p_above(_loss(0.05, 0.05, num, rng), 0) for _ in range(7)]
-        return min(stats.holm([1.0 if one is None else one for one in p_values])) <= ALARMS
+        p_values = [significance.p_above(_loss(0.05, 0.05, num, rng), 0) for _ in range(7)]
+        return min(significance.holm([1.0 if one is None else one for one in p_values])) <= ALARMS
 
     def alarm(data: str, function: str, num: int, level: float, trial: Callable[[int, Generator], bool]) -> Scenario:
         return Scenario(DECISIONS, data, f"{function} ≤ {level:g}", num, "false alarms", level, partial(trial, num))
@@ -320,7 +320,7 @@ def _powers() -> Iterator[Scenario]:
         return found.low is not None and found.low > 0
 
     for flip_share in (0.05, 0.1, 0.25):
-        num = stats.num_for_margin(flip_share, MARGIN)
+        num = significance.num_for_margin(flip_share, MARGIN)
         flip = f"{100 * flip_share:g} % flip, margin {100 * MARGIN:g} points"
         for data, function, trial in (
             (f"{flip}, nothing lost", "interval below the margin", shown),
