@@ -20,8 +20,8 @@ from harness import resolve
 from harness.engines.protocol import ENGINES, Engine, EngineDied, Purpose, open_engine
 from harness.progress import Progress, named
 from harness.record import provenance, store
-from harness.record.schema import Run
-from harness.record.store import Record, RunWriter
+from harness.record.run import Record, Run
+from harness.record.store import RunWriter
 from harness.suite.names import SOURCE, row_name
 from harness.suite.schema import Suite
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.record.packed import pack_numbers
-from harness.record.schema import End, Run
-from harness.record.store import Record, read
+from harness.record.run import End, Record, Run
+from harness.record.store import read
 
 ENGINE: dict[str, Any] = {
     "name": "torch",

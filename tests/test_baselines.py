@@ -9,7 +9,8 @@ import pytest
 
 from harness.errors import UserError
 from harness.record import baselines
-from harness.record.store import Record, RunWriter, read
+from harness.record.run import Record
+from harness.record.store import RunWriter, read
 from tests.records import TASK, answer, make_record, tasks_record, windows
 
 Change = Callable[[Path, Path], object]

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from harness.errors import UserError
-from harness.record.store import Record, RunWriter, read_all
+from harness.record.run import Record
+from harness.record.store import RunWriter, read_all
 from harness.report import card, evidence, figure_data, sections
 from harness.suite.load import load
 from harness.suite.schema import Suite, Task

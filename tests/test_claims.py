@@ -17,7 +17,8 @@ from scipy import stats as scipy_stats
 from harness.cli import main
 from harness.demo import SUITE as DEMO_SUITE
 from harness.errors import UserError
-from harness.record.store import Record, read_all
+from harness.record.run import Record
+from harness.record.store import read_all
 from harness.report import card, claims
 from harness.report.claim_words import CLAIM_WORDS, check_words
 from harness.report.claims import JudgedClaim

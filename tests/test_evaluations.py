@@ -16,7 +16,8 @@ from scipy import stats as scipy_stats
 
 from harness.record import stats
 from harness.record.comparable import COMPARABLE
-from harness.record.store import Record, RunWriter, read
+from harness.record.run import Record
+from harness.record.store import RunWriter, read
 from harness.report import tables, task_tables
 from harness.report.tables import Table
 from harness.suite.schema import Source, Suite, Task, Variant

@@ -25,7 +25,8 @@ from lm_eval.utils import make_table
 
 from harness.cli import main
 from harness.errors import UserError
-from harness.record.store import Record, read_all
+from harness.record.run import Record
+from harness.record.store import read_all
 from harness.report import build_tables, evidence
 from harness.report.columns import COLUMNS
 from harness.report.evidence import Evidence

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from harness.record import stats
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report import fidelity_tables, tables
 from harness.report.tables import Table
 from tests.records import ENGINE, FIDELITY, fidelity_record, fidelity_windows, make_record, windows

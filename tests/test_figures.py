@@ -20,7 +20,7 @@ from matplotlib.image import AxesImage, imread
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report import figure_data, figures, plots, tables
 from harness.report.evidence import Evidence, gather
 from harness.suite.load import load

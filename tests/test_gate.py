@@ -19,7 +19,8 @@ from scipy import stats as scipy_stats
 from harness.cli import main
 from harness.errors import UserError
 from harness.record import baselines, significance, stats
-from harness.record.store import Record, RunWriter, Skipped
+from harness.record.run import Record, Skipped
+from harness.record.store import RunWriter
 from harness.report import gate, gate_output
 from harness.report.gate import Judgement
 from harness.suite.load import load

@@ -21,7 +21,8 @@ from harness.engines.protocol import Engine, open_engine
 from harness.measure import decode, fidelity, perplexity
 from harness.quantize.recipes import recipe_named
 from harness.record import significance
-from harness.record.store import Record, read
+from harness.record.run import Record
+from harness.record.store import read
 from harness.report import gate
 from harness.report.gate import Judgement
 from harness.suite.rules import Rule

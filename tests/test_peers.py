@@ -24,7 +24,7 @@ from harness.demo import checkpoint_path
 from harness.errors import UserError
 from harness.measure import perplexity
 from harness.quantize.recipes import recipe_named
-from harness.record.store import Record
+from harness.record.run import Record
 from studies.peers import contest, page, quality, quantizers, speed, tables
 from studies.peers.__main__ import main
 from studies.peers.agreement import agreement_of

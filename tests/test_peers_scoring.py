@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from harness.demo import checkpoint_path
 from harness.demo.synthesize import synthesize
 from harness.errors import UserError
-from harness.record.store import Record
+from harness.record.run import Record
 from studies.peers import contest, page, races, scoring, tables
 from studies.peers.__main__ import PARTS, main
 from studies.peers.contest import SEPARATE, STREAMED, Ours, Scorer

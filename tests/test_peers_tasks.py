@@ -12,7 +12,7 @@ from harness.demo import checkpoint_path
 from harness.engines import vllm_options
 from harness.engines.protocol import Start
 from harness.errors import UserError
-from harness.record.store import Record
+from harness.record.run import Record
 from studies.peers import contest, page, races, tables, tasks
 from studies.peers.__main__ import main
 from studies.peers.contest import Answerer, Race

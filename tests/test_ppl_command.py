@@ -18,7 +18,7 @@ from harness.engines.torch_engine import TorchEngine
 from harness.measure import perplexity
 from harness.measure.perplexity import tokenize
 from harness.record import store
-from harness.record.store import Record
+from harness.record.run import Record
 
 SUITE = """
 name = "small"

@@ -29,7 +29,7 @@ from harness.publication.folder import PUBLISHED, Assembled
 from harness.publication.leaks import of_this_machine
 from harness.quantize.build import build
 from harness.quantize.recipes import recipe_named
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.suite.load import load, narrowed
 from tests.artifacts import quiet
 from tests.hub import Hub, Repository, hub

@@ -18,7 +18,7 @@ import pytest
 import harness
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import recipe_named
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report import build_tables, card, columns, perplexity_tables, speed_tables, tables
 from harness.report.trace import trace
 from harness.suite.load import load

@@ -11,8 +11,9 @@ import pytest
 
 import harness
 from harness.record.keys import LARGEST_COUNT, Key, Keys, optional
-from harness.record.samples import SAMPLES
-from harness.record.schema import END, Run, header_of, sample_problem
+from harness.record.run import Run
+from harness.record.samples import SAMPLES, sample_problem
+from harness.record.schema import END, header_of
 from harness.record.store import RunWriter, read, read_all
 from tests.records import ENGINE, MACHINE, answer, decodes, make_run, windows
 

@@ -16,8 +16,8 @@ import harness
 from harness.errors import UserError
 from harness.record import comparable, provenance
 from harness.record.comparable import COMPARABLE, incomparable
+from harness.record.run import new_id, utc_now
 from harness.record.samples import SAMPLES
-from harness.record.schema import new_id, utc_now
 from harness.record.store import RunWriter, read, read_all
 from tests.records import ENGINE, answer, choice, decodes, make_record, make_run, result, windows
 

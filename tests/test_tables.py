@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.record import stats
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report import (
     build_tables,
     columns,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from harness.cli import main
 from harness.errors import UserError
-from harness.record.store import Record, read_all
+from harness.record.run import Record
+from harness.record.store import read_all
 from harness.report import card
 from harness.report.trace import trace
 from harness.suite.load import load

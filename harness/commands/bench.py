@@ -15,7 +15,8 @@ from harness.suite.names import SOURCE
 if TYPE_CHECKING:
     from harness.engines.protocol import Engine
     from harness.job import Job, Measured, Model, Work
-    from harness.record.store import Record, RunWriter
+    from harness.record.run import Record
+    from harness.record.store import RunWriter
     from harness.suite.schema import Bench
 
 

@@ -12,7 +12,7 @@ from harness.commands.output import print_json, stored_records
 from harness.errors import UserError
 
 if TYPE_CHECKING:
-    from harness.record.store import Record
+    from harness.record.run import Record
     from harness.suite.schema import Suite
 
 

@@ -16,7 +16,7 @@ from harness.errors import UserError
 if TYPE_CHECKING:
     from harness.job import Job
     from harness.measure.vllm_bench import BatchShape
-    from harness.record.store import Record
+    from harness.record.run import Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from harness.commands.output import print_json
 
 if TYPE_CHECKING:
     from harness.job import Job, Model
-    from harness.record.store import Record
+    from harness.record.run import Record
     from harness.report.tables import Table
 
 

@@ -133,7 +133,7 @@ def open_job(options: argparse.Namespace, given: Sequence[str]) -> Iterator[Job]
         raise UserError(f"{options.results} is not a folder.", "Give another --results.")
 
     from harness.job import Job
-    from harness.record.schema import new_id
+    from harness.record.run import new_id
 
     with progress_bars() as progress:
         yield Job(suite, options.artifacts, options.results, progress, ("harness", *given), new_id())

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from harness.audit.findings import Finding
     from harness.progress import Progress
-    from harness.record.store import Record, Skipped
+    from harness.record.run import Record, Skipped
 
 _MOST_FINDINGS = 20
 

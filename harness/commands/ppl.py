@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from harness.engines.protocol import Engine
     from harness.job import Job, Model
     from harness.measure.perplexity import Protocol, Window
-    from harness.record.store import Record
+    from harness.record.run import Record
     from harness.suite.schema import Perplexity, Suite
 
 _STORED = ".log-probs"  # no variant can be called so
@@ -213,7 +213,7 @@ def _runs_alike(
     """The runs of one model by protocols that read the same; `start` gives the engine, which may not be needed."""
     from harness.measure import perplexity
     from harness.measure.log_probs import LogProbs
-    from harness.record.schema import new_id
+    from harness.record.run import new_id
 
     assert job.suite.ppl is not None
     first, batch_size = readings[0], job.suite.ppl.batch_size

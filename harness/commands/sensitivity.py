@@ -15,7 +15,7 @@ from harness.suite.names import SOURCE
 
 if TYPE_CHECKING:
     from harness.job import Job
-    from harness.record.store import Record
+    from harness.record.run import Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from harness.job import Job, Model
     from harness.measure.tasks import ReadyTask
-    from harness.record.store import Record
+    from harness.record.run import Record
     from harness.suite.schema import Suite, Task
 
 _JOURNALS = ".answers"  # no variant can be called so

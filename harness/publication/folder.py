@@ -34,7 +34,7 @@ from harness.model.families import family_of
 from harness.publication.leaks import of_this_machine
 from harness.quantize.artifact import MANIFEST, altered
 from harness.record import baselines
-from harness.record.store import Record, Skipped
+from harness.record.run import Record, Skipped
 from harness.report import card, claims, export, gate
 from harness.report.claim_words import check_words
 from harness.report.evidence import Evidence, gather

@@ -20,8 +20,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.record import store
-from harness.record.schema import utc_now
-from harness.record.store import Record
+from harness.record.run import Record, utc_now
 
 SCHEMA = 1
 Slots = Mapping[str, Mapping[str, Record]]

@@ -1,7 +1,6 @@
 """Which records may be compared: what must be equal in the headers of two runs of a measure."""
 
-from harness.record.schema import Run
-from harness.record.store import Record
+from harness.record.run import Record, Run
 
 # What must be equal in the headers of two runs of a measure before their numbers may be compared. Speed belongs to
 # one session on one machine; a loss in quality belongs to the same tokens through the same arithmetic.

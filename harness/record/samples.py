@@ -1,6 +1,7 @@
-"""The raw samples of every measure: measure -> kind -> keys, a part of what `record/schema.py` says of a record."""
+"""What samples hold: every key of every kind of sample, by measure. `record/schema.py` says the rest of a record."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from harness.record.keys import POSITIVE, ROUNDING, Key, Keys, optional
 
@@ -291,3 +292,15 @@ SAMPLES: Mapping[str, Mapping[str, Keys]] = {
         ),
     },
 }
+
+
+def sample_problem(measure: str, sample: Mapping[str, Any], *, exact: bool) -> str | None:
+    """What keeps a sample from being one of `SAMPLES`, or None. `exact`: it may have no other keys."""
+    kinds, kind = SAMPLES[measure], sample.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        return f"a sample of {measure} cannot be of the kind {kind!r}"
+    if wrong := kinds[kind].problem(sample):
+        return f"a {kind} sample has no good '{wrong}'"
+    if exact and (surplus := kinds[kind].unknown({key: value for key, value in sample.items() if key != "kind"})):
+        return f"a {kind} sample has '{surplus}', which record/samples.py does not list"
+    return None

@@ -1,33 +1,24 @@
-"""What a record holds: every key of its header, of its samples and of its last line, with its type, unit and bounds.
+"""What a record holds: every key of its header and of its last line here, and of its samples in `record/samples.py`.
 
     {"type": "run", "schema": 1, "measure": "ppl", ...}         `header_of`: what was measured, with what, on what
-    {"type": "sample", "kind": "window", ...}                   `samples.SAMPLES`: raw observations, in their order
+    {"type": "sample", "kind": "window", ...}                   `SAMPLES`: raw observations, in the order they came
     {"type": "end", "status": "complete", "num_samples": ...}   `END`: proof that nothing is missing
 
-`record/store.py` holds every record to this page. A record that is written has these keys and no others: anything else
-is a bug of the harness. A record that is read must have every key that is not optional, each of its type and within its
-bounds, or it is named and not used. A name that this page does not know is passed over there, so that a record of a
-later version, which may say more, can still be compared; only the top level of the first and the last line is exact.
+Every key has a type, a unit, bounds and a meaning, and `record/store.py` holds every record to them:
+
+* A record that is written has these keys and no others: anything else is a bug of the harness.
+* A record that is read must have every key that is not optional, each of its type and within its bounds, or it is named
+  and not used. Further names are passed over, so that a record of a later version, which may say more, can still be
+  compared; only the top level of the first and of the last line is exact.
 
 Units come last in names: `nll_nats`, `step_seconds`, `weight_bytes`; counts begin with `num_` or end in `_tokens`; a
 share or a ratio is never percent. An `index` counts from 0. Digests are SHA-256 in hex.
 """
 
-import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any, Literal
+from functools import cache
 
 from harness.record.keys import Key, Keys, optional
-from harness.record.samples import SAMPLES
-
-SCHEMA = 1
-"""The version of this layout. A record of another one is not read."""
-UTC_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
-
-Status = Literal["complete", "interrupted", "failed"]
-Json = dict[str, Any]
+from harness.record.run import SCHEMA
 
 # -- The first line ----------------------------------------------------------------------------------------------
 
@@ -188,12 +179,9 @@ _GIT = Keys(
 )
 
 
+@cache
 def header_of(measure: str) -> Keys:
     """The keys of the first line of a measure's record, without its `type`."""
-    return _HEADERS[measure]
-
-
-def _header(measure: str) -> Keys:
     dataset = _DATASETS.get(measure)
     return Keys(
         measure=Key("text", "What was measured: a key of `SAMPLES`."),
@@ -216,8 +204,6 @@ def _header(measure: str) -> Keys:
     )
 
 
-_HEADERS = {measure: _header(measure) for measure in SAMPLES}
-
 # -- The last line -----------------------------------------------------------------------------------------------
 
 END = Keys(
@@ -233,63 +219,3 @@ END = Keys(
     ),
     ended_utc=Key("text", "When the run ended."),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """The first line: everything that must be known to repeat a run or to refuse a comparison. Its keys are those of
-    `header_of(measure)`."""
-
-    measure: str
-    measure_version: int
-    session_id: str
-    suite: Json
-    suite_digest: str
-    variant: Json
-    engine: Json | None
-    dataset: Json | None
-    machine: Json
-    packages: Json
-    git: Json | None
-    command: tuple[str, ...]
-    schema: int = SCHEMA
-    run_id: str = field(default_factory=lambda: new_id())
-    started_utc: str = field(default_factory=lambda: utc_now())
-
-    @property
-    def file_name(self) -> str:
-        """Sorts by time; every part can be read without opening the file."""
-        utc = self.started_utc.replace("-", "").replace(":", "")
-        return f"{utc}-{self.measure}-{self.suite['name']}-{self.variant['name']}-{self.run_id}.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class End:
-    """The last line; its keys are those of `END`."""
-
-    status: Status
-    num_samples: int
-    coverage: Json
-    ended_utc: str
-
-
-def new_id() -> str:
-    """Eight random hex digits: names a run, or the session that one command's runs share."""
-    return secrets.token_hex(4)
-
-
-def utc_now() -> str:
-    """The time as results write it: `2026-03-01T12:00:00Z`."""
-    return datetime.now(UTC).strftime(UTC_FORMAT)
-
-
-def sample_problem(measure: str, sample: Mapping[str, Any], *, exact: bool) -> str | None:
-    """What keeps a sample from being one of `SAMPLES`, or None. `exact`: it may have no other keys."""
-    kinds, kind = SAMPLES[measure], sample.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        return f"a sample of {measure} cannot be of the kind {kind!r}"
-    if wrong := kinds[kind].problem(sample):
-        return f"a {kind} sample has no good '{wrong}'"
-    if exact and (surplus := kinds[kind].unknown({key: value for key, value in sample.items() if key != "kind"})):
-        return f"a {kind} sample has '{surplus}', which record/samples.py does not list"
-    return None

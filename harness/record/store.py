@@ -14,7 +14,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -22,41 +21,14 @@ from typing import IO, Any, NoReturn, Self
 
 from harness.errors import UserError
 from harness.record.keys import Keys
-from harness.record.samples import SAMPLES
-from harness.record.schema import END, SCHEMA, UTC_FORMAT, End, Json, Run, Status, header_of, sample_problem, utc_now
+from harness.record.run import SCHEMA, UTC_FORMAT, End, Json, Record, Run, Skipped, Status, utc_now
+from harness.record.samples import SAMPLES, sample_problem
+from harness.record.schema import END, header_of
 
 # The times that a run's samples took of the run itself, one after the other. (Answers that are used again bring their
 # own seconds with them, and a build is over when its run begins.)
 _CLOCKED = {"bench": ("prefill_seconds", "step_seconds")}
 _CLOCK_TOLERANCE_SECONDS = 2.0  # a run begins and ends at whole seconds
-
-
-@dataclass(frozen=True)
-class Record:
-    """One run as it was stored; samples are the raw dicts, each with its `kind`."""
-
-    path: Path
-    run: Run
-    samples: tuple[Json, ...]
-    end: End
-
-    def kind(self, kind: str) -> list[Json]:
-        """The samples of one kind, in the order they were taken."""
-        return [sample for sample in self.samples if sample["kind"] == kind]
-
-    @property
-    def whole(self) -> bool:
-        """Complete, and over everything there was to measure (no `--limit`)."""
-        return self.end.status == "complete" and self.end.coverage["done"] == self.end.coverage["expected"]
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A file that is not used, and why; `record` is what it holds where it can be read."""
-
-    path: Path
-    reason: str
-    record: Record | None = None
 
 
 class RunWriter:

@@ -10,7 +10,7 @@ from harness import serve
 from harness.errors import UserError
 from harness.formats.names import FOUR_BIT_INPUTS, KEPT
 from harness.model.families import block_of_role, part_of_role
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report import runs
 from harness.report.tables import Table, table_of
 from harness.suite.names import SOURCE, is_hub_id

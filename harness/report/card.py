@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report import build_tables, columns, exchange, figure_data, figures, hub_scores, page
 from harness.report.blocks import filled
 from harness.report.evidence import Evidence, gather

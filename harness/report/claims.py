@@ -29,7 +29,7 @@ from functools import cached_property
 from typing import Any
 
 from harness.record import stats
-from harness.record.store import Record, Skipped
+from harness.record.run import Record, Skipped
 from harness.report import columns, fidelity_tables, gate, runs, task_tables
 from harness.report.claim_words import claim_sentence
 from harness.report.numbers import format_estimate

@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report import (
     build_tables,
     fidelity_tables,

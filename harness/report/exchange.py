@@ -13,9 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.record import stats
-from harness.record.schema import UTC_FORMAT
+from harness.record.run import UTC_FORMAT, Record
 from harness.record.stats import Estimate
-from harness.record.store import Record
 from harness.report import runs, task_tables
 from harness.report.evidence import Evidence
 from harness.suite.names import SOURCE, is_hub_id, row_parts

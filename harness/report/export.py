@@ -27,8 +27,8 @@ from typing import Any
 import yaml
 
 from harness.errors import UserError, did_you_mean
+from harness.record.run import Record
 from harness.record.stats import Estimate
-from harness.record.store import Record
 from harness.report.columns import Spread
 from harness.report.evidence import Evidence
 from harness.report.exchange import path_part, steady

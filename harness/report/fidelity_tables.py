@@ -15,8 +15,8 @@ import numpy as np
 from harness.record import stats
 from harness.record.comparable import incomparable
 from harness.record.packed import unpack_numbers
+from harness.record.run import Record
 from harness.record.stats import Estimate
-from harness.record.store import Record
 from harness.report import columns, runs
 from harness.report.tables import Table, table_of
 from harness.suite.names import NOISE, SOURCE

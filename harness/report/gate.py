@@ -19,8 +19,8 @@ from typing import Any, Literal
 from harness.errors import UserError
 from harness.record import significance, stats
 from harness.record.baselines import Slots
+from harness.record.run import Record, Skipped
 from harness.record.stats import Estimate
-from harness.record.store import Record, Skipped
 from harness.report import runs, speed_tables, task_tables
 from harness.report.gate_runs import (
     GateRuns,

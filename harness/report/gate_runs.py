@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.record.baselines import Slots, slot
-from harness.record.store import Record, Skipped
+from harness.record.run import Record, Skipped
 from harness.report import runs, task_tables
 from harness.suite.metrics import METRICS
 from harness.suite.names import BASELINE

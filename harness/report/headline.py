@@ -1,7 +1,7 @@
 """The first section of a card: a line for every variant, and one for every claim that the records support."""
 
+from harness.record.run import Record
 from harness.record.stats import Estimate
-from harness.record.store import Record
 from harness.report import columns, speed_tables, task_tables
 from harness.report.claims import judged_claims
 from harness.report.evidence import Evidence

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report.evidence import Evidence
 from harness.report.exchange import (
     HARNESS,

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 
-from harness.record.schema import UTC_FORMAT
-from harness.record.store import Record
+from harness.record.run import UTC_FORMAT, Record
 from harness.report.evidence import Evidence
 from harness.report.exchange import (
     HARNESS,

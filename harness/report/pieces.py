@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report import figures
 from harness.report.evidence import Evidence
 from harness.report.tables import Table, markdown_table

@@ -6,7 +6,7 @@ from typing import Any
 
 from harness.record import stats
 from harness.record.comparable import incomparable
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report.tables import Table, table_of
 from harness.suite.names import SOURCE
 

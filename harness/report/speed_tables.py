@@ -8,8 +8,8 @@ from itertools import chain
 from typing import Any
 
 from harness.record import stats
+from harness.record.run import Record
 from harness.record.stats import Estimate
-from harness.record.store import Record
 from harness.report import columns, runs
 from harness.report.tables import Table, table_of
 from harness.suite.names import SOURCE, row_parts

@@ -13,8 +13,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from harness.record.run import Record
 from harness.record.stats import Estimate
-from harness.record.store import Record
 from harness.report.columns import COLUMNS, NO_INTERVAL, NO_INTERVAL_MARK, Spread, escape, lacks_interval
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.record import significance, stats
 from harness.record.comparable import incomparable
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report import runs
 from harness.report.numbers import format_percent
 from harness.report.tables import Table, table_of

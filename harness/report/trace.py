@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from harness.errors import UserError
 from harness.record import store
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report import card as cards
 from harness.report import sections
 from harness.report.evidence import Evidence, gather

@@ -115,8 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace, given: tuple[str, ...]) -> int:
     from harness.demo import checkpoint_path
-    from harness.record.schema import new_id
-    from harness.record.store import Record
+    from harness.record.run import Record, new_id
     from studies.peers import contest, scoring, tables, tasks
     from studies.peers.agreement import measure_agreement
     from studies.peers.quality import measure_quality

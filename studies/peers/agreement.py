@@ -16,7 +16,8 @@ from harness.formats import nvfp4
 from harness.model.checkpoint import Checkpoint, open_checkpoint
 from harness.progress import named
 from harness.record import store
-from harness.record.store import Record, RunWriter
+from harness.record.run import Record
+from harness.record.store import RunWriter
 from studies.peers import contest
 from studies.peers.quantizers import quantize_once, write_calibration
 from studies.peers.session import Session, header

@@ -6,7 +6,7 @@ from functools import partial
 
 from tabulate import tabulate
 
-from harness.record.store import Record
+from harness.record.run import Record
 from harness.report.blocks import filled
 from harness.report.columns import escape
 from studies.peers import tables

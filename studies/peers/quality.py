@@ -19,7 +19,8 @@ from harness.measure import fidelity, perplexity
 from harness.model.checkpoint import open_checkpoint
 from harness.progress import named
 from harness.record import store
-from harness.record.store import Record, RunWriter
+from harness.record.run import Record
+from harness.record.store import RunWriter
 from studies.peers import contest
 from studies.peers.contest import Contestant
 from studies.peers.quantizers import Data, quantize_once, remarks_on, write_calibration

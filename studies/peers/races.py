@@ -22,7 +22,8 @@ import psutil
 
 from harness.progress import Progress
 from harness.record import store
-from harness.record.store import Record, RunWriter
+from harness.record.run import Record
+from harness.record.store import RunWriter
 from studies.peers.contest import Answerer, Contestant, Scorer
 from studies.peers.session import Session, failure_reason, header
 from studies.peers.stopwatch import Timed, timed

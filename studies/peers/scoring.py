@@ -17,7 +17,7 @@ from harness.errors import UserError
 from harness.measure import perplexity
 from harness.model.checkpoint import open_checkpoint, read_json
 from harness.model.families import parse_config
-from harness.record.store import Record
+from harness.record.run import Record
 from studies.peers import contest
 from studies.peers.contest import Ours, Scorer
 from studies.peers.quantizers import Data, quantize

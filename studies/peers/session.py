@@ -11,7 +11,7 @@ from typing import Any
 import harness
 from harness.progress import Progress
 from harness.record import provenance
-from harness.record.schema import Run
+from harness.record.run import Run
 from studies.peers.contest import Answerer, Contestant, Scorer
 
 VERSION = 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.demo.synthesize import synthesize
 from harness.model.checkpoint import open_checkpoint, read_json
-from harness.record.store import Record
+from harness.record.run import Record
 from studies.peers import contest
 from studies.peers.contest import COPY, Contestant
 from studies.peers.quantizers import Data, Made, folder_bytes, quantize, remarks_on, write_calibration

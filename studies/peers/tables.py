@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.record import stats
+from harness.record.run import Record
 from harness.record.stats import Estimate
-from harness.record.store import Record
 from harness.report.numbers import format_bytes, format_estimate
 from studies.peers.contest import (
     CALIBRATION_TOKENS,

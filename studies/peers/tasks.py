@@ -11,7 +11,7 @@ from pathlib import Path
 from harness.demo import task_file
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint
-from harness.record.store import Record
+from harness.record.run import Record
 from studies.peers import contest
 from studies.peers.contest import Answerer
 from studies.peers.races import Turn, race, run_job

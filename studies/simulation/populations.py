@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from harness.errors import UserError
-from harness.record.store import Record
+from harness.record.run import Record
 
 Array = NDArray[np.float64]
 
