@@ -16,18 +16,13 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
-from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
 from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
 from compressed_tensors.quantization import (
-    QuantizationArgs,
     QuantizationConfig,
-    QuantizationScheme,
     QuantizationStatus,
     apply_quantization_config,
     preset_name_to_scheme,
 )
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -44,15 +39,14 @@ from harness.engines.protocol import Engine, open_engine
 from harness.errors import UserError
 from harness.formats import fp8, nvfp4
 from harness.formats.config import parse, quantization_config
-from harness.formats.format import Format
 from harness.formats.nvfp4 import NVFP4A16
 from harness.measure import perplexity
 from harness.model.checkpoint import open_checkpoint
 from harness.model.families.qwen35 import FAMILY
-from harness.model.family import Linear
 from harness.quantize.build import build
 from harness.quantize.recipes import RECIPES, Recipe
 from tests.conftest import tiny_config
+from tests.oracles import oracle_model, quantized_linears, stored_tensors
 from tests.perplexities import protocol_samples
 
 VOCABULARY = 256
@@ -529,39 +523,14 @@ def test_cutting_the_logits_anywhere_gives_the_same_distributions(
 
 # Checkpoints that the harness decodes itself.
 
-SCHEMES = {
-    form: QuantizationScheme(
-        targets=["Linear"],
-        weights=QuantizationArgs(**dict(form.weights)),
-        input_activations=QuantizationArgs(**dict(form.input_activations)) if form.input_activations else None,
-    )
-    for recipe in RECIPES.values()
-    for form in recipe.formats(FAMILY).values()
-}
-ATTENTION_ONLY = Recipe("attention", "", ((NVFP4A16, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),))
+ATTENTION_ONLY = Recipe("attention", "", ((NVFP4A16, ("attention",)),))
 MOE_RECIPES = [RECIPES["rtn-a16"], RECIPES["w4a4"], RECIPES["w4a4-deltanet"], RECIPES["mixed-fp8"], ATTENTION_ONLY]
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
-
-
-def _quantized(source: Path, recipe: Recipe) -> dict[str, tuple[Linear, Format, Tensor]]:
-    """Module -> its place in the source, format and 16-bit weight, for all that `recipe` quantizes."""
-    found = {}
-    for name, tensor in _tensors(source).items():
-        role = FAMILY.role_of(name)
-        if role is not None and role.name in recipe.formats(FAMILY):
-            for linear in FAMILY.linears_of(name, tuple(tensor.shape)):
-                rows = tensor.view(-1, linear.in_features)[linear.first_row :][: linear.out_features]
-                found[linear.module] = (linear, recipe.formats(FAMILY)[role.name], rows)
-    return found
 
 
 def _encode(source: Path, recipe: Recipe, folder: Path) -> Path:
     """An artifact of any recipe by round-to-nearest; scales of activations differ from layer to layer."""
-    parts = _quantized(source, recipe)
-    stored = {name: tensor for name, tensor in _tensors(source).items() if not _is_quantized(name, recipe)}
+    parts = quantized_linears(source, recipe)
+    stored = {name: tensor for name, tensor in stored_tensors(source).items() if not _is_quantized(name, recipe)}
     amax: dict[str, float] = {}
     for linear, _, w in parts.values():
         amax[linear.fused_into] = max(amax.get(linear.fused_into, 0.0), float(w.abs().max()))
@@ -596,79 +565,6 @@ def _is_quantized(name: str, recipe: Recipe) -> bool:
     return role is not None and role.name in recipe.formats(FAMILY)
 
 
-def _reference_weight(stored: dict[str, Tensor], module: str, form: Format, dtype: torch.dtype) -> Tensor:
-    """A module's weight by compressed-tensors' decompressor."""
-    parts = {part.suffix: stored[f"{module}.{part.suffix}"] for part in form.stored(16, 16)}
-    if form.compressor == "float-quantized":
-        # transformers loads the scale in the model's dtype, and that decides the product's.
-        parts["weight_scale"] = parts["weight_scale"].to(dtype)
-        return FloatQuantizationCompressor.decompress(parts, SCHEMES[form])["weight"]
-    return NVFP4PackedCompressor.decompress(parts, SCHEMES[form])["weight"]
-
-
-def _reference_rounding(stored: dict[str, Tensor], module: str, form: Format | None) -> Callable[[Tensor], Tensor]:
-    """What compressed-tensors does to a module's input, for inputs [tokens, in]."""
-    scheme = SCHEMES[form].input_activations if form else None
-    if scheme is None:
-        return lambda x: x
-    divisor = stored.get(f"{module}.input_global_scale")
-
-    def rounding(x: Tensor) -> Tensor:
-        x = x.unsqueeze(0)  # of a matrix it would take one scale for all tokens
-        scale, zero_point = compute_dynamic_scales_and_zp(x, scheme, nn.Module(), global_scale=divisor)
-        return fake_quantize(x, scale, zero_point, scheme, global_scale=divisor).squeeze(0)
-
-    return rounding
-
-
-def _oracle(source: Path, artifact: Path, recipe: Recipe, dtype: torch.dtype) -> Any:
-    """transformers' model of the 16-bit source with what compressed-tensors makes of the artifact set into it: weights
-    module by module, roundings as hooks, and routed experts with roundings computed token by token."""
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).eval()
-    stored = _tensors(artifact)
-    parts = _quantized(source, recipe)
-    rounding = {module: _reference_rounding(stored, module, form) for module, (_, form, _) in parts.items()}
-    layers: dict[str, Any] = {}
-    for module, (linear, form, _) in parts.items():
-        weight = _reference_weight(stored, module, form, dtype).to(dtype)
-        if ".experts." not in module:
-            target = model.get_submodule(module)
-            target.weight.data.copy_(weight)
-            target.register_forward_pre_hook(
-                lambda _, inputs, f=rounding[module]: (f(inputs[0].flatten(0, -2)).view(inputs[0].shape),)
-            )
-            continue
-        layer, _, rest = module.partition(".experts.")
-        layers[f"{layer}.experts"] = form
-        number, _, projection = rest.partition(".")
-        experts = model.get_submodule(f"{layer}.experts")
-        fused = experts.down_proj if projection == "down_proj" else experts.gate_up_proj
-        width = linear.out_features
-        start = width if projection == "up_proj" else 0
-        fused.data[int(number), start : start + width] = weight
-
-    def token_by_token(layer: str, experts: Any) -> Callable[..., Tensor]:
-        def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-            rows = []
-            for token in range(len(hidden)):
-                total = torch.zeros_like(hidden[token])
-                for expert, share in zip(chosen[token].tolist(), shares[token], strict=True):
-                    x = rounding[f"{layer}.{expert}.gate_proj"](hidden[token, None])
-                    gate, up = (experts.gate_up_proj[expert] @ x[0]).chunk(2)
-                    x = rounding[f"{layer}.{expert}.down_proj"]((experts.act_fn(gate) * up)[None])
-                    total += share * (experts.down_proj[expert] @ x[0])
-                rows.append(total)
-            return torch.stack(rows)
-
-        return forward
-
-    for layer, form in layers.items():
-        if form.input_activations:
-            experts = model.get_submodule(layer)
-            experts.forward = token_by_token(layer, experts)
-    return model
-
-
 @pytest.fixture(scope="module", params=MOE_RECIPES, ids=lambda recipe: recipe.name)
 def moe(request: pytest.FixtureRequest, moe_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(recipe, artifact) of the tiny mixture of experts."""
@@ -686,7 +582,7 @@ def test_a_quantized_mixture_of_experts_computes_what_compressed_tensors_decodes
     recipe, artifact = moe
     ids = _windows(40, 40)
     logits = _logits(loading.load_model(artifact, "float32"), ids)
-    expected = _logits(_oracle(moe_source, artifact, recipe, torch.float32), ids)
+    expected = _logits(oracle_model(moe_source, artifact, recipe, torch.float32), ids)
     if any(form.input_activations for form in recipe.formats(FAMILY).values()):
         # Sums in another order differ in the last bit, and that bit may round an activation to the other side.
         assert (logits - expected).abs().median() < 1e-5
@@ -698,7 +594,7 @@ def test_a_quantized_mixture_of_experts_computes_what_compressed_tensors_decodes
 
 def test_a_quantized_mixture_of_experts_has_the_weights_of_the_oracle_in_bf16_too(moe: Any, moe_source: Path) -> None:
     recipe, artifact = moe
-    oracle = _oracle(moe_source, artifact, recipe, torch.bfloat16)
+    oracle = oracle_model(moe_source, artifact, recipe, torch.bfloat16)
     model = loading.load_model(artifact)
     assert _state(model) == _state(oracle)
 
@@ -799,7 +695,7 @@ EXPERT = "model.language_model.layers.2.mlp.experts.1."
 
 def _change(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     """Rewrites the artifact's tensors as one file."""
-    tensors = _tensors(folder)
+    tensors = stored_tensors(folder)
     for shard in folder.glob("*.safetensors*"):
         shard.unlink()
     change(tensors)
@@ -867,7 +763,7 @@ def test_a_tied_head_needs_no_tensor_of_its_own_and_may_have_one(moe_source: Pat
     _change(artifact, lambda tensors: tensors.pop("lm_head.weight"))
     model = loading.load_model(artifact, "float32")
     assert torch.equal(_logits(model, _windows(9)), with_head)
-    embeddings = _tensors(moe_source)["model.language_model.embed_tokens.weight"]
+    embeddings = stored_tensors(moe_source)["model.language_model.embed_tokens.weight"]
     assert torch.equal(model.lm_head.weight, embeddings.float())
 
 

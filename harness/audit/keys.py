@@ -36,13 +36,13 @@ class Module:
 
 @dataclass
 class Expectation:
-    """What a folder of `family` should hold: (dtype, shape) by tensor name; dtype None for a kept tensor of any float.
+    """What a folder of `config` should hold: (dtype, shape) by tensor name; dtype None for a kept tensor of any float.
 
     `meant` is every linear layer with the group that the configuration gives it, `names` every module's name, and
     `told` the tensors about which `findings` has said all there is to say.
     """
 
-    family: Family
+    config: ModelConfig
     tensors: dict[str, tuple[str | None, tuple[int, ...]]] = field(default_factory=dict)
     modules: list[Module] = field(default_factory=list)
     meant: list[Meant] = field(default_factory=list)
@@ -60,7 +60,7 @@ def expect(
     family = config.family
     prefix = family.text_prefix(stored)
     layout = replace(family.published, text_prefix=prefix)
-    expectation = Expectation(family, is_text_only=layout != family.published)
+    expectation = Expectation(config, is_text_only=layout != family.published)
     if expectation.is_text_only:
         expectation.findings.append(
             Finding(
@@ -158,11 +158,12 @@ def key_findings(
 ) -> Iterator[Finding]:
     """Missing, surplus and misshapen tensors; `source_has_mtp` is None where there is no source."""
     gone = set()
-    for part, prefix in expectation.family.parts.items():
+    family = expectation.config.family
+    for part, prefix in family.parts.items():
         called_for = [name for name in expectation.tensors if name.startswith(prefix)]
-        if called_for and not expectation.family.has_part(stored, part):
+        if called_for and not family.has_part(stored, part):
             gone.update(called_for)
-            yield _lost_part(part, prefix, len(called_for), source_has_mtp)
+            yield _lost_part(expectation.config, part, len(called_for), source_has_mtp)
     for name, (dtype, shape) in expectation.tensors.items():
         entry = stored.get(name)
         if entry is None:
@@ -178,18 +179,19 @@ def key_findings(
             )
     for name in stored:
         if name not in expectation.tensors and name not in expectation.told:
-            yield _surplus(expectation.family, name, stored)
+            yield _surplus(family, name, stored)
 
 
-def _lost_part(part: Part, prefix: str, count: int, source_has_mtp: bool | None) -> Finding:
+def _lost_part(config: ModelConfig, part: Part, count: int, source_has_mtp: bool | None) -> Finding:
+    prefix = config.family.parts[part]
     if part == "visual":
         problem = f"none of the vision tower's {count} tensors is there, though config.json describes it"
         return Finding("error", f"{prefix}*", problem, "the model answers about images that it does not see")
-    also = " and the source has them" if source_has_mtp else ""
+    told = [*["config.json counts its layers"] * config.states_mtp, *["the source has them"] * bool(source_has_mtp)]
     return Finding(
         "error" if source_has_mtp else "warning",
         f"{prefix}*",
-        f"none of the MTP head's {count} tensors is there, though config.json counts its layers{also}",
+        f"none of the MTP head's {count} tensors is there, though {' and '.join(told)}",
         "speculative decoding with method mtp runs on uninitialised weights: no draft is ever accepted",
     )
 

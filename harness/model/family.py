@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 Part = Literal["trunk", "embedding", "head", "mtp", "visual"]
 """A part of a model. The trunk is the stack of decoder layers and the norm behind it."""
 
-Block = Literal["norm", "attention", "deltanet", "mlp", "router", "experts", "shared_expert"]
-"""A block of a decoder layer. `mlp` is the one of a layer without experts."""
+Block = Literal["norm", "attention", "deltanet", "mlp", "router", "experts", "shared_expert", "head"]
+"""A block of a decoder layer, or the head behind them. `mlp` is the one of a layer without experts."""
 
 Tensors = Iterator[tuple[str, tuple[int, ...]]]
 """Names and shapes."""

@@ -18,7 +18,7 @@ _MLP = r"layers\.\d+\.mlp\."
 _SHARED = rf"{_MLP}shared_expert\."
 
 MTP = Role("mtp", r"mtp\..*", "mtp", target=r"re:.*mtp\..*")
-HEAD = Role("lm_head", r"lm_head\.weight", "head", target=r"re:.*lm_head$")
+HEAD = Role("lm_head", r"lm_head\.weight", "head", "head", r"re:.*lm_head$", quantizable=True)
 EMBEDDING = Role("embed_tokens", r"embed_tokens\.weight", "embedding")
 NORM = Role("norm", r"(norm|layers\.\d+\.(.*layernorm|self_attn\.[qk]_norm|linear_attn\.norm))\.weight", block="norm")
 
