@@ -50,7 +50,7 @@ def synthesize(
     same arguments give the same bytes. `UserError` if `out` exists or the disk is too full.
     """
     config = copy.deepcopy(dict(config))
-    text = config.get("text_config")
+    text = config.get("text_config", config)  # a text-only model's numbers stand at the top
     if isinstance(text, dict):
         if num_layers is not None:
             text["num_hidden_layers"] = num_layers

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 Part = Literal["trunk", "embedding", "head", "mtp", "visual"]
 """A part of a model. The trunk is the stack of decoder layers and the norm behind it."""
 
-Block = Literal["norm", "attention", "deltanet", "mlp", "router", "experts", "shared_expert", "head"]
+Block = Literal["norm", "attention", "deltanet", "mlp", "router", "experts", "shared-expert", "head"]
 """A block of a decoder layer, or the head behind them. `mlp` is the one of a layer without experts."""
 
 Tensors = Iterator[tuple[str, tuple[int, ...]]]
@@ -202,9 +202,9 @@ class Family:
     """Architectures of the text part alone, which engines load too, with the architecture that they are the part of."""
     roles: tuple[Role, ...]
     """The first role whose pattern matches a name is the tensor's."""
-    prefixes: tuple[str, ...]
-    """Those that the text part may have; the published one first."""
     published: Layout
+    other_prefixes: tuple[str, ...]
+    """Prefixes of the text part in checkpoints that were saved in another way."""
     parts: Mapping[Part, str]
     """The prefixes of the parts that a checkpoint may lack."""
     embedding: str
@@ -223,6 +223,11 @@ class Family:
     """Reads a `config.json` of this family; `UserError`, naming the second argument, for one that is not complete."""
     tensors: Callable[[ModelConfig, Layout, bool], Tensors] = field(repr=False)
     """The tensors of a source checkpoint in a layout, with or without the MTP head."""
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Those that the text part may have; the published one first."""
+        return (self.published.text_prefix, *self.other_prefixes)
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -319,9 +324,8 @@ class Family:
 
     def text_prefix(self, names: Iterable[str]) -> str:
         """The prefix of the text part in a checkpoint of tensors `names`: the published one unless another is used."""
-        others = self.prefixes[1:]
-        used = {prefix for name in names for prefix in others if name.startswith(f"{prefix}layers.")}
-        return next((prefix for prefix in others if prefix in used), self.prefixes[0])
+        used = {prefix for name in names for prefix in self.other_prefixes if name.startswith(f"{prefix}layers.")}
+        return next((prefix for prefix in self.other_prefixes if prefix in used), self.published.text_prefix)
 
 
 def expected_tensors(config: ModelConfig, *, with_mtp: bool, layout: Layout | None = None) -> Tensors:

@@ -16,7 +16,7 @@ from harness.model.family import Block, Family, Role
 
 _MLP: tuple[Block, ...] = ("mlp", "experts")
 """Behind the mixer: the MLP of a dense layer, the routed experts of another."""
-_MAIN: tuple[Block, ...] = ("attention", *_MLP, "shared_expert")
+_MAIN: tuple[Block, ...] = ("attention", *_MLP, "shared-expert")
 
 ROUND_TO_NEAREST, GPTQ = "rtn", "gptq"
 CODES = (ROUND_TO_NEAREST, GPTQ)
@@ -127,13 +127,13 @@ RECIPES = {
         Recipe(
             "w4a4-deltanet",
             "NVFP4 weights and activations; attention, MLP and DeltaNet's large projections",
-            ((NVFP4, ("attention", "deltanet", *_MLP, "shared_expert")),),
+            ((NVFP4, ("attention", "deltanet", *_MLP, "shared-expert")),),
             CALIBRATED,
         ),
         Recipe(
             "mixed-fp8",
             "NVFP4 weights and activations in MLP or experts; FP8 in attention and the shared expert",
-            ((NVFP4, _MLP), (FP8_DYNAMIC, ("attention", "shared_expert"))),
+            ((NVFP4, _MLP), (FP8_DYNAMIC, ("attention", "shared-expert"))),
             CALIBRATED,
         ),
     )

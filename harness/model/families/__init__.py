@@ -5,10 +5,9 @@ from typing import Any
 
 from harness.errors import UserError, did_you_mean
 from harness.model.families import qwen3_next, qwen35
-from harness.model.family import Block, Family, ModelConfig, Part
+from harness.model.family import Block, Family, ModelConfig, Part, Role
 
 FAMILIES = (qwen35.FAMILY, qwen3_next.FAMILY)
-ARCHITECTURES = tuple(name for family in FAMILIES for name in family.architectures)
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -39,22 +38,24 @@ def _architecture(config: Mapping[str, Any]) -> Any:
 def _unknown(name: Any, where: str) -> UserError:
     return UserError(
         f"{where} is of architecture {name!r}, which this harness does not know.",
-        did_you_mean(str(name), ARCHITECTURES),
+        did_you_mean(str(name), [known for family in FAMILIES for known in family.architectures]),
     )
 
 
-_ROLES = {name: role for family in reversed(FAMILIES) for role in family.roles for name in (role.group, role.name)}
+def _role_named(name: str) -> Role | None:
+    roles = (role for family in FAMILIES for role in family.roles)
+    return next((role for role in roles if name in (role.name, role.group)), None)
 
 
 def part_of_role(name: str) -> Part | None:
     """The part of the model that a role belongs to, by the name that records give the role; None for an unknown one.
     Roles of one name have the same properties in all families."""
-    role = _ROLES.get(name)
+    role = _role_named(name)
     return None if role is None else role.part
 
 
 def block_of_role(name: str) -> Block | None:
     """The block of a decoder layer that a role belongs to, by the role's own name or by that of the matrix that vLLM
     fuses it into; None outside of the blocks, and for an unknown name."""
-    role = _ROLES.get(name)
+    role = _role_named(name)
     return None if role is None else role.block

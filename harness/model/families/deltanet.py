@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.errors import UserError
-from harness.model.family import ExpertNames, LayerNames, ModelConfig, Role, Tensors
+from harness.model.family import Block, ExpertNames, LayerNames, ModelConfig, Role, Tensors
 
 _QKV = r"re:.*self_attn\.(q|k|v|qkv)_proj$"
 _GATE_UP = r"re:.*mlp\.(gate|up|gate_up)_proj$"
@@ -23,7 +23,7 @@ EMBEDDING = Role("embed_tokens", r"embed_tokens\.weight", "embedding")
 NORM = Role("norm", r"(norm|layers\.\d+\.(.*layernorm|self_attn\.[qk]_norm|linear_attn\.norm))\.weight", block="norm")
 
 
-def linear(name: str, tensor: str, block: Any, target: str, fused: str | None = None, **properties: bool) -> Role:
+def linear(name: str, tensor: str, block: Block, target: str, fused: str | None = None, **properties: bool) -> Role:
     """The role of a linear layer of a decoder layer that recipes may quantize, unless `properties` say otherwise."""
     return Role(name, tensor, "trunk", block, target, fused, **{"quantizable": True, **properties})
 
@@ -70,13 +70,13 @@ EXPERTS = (
         reads_hidden=False,
     ),
     linear(
-        "mlp.shared_expert.gate_proj", rf"{_SHARED}gate_proj\.weight", "shared_expert", _SHARED_GATE_UP, "gate_up_proj"
+        "mlp.shared_expert.gate_proj", rf"{_SHARED}gate_proj\.weight", "shared-expert", _SHARED_GATE_UP, "gate_up_proj"
     ),
-    linear("mlp.shared_expert.up_proj", rf"{_SHARED}up_proj\.weight", "shared_expert", _SHARED_GATE_UP, "gate_up_proj"),
+    linear("mlp.shared_expert.up_proj", rf"{_SHARED}up_proj\.weight", "shared-expert", _SHARED_GATE_UP, "gate_up_proj"),
     linear(
         "mlp.shared_expert.down_proj",
         rf"{_SHARED}down_proj\.weight",
-        "shared_expert",
+        "shared-expert",
         r"re:.*mlp\.shared_expert\.down_proj$",
         reads_hidden=False,
     ),
