@@ -31,7 +31,7 @@ SCHEMES = {
         weights=QuantizationArgs(**dict(form.weights)),
         input_activations=QuantizationArgs(**dict(form.input_activations)) if form.input_activations else None,
     )
-    for form in FORMATS
+    for form in FORMATS.values()
 }
 
 
