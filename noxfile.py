@@ -191,9 +191,10 @@ def vllm(session: nox.Session) -> None:
     if session.posargs:
         session.run(python, "-m", "harness", *session.posargs, env=OFFLINE, external=True)
     else:
-        # An engine takes 20 seconds to start, on one core: two at a time, each with a core.
-        arguments = ("-m", "pytest", "tests/vllm", "-n", "2", "--dist", "worksteal")
-        session.run(python, *arguments, env={**OFFLINE, "OMP_NUM_THREADS": "1"}, external=True)
+        # An engine takes seconds to start, on one core: two at a time. vLLM itself would bind both to the same core.
+        arguments = ("-m", "pytest", "tests/vllm", "-n", "2", "--dist", "loadgroup")
+        cores = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        session.run(python, *arguments, env={**OFFLINE, **cores}, external=True)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -1,7 +1,6 @@
 """FP8_DYNAMIC, and activations through FP8 and NVFP4, against compressed-tensors' own rounding and by hand on ties."""
 
 import math
-from collections.abc import Iterator
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -26,13 +25,6 @@ ACTIVATIONS = {form: QuantizationArgs(**dict(form.input_activations or ())) for 
 E4M3 = [(c % 8 / 8) * 2.0**-6 if c < 8 else (1 + c % 8 / 8) * 2.0 ** (c // 8 - 7) for c in range(127)]
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_TIES = {0.25: 0.0, 0.75: 1.0, 1.25: 1.0, 1.75: 2.0, 2.5: 2.0, 3.5: 4.0, 5.0: 4.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def uncompiled() -> Iterator[None]:
-    """compressed-tensors compiles its rounding to 4 bits when it first runs it; here it runs as it is written."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 NEAR_TIES = [sign * x for x in (*E2M1_TIES, 0.0, 6.0) for sign in (1, -1)]

@@ -62,12 +62,6 @@ KL = Rule(metric="kl", variant="nvfp4a16", versus="source", margin=0.01)
 VERIFY = Rule(metric="verify", variant="nvfp4a16")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def uncompiled() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def source() -> Path:
     return checkpoint_path("dense")

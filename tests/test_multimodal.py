@@ -26,13 +26,6 @@ GRID = (1, 4, 6)
 NUM_IMAGE_TOKENS = 2 * 3  # patches are merged two by two
 
 
-@pytest.fixture(scope="module", autouse=True)
-def uncompiled() -> Any:
-    """compressed-tensors compiles its unpacking when it first runs it; here it runs as it is written."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dense demo checkpoint, and a mixture of experts of random weights in the shape of the other one."""

@@ -50,12 +50,11 @@ def reference_decode(packed: Tensor, scales: Tensor, global_scale: Tensor) -> Te
 
 
 def reference_codes(w: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
-    """Packed codes by the reference's own arithmetic, in float32 and without a compiler.
+    """Packed codes by the reference's own arithmetic, in float32.
 
     It drops the sign of a quotient that is -0, where the format keeps one, so signs are taken from the weights.
     """
-    with torch.compiler.set_stance("force_eager"):
-        values = quantize(w, scales.float(), None, ARGS, global_scale=global_scale)
+    values = quantize(w, scales.float(), None, ARGS, global_scale=global_scale)
     return pack_fp4_to_uint8(values.copysign(w))
 
 

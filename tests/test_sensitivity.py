@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,6 @@ demo = "validation"
 samples = 1
 max_tokens = 32
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def uncompiled() -> Iterator[None]:
-    """compressed-tensors compiles its rounding to 4 bits when it first runs it; here it runs as it is written."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def calibration(samples: Sequence[tuple[int, ...]] = SAMPLES, batch_tokens: int = 60) -> Calibration:

@@ -43,13 +43,6 @@ INPUTS_ROUNDED = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def uncompiled() -> Iterator[None]:
-    """compressed-tensors compiles its rounding when it first runs, which takes most of a minute."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def demo(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -139,7 +139,14 @@ def by_itself(file: Path, **options: Any) -> Any:
     if thinking is not None:
         model |= {"enable_thinking": thinking, "think_end_token": "</think>"}
     return lm_eval.simple_evaluate(
-        model="hf", model_args=model, tasks=[str(file)], device="cpu", batch_size=1, bootstrap_iters=1000, **options
+        model="hf",
+        model_args=model,
+        tasks=[str(file)],
+        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),  # to list its thousands takes seconds
+        device="cpu",
+        batch_size=1,
+        bootstrap_iters=1000,
+        **options,
     )
 
 

@@ -72,12 +72,6 @@ TEXT_CONFIG = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def uncompiled() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 def _random_model(model_class: Any, config: Any) -> Any:
     torch.manual_seed(0)
     model = model_class(config)

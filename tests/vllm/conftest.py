@@ -1,6 +1,71 @@
-"""What these tests print at their end: the divergence between the engines, for every variant."""
+"""Engines that tests share, and what these tests print at their end: the divergence between the engines, by variant.
 
+Most of a test here is an engine's start: two processes that import vLLM, on one core. So every test that can live with
+`OPTIONS` asks the fixture `engines` for its model, and finds it started if the test before asked for the same. Tests of
+one model are marked as one group, which xdist gives to one of its two workers, one test after the other.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import psutil
+import pytest
+import torch._dynamo.config
+
+from harness.engines.protocol import open_engine
+from harness.engines.vllm_engine import VllmEngine
+
+assert torch._dynamo.config.disable, "read from what tests/__init__.py sets"
+del os.environ["TORCHDYNAMO_DISABLE"]  # vLLM's processes compile what they compile for users
+
+OPTIONS: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 8, "kv_cache_gb": 0.5, "enforce_eager": True}
+
+
+class Engines:
+    """The engine that tests share: one at a time, because two take twice the memory."""
+
+    def __init__(self) -> None:
+        self._wanted: tuple[Path, dict[str, Any]] | None = None
+        self._engine: VllmEngine | None = None
+
+    def shared(self, folder: Path, **options: Any) -> VllmEngine:
+        """vLLM on `folder` in bfloat16 with `OPTIONS` and `options`, to be left open: the one that runs if it is the
+        same. Its worker runs in the process of the engine, as on one GPU; by itself vLLM starts another process for
+        it on a CPU, and that imports everything a second time."""
+        wanted = (folder, options)
+        if self._engine is None or self._wanted != wanted:
+            self.end()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+                engine = open_engine("vllm", folder, dtype="bfloat16", options={**OPTIONS, **options})
+            assert isinstance(engine, VllmEngine)
+            self._wanted, self._engine = wanted, engine
+        return self._engine
+
+    def end(self) -> None:
+        """Kills the shared engine, for a test that starts its own. vLLM itself waits five seconds before it does so."""
+        if self._engine is not None:
+            for process in psutil.Process().children(recursive=True):
+                if process.name().startswith("VLLM::"):
+                    process.kill()
+            self._engine.close()
+        self._engine = None
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[Engines]:
+    """The engine that tests share."""
+    engines = Engines()
+    yield engines
+    engines.end()
+
+
+@pytest.fixture
+def alone(engines: Engines) -> None:
+    """For a test that starts engines of its own, as users start them: the shared one does not run beside them."""
+    engines.end()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -15,4 +80,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             "-", "divergence in bfloat16, nats per token: the noise floor of comparisons across engines"
         )
     for node, value in found:
-        terminalreporter.write_line(f"{node.rpartition('[')[2].rstrip(']'):<28} {value}")
+        terminalreporter.write_line(f"{node.rpartition('[')[2].partition(']')[0]:<28} {value}")

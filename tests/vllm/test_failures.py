@@ -17,6 +17,7 @@ from harness.engines.protocol import EngineDied, open_engine
 from harness.engines.vllm_options import ARGUMENTS
 from harness.errors import UserError
 from harness.record import store
+from tests.vllm.conftest import Engines
 
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 4, "kv_cache_gb": 0.25, "enforce_eager": True, "text_only": True}
 SUITE = """
@@ -57,6 +58,7 @@ def test_this_release_has_every_argument_of_the_table() -> None:
     assert {argument.name for arguments in ARGUMENTS.values() for argument in arguments} <= fields
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_checkpoint_that_vllm_refuses_is_one_sentence_with_its_own_words(tmp_path: Path) -> None:
     shutil.copytree(checkpoint_path("dense"), tmp_path / "model")
     config = tmp_path / "model/config.json"
@@ -70,23 +72,23 @@ def test_a_checkpoint_that_vllm_refuses_is_one_sentence_with_its_own_words(tmp_p
     assert any("Error" in line for line in caught.value.log)
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_dtype_that_vllms_cpu_kernels_refuse_is_told_at_the_start() -> None:
     with pytest.raises(UserError, match="in bfloat16 only, not in float32"):
         open_engine("vllm", checkpoint_path("dense"), dtype="float32", options=OPTIONS)
 
 
-def test_a_prompt_longer_than_the_model_takes_is_the_users_error() -> None:
-    before = dict(os.environ)
-    engine = open_engine("vllm", checkpoint_path("dense"), options=OPTIONS)
-    with pytest.raises(UserError, match="refuses a prompt of 300 tokens"):
-        engine.decode([[5] * 300], 2)
+@pytest.mark.xdist_group("demo-source")
+def test_a_prompt_longer_than_the_model_takes_is_the_users_error(engines: Engines) -> None:
+    engine = engines.shared(checkpoint_path("dense"), text_only=True)
+    with pytest.raises(UserError, match="refuses a prompt of 1,100 tokens"):
+        engine.decode([[5] * 1100], 2)
     assert len(engine.decode([[5] * 30], 2).token_ids[0]) == 2, "it goes on"
-    engine.close()
-    left = {name for name in os.environ if name.startswith("VLLM_LOGGING") and name not in before}
-    assert not left, "other programs that start vLLM would look for a log that is gone"
 
 
+@pytest.mark.usefixtures("alone")
 def test_an_engine_that_is_killed_says_so_and_leaves_no_process() -> None:
+    variables = dict(os.environ)
     before = set(psutil.Process().children(recursive=True))  # what is left of engines that other tests killed
     engine = open_engine("vllm", checkpoint_path("dense"), options=OPTIONS)
     children = [child for child in psutil.Process().children(recursive=True) if child not in before]
@@ -95,10 +97,13 @@ def test_an_engine_that_is_killed_says_so_and_leaves_no_process() -> None:
     with pytest.raises(EngineDied, match="engine died"):
         engine.decode([[5] * 30], 64)
     engine.close()
+    left = {name for name in os.environ if name.startswith("VLLM_LOGGING") and name not in variables}
+    assert not left, "other programs that start vLLM would look for a log that is gone"
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not [child for child in alive if "resource_tracker" not in " ".join(child.cmdline())]
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_setup_that_fails_leaves_the_others_their_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +133,7 @@ def test_a_model_length_that_is_too_short_is_told_before_anything_is_built(
     assert not (tmp_path / "artifacts").exists()
 
 
+@pytest.mark.usefixtures("alone")
 def test_ppl_and_bench_run_through_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

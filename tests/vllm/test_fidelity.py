@@ -14,6 +14,7 @@ from harness.report import fidelity_tables
 from harness.resolve import suite_source
 from harness.suite.load import load
 from harness.suite.schema import Suite
+from tests.vllm.conftest import Engines
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 3
@@ -33,6 +34,7 @@ def suite() -> Suite:
     )
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_variant_in_vllm_is_compared_with_a_pack_and_its_divergence_is_above_the_noise(
     suite: Suite, tmp_path: Path
 ) -> None:
@@ -60,8 +62,9 @@ def test_a_variant_in_vllm_is_compared_with_a_pack_and_its_divergence_is_above_t
     assert kl["w4a4"] == pytest.approx(whole, rel=0.15), "32 named tokens and the rest tell most of it"
 
 
-def test_vllm_names_the_tokens_that_its_whole_distributions_do(suite: Suite) -> None:
-    engine = open_engine("vllm", suite_source(suite), dtype="bfloat16", options=suite.vllm_options())
+@pytest.mark.xdist_group("demo-source")
+def test_vllm_names_the_tokens_that_its_whole_distributions_do(suite: Suite, engines: Engines) -> None:
+    engine = engines.shared(suite_source(suite), text_only=True)
     windows = [list(range(10, 40)), list(range(50, 70))]
     for window, table, top in zip(
         windows, engine.log_probs(windows, 2), engine.top_log_probs(windows, 2, 5), strict=True
@@ -69,4 +72,3 @@ def test_vllm_names_the_tokens_that_its_whole_distributions_do(suite: Suite) -> 
         assert top.ids.shape == (len(window) - 1, 5)
         assert np.allclose(np.sort(table, axis=1)[:, :-6:-1], top.log_probs, atol=1e-3)
         assert np.allclose(table[np.arange(len(table)), window[1:]], top.actual, atol=1e-3)
-    engine.close()

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,9 @@ from harness.demo import checkpoint_path, corpus
 from harness.engines.protocol import Decoded, Engine, open_engine
 from harness.errors import UserError
 from harness.measure import decode, perplexity
+from tests.vllm.conftest import OPTIONS, Engines
 from tests.vllm.ties import parted
 
-OPTIONS = {"max_model_len": 1024, "max_num_seqs": 8, "kv_cache_gb": 0.5, "enforce_eager": True, "text_only": True}
 PROMPTS, PROMPT, NEW_TOKENS = 8, 128, 65
 
 
@@ -24,12 +24,17 @@ def heldout(model: str) -> list[int]:
 
 
 def started(folder: Path, **options: int) -> Engine:
-    return open_engine("vllm", folder, dtype="bfloat16", purpose="decode", options={**OPTIONS, **options})
+    wanted = {**OPTIONS, "text_only": True, **options}
+    return open_engine("vllm", folder, dtype="bfloat16", purpose="decode", options=wanted)
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
-def generations(request: pytest.FixtureRequest) -> Iterator[tuple[str, Decoded, Decoded]]:
+MODELS = [pytest.param(model, marks=pytest.mark.xdist_group(f"speculation-{model}")) for model in ("dense", "moe")]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def generations(request: pytest.FixtureRequest, engines: Engines) -> tuple[str, Decoded, Decoded]:
     """The same greedy generations without and with one speculative token."""
+    engines.end()
     folder = checkpoint_path(request.param)
     prompts = decode.prompts(heldout(request.param), PROMPTS, PROMPT)
     found = []
@@ -37,7 +42,7 @@ def generations(request: pytest.FixtureRequest) -> Iterator[tuple[str, Decoded, 
         engine = started(folder, **options)
         found.append(engine.decode(prompts, NEW_TOKENS))
         engine.close()
-    yield request.param, found[0], found[1]
+    return request.param, found[0], found[1]
 
 
 def test_the_trained_head_is_accepted_more_often_than_not(generations: tuple[str, Decoded, Decoded]) -> None:
@@ -81,6 +86,7 @@ def test_a_missing_head_is_named_before_vllm_starts(tmp_path: Path) -> None:
         started(tmp_path / "model", speculative_tokens=1)
 
 
+@pytest.mark.usefixtures("alone")
 def test_an_untrained_head_is_found_before_anything_is_timed(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
 

@@ -21,18 +21,21 @@ from harness.measure.answers import Journal
 from harness.measure.lm import Texts
 from harness.sampling import PRESETS
 from tests.test_tasks import CHOICE, GENERATE, ROLLING, of_kind, run, wanted, written
+from tests.vllm.conftest import OPTIONS, Engines
 from tests.vllm.ties import parted
 
+pytestmark = pytest.mark.xdist_group("tasks")
+
 DENSE = checkpoint_path("dense")
-LENGTH = 1024
-OPTIONS: dict[str, Any] = {"max_model_len": LENGTH, "max_num_seqs": 8, "kv_cache_gb": 0.5, "enforce_eager": True}
+LENGTH = OPTIONS["max_model_len"]
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Iterator[Any]:
+def theirs(engines: Engines) -> Iterator[Any]:
     """lm-eval's model on the arguments that the engine gives vLLM for scoring."""
     from vllm.platforms import current_platform
 
+    engines.end()
     assert current_platform.is_cpu()  # found out before the names of distributions are bent
     version = importlib.metadata.version
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +66,8 @@ def expected(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     found = {}
     for name, config in (("choice", CHOICE), ("generation", GENERATE), ("rolling", ROLLING)):
         file = written(tmp_path_factory.mktemp(name), config)
-        result = lm_eval.simple_evaluate(model=theirs, tasks=[str(file)], bootstrap_iters=1000)
+        manager = lm_eval.tasks.TaskManager(include_defaults=False)
+        result = lm_eval.simple_evaluate(model=theirs, tasks=[str(file)], task_manager=manager, bootstrap_iters=1000)
         found[name] = (file, result)
     return found
 

@@ -1,13 +1,13 @@
 """Every variant of both embedded models in unmodified vLLM, on the CPU by the harness's plugin (`nox -s vllm`).
 
 One engine start a variant and class: everything is observed in it, and the tests look at what was seen. The reference
-is the torch engine on the same folder and the same token ids.
+is the torch engine on the same folder and the same token ids. The tests of one variant are a group for xdist: one of
+its workers starts the variant's engines and has the reference.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,11 +32,11 @@ from harness.measure import perplexity
 from harness.resolve import find_source
 from harness.suite.load import load
 from harness.suite.names import SOURCE
+from tests.vllm.conftest import Engines
 from tests.vllm.ties import parted
 
 ROOT = Path(__file__).parents[2]
 SUITES = {"demo": ROOT / "suites/demo.toml", "demo-moe": ROOT / "suites/demo-moe.toml"}
-OPTIONS: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 8, "kv_cache_gb": 0.5, "enforce_eager": True}
 WINDOWS, LENGTH, COMPARED, NEW_TOKENS = 12, 512, 2, 64
 ROWS = 4
 
@@ -89,7 +89,11 @@ def observe(engine: Engine, folder: Path) -> Seen:
     return Seen(folder, engine.info, scores, log_probs, decoded, outputs, tensors, log)
 
 
-VARIANTS = [(name, variant) for name, path in SUITES.items() for variant in (SOURCE, *load(path).variants)]
+VARIANTS = [
+    pytest.param(name, variant, id=f"{name}-{variant}", marks=pytest.mark.xdist_group(f"{name}-{variant}"))
+    for name, path in SUITES.items()
+    for variant in (SOURCE, *load(path).variants)
+]
 
 
 @cache
@@ -102,17 +106,12 @@ def in_torch(suite: str, variant: str) -> Seen:
         engine.close()
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=lambda one: "-".join(one))
-def seen(request: pytest.FixtureRequest) -> Iterator[tuple[Seen, Seen]]:
+@pytest.fixture(scope="module", params=[pytest.param(one.values, id=one.id, marks=one.marks) for one in VARIANTS])
+def seen(request: pytest.FixtureRequest, engines: Engines) -> tuple[Seen, Seen]:
     """The same checkpoint in vLLM, as the multimodal class without its vision tower, and in torch."""
     suite, variant = request.param
     folder = folder_of(suite, variant)
-    engine = open_engine("vllm", folder, dtype="bfloat16", options={**OPTIONS, "text_only": True})
-    try:
-        found = observe(engine, folder)
-    finally:
-        engine.close()
-    yield found, in_torch(suite, variant)
+    return observe(engines.shared(folder, text_only=True), folder), in_torch(suite, variant)
 
 
 # -- What vLLM holds ---------------------------------------------------------------------------------------------
@@ -308,24 +307,20 @@ def test_greedy_text_is_that_of_the_torch_engine_up_to_ties(seen: tuple[Seen, Se
 # -- With the vision tower -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("suite", "variant"), VARIANTS, ids=["-".join(one) for one in VARIANTS])
+@pytest.mark.parametrize(("suite", "variant"), VARIANTS)
 def test_as_the_multimodal_class_it_holds_the_files_vision_tower_and_scores_the_same_text(
-    suite: str, variant: str
+    suite: str, variant: str, engines: Engines
 ) -> None:
     folder = folder_of(suite, variant)
-    engine = open_engine("vllm", folder, dtype="bfloat16", options=OPTIONS)
-    assert isinstance(engine, VllmEngine)
-    try:
-        (names,) = engine.ask("harness_parameters")
-        norms = [name for name in names if name.startswith("visual.") and ".norm" in name]
-        assert len(norms) >= 3
-        for name in norms:
-            (held,) = engine.ask("harness_tensor", name)
-            assert held["sha256"] == sha256(on_disk(folder)[f"model.{name}"]), name
-        scores = np.concatenate(list(engine.score(windows()[:COMPARED], COMPARED)))
-        assert "ForConditionalGeneration" in engine.info.effective["model_class"]
-    finally:
-        engine.close()
+    engine = engines.shared(folder)
+    (names,) = engine.ask("harness_parameters")
+    norms = [name for name in names if name.startswith("visual.") and ".norm" in name]
+    assert len(norms) >= 3
+    for name in norms:
+        (held,) = engine.ask("harness_tensor", name)
+        assert held["sha256"] == sha256(on_disk(folder)[f"model.{name}"]), name
+    scores = np.concatenate(list(engine.score(windows()[:COMPARED], COMPARED)))
+    assert "ForConditionalGeneration" in engine.info.effective["model_class"]
     expected = np.concatenate([*in_torch(suite, variant).scores.reshape(WINDOWS, -1)[:COMPARED]])
     assert abs(float((scores - expected).mean())) < 0.02  # two windows only
 
@@ -357,13 +352,11 @@ def with_fp8_experts(folder: Path) -> Path:
     return folder
 
 
-def test_fp8_experts_which_no_recipe_has_score_as_in_torch(tmp_path: Path) -> None:
+def test_fp8_experts_which_no_recipe_has_score_as_in_torch(tmp_path: Path, engines: Engines) -> None:
     folder = with_fp8_experts(tmp_path / "model")
-    found = []
-    for name, options in (("vllm", {**OPTIONS, "text_only": True}), ("torch", None)):
-        engine = open_engine(name, folder, dtype="bfloat16", device="cpu", options=options)
-        found.append(np.concatenate(list(engine.score(windows()[:COMPARED], COMPARED))))
-        if name == "vllm":
-            assert engine.info.kernels["experts.routed_experts"] == "CpuFp8Experts"
-        engine.close()
-    assert abs(float((found[0] - found[1]).mean())) <= 0.005
+    here = engines.shared(folder, text_only=True)
+    assert here.info.kernels["experts.routed_experts"] == "CpuFp8Experts"
+    there = open_engine("torch", folder, dtype="bfloat16", device="cpu")
+    scores = [np.concatenate(list(engine.score(windows()[:COMPARED], COMPARED))) for engine in (here, there)]
+    there.close()
+    assert abs(float((scores[0] - scores[1]).mean())) <= 0.005
