@@ -7,4 +7,4 @@ because torch reads it as it is imported; programs that tests start inherit it.
 
 import os
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["TORCH_COMPILE_DISABLE"] = "1"

@@ -18,7 +18,7 @@ from harness.engines.protocol import open_engine
 from harness.engines.vllm_engine import VllmEngine
 
 assert torch._dynamo.config.disable, "read from what tests/__init__.py sets"
-del os.environ["TORCHDYNAMO_DISABLE"]  # vLLM's processes compile what they compile for users
+del os.environ["TORCH_COMPILE_DISABLE"]  # vLLM's processes compile what they compile for users
 
 OPTIONS: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 8, "kv_cache_gb": 0.5, "enforce_eager": True}
 
