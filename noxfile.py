@@ -12,8 +12,9 @@
     nox -s browser                   the page of a card in Chromium, which is installed if it is missing
     nox                              tests, lint, typing
 
-The measuring sessions share one environment, `.nox/measure`, which is made once and reused until
-`pyproject.toml` or `constraints.txt` changes.
+The measuring sessions share one environment, `.nox/measure`, with what the package needs and nothing else; tests,
+browser, typing and the builder of the wheel share another, `.nox/checks`. Each is made once and reused until
+`pyproject.toml` or its constraints change.
 """
 
 import hashlib
@@ -51,6 +52,7 @@ registrations.register_meta = lambda *args, **kwargs: lambda function: function
 sys.modules[registrations.__name__] = registrations
 '''
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+ON_A_CORE = {**OFFLINE, "OMP_NUM_THREADS": "1"}
 COMPUTING = ("torch==", "compressed-tensors==", "numpy==", "safetensors==")
 COMPATIBLE = ("tests/test_demo.py", "tests/test_torch_engine.py", "tests/test_torch_answers.py")
 TRANSFORMERS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0")
@@ -91,6 +93,12 @@ def shared_python(session: nox.Session) -> str:
     return made_environment(session, "measure", CONSTRAINTS, "--editable", str(ROOT))
 
 
+def checks_python(session: nox.Session) -> str:
+    """The interpreter of the environment that tests, types and the wheel's builder share."""
+    groups = [argument for group in ("tests", "typing", "wheel") for argument in ("--group", group)]
+    return made_environment(session, "checks", CONSTRAINTS, "--editable", str(ROOT), *groups)
+
+
 def vllm_python(session: nox.Session) -> str:
     """The interpreter of vLLM's environment."""
     return made_environment(
@@ -113,18 +121,11 @@ for name in MEASURING:
     measuring_session(name)
 
 
-def install(session: nox.Session, *groups: str) -> None:
-    """Installs the package and dependency groups of `pyproject.toml` at the pinned versions."""
-    wanted = [argument for group in groups for argument in ("--group", group)]
-    session.install("--constraint", str(CONSTRAINTS), "--editable", str(ROOT), *wanted)
-
-
-@nox.session
+@nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """The test suite, offline: two tests at a time, each on a core."""
-    install(session, "tests")
     arguments = ("-m", "pytest", "-n", "2", "--dist", "worksteal")
-    session.run("python", *arguments, *session.posargs, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
+    session.run(checks_python(session), *arguments, *session.posargs, env=ON_A_CORE, external=True)
 
 
 def need_chromium(session: nox.Session) -> None:
@@ -145,12 +146,12 @@ def need_chromium(session: nox.Session) -> None:
     )
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def browser(session: nox.Session) -> None:
     """The page of a card in Chromium: the tests in tests/browser."""
     need_chromium(session)
-    install(session, "tests")
-    session.run("python", "-m", "pytest", "tests/browser", *session.posargs, env=OFFLINE)
+    python = checks_python(session)
+    session.run(python, "-m", "pytest", "tests/browser", *session.posargs, env=ON_A_CORE, external=True)
 
 
 @nox.session
@@ -161,11 +162,10 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def typing(session: nox.Session) -> None:
     """Types by mypy, strict."""
-    install(session, "tests", "typing")
-    session.run("mypy")
+    session.run(checks_python(session), "-m", "mypy", external=True)
 
 
 @nox.session(default=False)
@@ -177,7 +177,7 @@ def compatibility(session: nox.Session, transformers: str) -> None:
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text("\n".join([*pins, f"transformers=={transformers}", ""]))
     session.install("--constraint", str(constraints), "--editable", str(ROOT), "--group", "tests")
-    session.run("python", "-m", "pytest", *COMPATIBLE, env=OFFLINE)
+    session.run("python", "-m", "pytest", *COMPATIBLE, env=ON_A_CORE)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -193,8 +193,7 @@ def vllm(session: nox.Session) -> None:
     else:
         # An engine takes seconds to start, on one core: two at a time. vLLM itself would bind both to the same core.
         arguments = ("-m", "pytest", "tests/vllm", "-n", "2", "--dist", "loadgroup")
-        cores = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        session.run(python, *arguments, env={**OFFLINE, **cores}, external=True)
+        session.run(python, *arguments, env={**ON_A_CORE, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}, external=True)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -222,9 +221,7 @@ def simulate(session: nox.Session) -> None:
     """How often the statistics are right, on data with a known truth (`python -m studies.simulation -h`)."""
     python = shared_python(session)
     # Its products are of matrices and one column: more threads would only wait for each other.
-    session.run(
-        *(python, "-m", "studies.simulation", *session.posargs), env={**OFFLINE, "OMP_NUM_THREADS": "1"}, external=True
-    )
+    session.run(*(python, "-m", "studies.simulation", *session.posargs), env=ON_A_CORE, external=True)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -236,13 +233,13 @@ def startup(session: nox.Session) -> None:
 @nox.session(default=False)
 def wheel(session: nox.Session) -> None:
     """Build the wheel, install it into an empty environment, and measure in an empty folder."""
-    session.install("--constraint", str(CONSTRAINTS), "--group", "wheel")
     folder = Path(session.create_tmp()).resolve()
     dist, empty = folder / "dist", folder / "empty"
     for made in (dist, empty):
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
-    session.run("python", "-m", "build", "--wheel", "--outdir", str(dist), str(ROOT), silent=True)
+    building = ("-m", "build", "--wheel", "--outdir", str(dist), str(ROOT))
+    session.run(checks_python(session), *building, external=True, silent=True)
     (built,) = dist.glob("*.whl")
     with zipfile.ZipFile(built) as archive:
         folders = {name.partition("/")[0] for name in archive.namelist()}
