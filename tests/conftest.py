@@ -6,6 +6,7 @@ written by safetensors itself, over three shards in turn, so that the layers a g
 
 import json
 import signal
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,23 @@ def write_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0) -> Pat
     for name, data in BESIDE_THE_WEIGHTS.items():
         (folder / name).write_bytes(data)
     return folder
+
+
+_drawn: dict[tuple[str, str], dict[str, bytes]] = {}
+
+
+@pytest.fixture
+def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of pages: a figure of the same data is drawn once in this process, since it has the same bytes again."""
+    draw_anew = plots.image_files
+
+    def image_files(name: str, plotted: Sequence[Any], draw: Callable[[], Any]) -> dict[str, bytes]:
+        key = (name, figure_data.digest_of(plotted))
+        if key not in _drawn:
+            _drawn[key] = draw_anew(name, plotted, draw)
+        return dict(_drawn[key])
+
+    monkeypatch.setattr(plots, "image_files", image_files)
 
 
 @pytest.fixture(scope="session")
