@@ -20,6 +20,7 @@ from harness.model.census import SourceTensor, source_tensors
 from harness.model.checkpoint import INDEX, index_json
 from harness.model.families import parse_config
 from harness.model.family import ModelConfig, expected_tensors
+from harness.report import figure_data, plots
 
 DATA = Path(__file__).parent / "data"
 NUM_SHARDS = 3
@@ -97,7 +98,7 @@ _drawn: dict[tuple[str, str], dict[str, bytes]] = {}
 
 @pytest.fixture
 def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of pages: a figure of the same data is drawn once in this process, since it has the same bytes again."""
+    """For tests of pages: a figure of the same data is drawn once in this process. Anew, it has the same bytes."""
     draw_anew = plots.image_files
 
     def image_files(name: str, plotted: Sequence[Any], draw: Callable[[], Any]) -> dict[str, bytes]:

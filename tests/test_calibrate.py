@@ -10,6 +10,7 @@ import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +136,23 @@ def _rounding(scale: Tensor | None) -> Callable[[Tensor], Tensor] | None:
 # What is stored.
 
 
+@cache
+def nats_of(model: str, folder: Path) -> float:
+    """The mean loss of a checkpoint, in nats, over text that calibration has not seen."""
+    ids = [demo_ids(model)[start : start + 128] for start in range(1000, 1000 + 4 * 128, 128)]
+    engine = open_engine("torch", folder, dtype="float32", device="cpu")
+    nats = -float(sum(values.mean() for values in engine.score(ids, 4))) / 4
+    engine.close()
+    return nats
+
+
 @pytest.mark.parametrize("model", ["dense", "moe"])
 @pytest.mark.parametrize("name", [*RECIPES, "w4a4 by default"])
 def test_an_artifact_is_sound_and_scores_nearly_like_its_source(built: Builder, model: str, name: str) -> None:
     artifact = built(model, name.split()[0], rtn="default" not in name)
     verification = verify(artifact.folder, checkpoint_path(model), quiet)
     assert verification.passed, verification.findings
-    ids = [demo_ids(model)[start : start + 128] for start in range(1000, 1000 + 4 * 128, 128)]
-    nats = []
-    for folder in (checkpoint_path(model), artifact.folder):
-        engine = open_engine("torch", folder, dtype="float32", device="cpu")
-        nats.append(-float(sum(values.mean() for values in engine.score(ids, 4))) / 4)
-        engine.close()
+    nats = [nats_of(model, folder) for folder in (checkpoint_path(model), artifact.folder)]
     assert nats[1] < nats[0] + 0.1
     assert nats[1] != nats[0]
 

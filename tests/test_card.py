@@ -31,6 +31,8 @@ from tests.records import (
     windows,
 )
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 SUITE = """
 name = "demo"
 title = "NVFP4 of the embedded demo model"

@@ -35,6 +35,8 @@ from tests.artifacts import quiet
 from tests.hub import Hub, Repository, hub
 from tests.records import DATASET, TASK, answer, make_record, stored, tasks_record, windows
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 ROOT = Path(__file__).parent.parent
 REPO = "someone/tiny-nvfp4"
 TOKEN = "hf_thisIsNobodysToken0123456789"

@@ -26,6 +26,8 @@ from harness.suite.schema import Suite
 from tests.conftest import census, published_config
 from tests.records import DATASET, ENGINE, MACHINE, VERIFY, make_record, stored, windows
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 SUITES = Path(harness.__file__).parent.parent / "suites"
 GIB = 2**30
 GB10 = {"gpu": "NVIDIA GB10", "bandwidth": 273 * 10**9}

@@ -15,6 +15,8 @@ from harness.report.trace import trace
 from harness.suite.load import load
 from tests.records import DATASET, demo_records, make_record, stored, windows
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 NEWEST = "2026-03-01T12:04:00Z"  # of all runs; a hand-made one ends a minute later
 ROOT = Path(__file__).parent.parent
 SUITE = """
