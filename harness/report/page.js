@@ -53,26 +53,3 @@
     });
   }
 }
-
-// The contents show which section is being read.
-{
-  const list = document.querySelector("nav ul");
-  const links = list ? [...list.querySelectorAll("a")] : [];
-  const sections = links.map((link) => document.getElementById(decodeURIComponent(link.hash.slice(1))));
-  let current = null;
-  const mark = () => {
-    const isAtEnd = scrollY > 0 && scrollY + innerHeight >= document.documentElement.scrollHeight - 2;
-    const limit = isAtEnd ? innerHeight : innerHeight * 0.3;
-    const isReached = (section) => section.getClientRects().length && section.getBoundingClientRect().top < limit;
-    const link = links.findLast((_, place) => isReached(sections[place])) || null;
-    if (link === current) return;
-    if (current) current.removeAttribute("aria-current");
-    current = link;
-    if (!link) return;
-    link.setAttribute("aria-current", "location");
-    list.scrollTo(link.offsetLeft - list.clientWidth / 3, link.offsetTop - list.clientHeight / 2);
-  };
-  addEventListener("scroll", mark, { passive: true });
-  addEventListener("resize", mark);
-  mark();
-}

@@ -29,9 +29,6 @@ from harness.report import figure_data
 _MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table")
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _MARKUP = re.compile(r"&lt;(/?(?:details|summary))&gt;")
-_INTERVAL = re.compile(r"(\[[^\]]*\])")
-_UNBROKEN = re.compile(r"(?<=\d) (?=(?:%|×|[kMGT]?B\b|ms\b|tok/s))|(?<=\d,) (?=[+-]?[\d.]+\])")
-"""Spaces at which no line may end: before a unit, and inside an interval."""
 _REFERENCE = re.compile(r"url\(([\"']?)#")  # in an SVG's attribute or style
 _DRAWING = re.compile(
     rb'(<figure data-figure="[^"]*" data-sha256="[0-9a-f]{64}">)<svg .*?</svg>(?=<figcaption)', re.DOTALL
@@ -171,20 +168,18 @@ def _lay_out(tokens: Sequence[Token], images: Mapping[str, bytes]) -> None:
                 continue
             if opening.type == "paragraph_open" and below and below[0].type == "table_open" and _is_caption(token):
                 opening.attrSet("class", "caption")
-            token.children = list(_text(token.children or (), "number" in str(opening.attrGet("class"))))
+            token.children = list(_text(token.children or ()))
         elif token.type in ("th_open", "td_open"):
-            _classify(token, tokens[place + 1].content)
+            _classify(token)
         elif token.type == "table_open":
             token.type, token.content = "html_block", '<div class="table"><table>\n'
         elif token.type == "table_close":
             token.type, token.content = "html_block", "</table></div>\n"
 
 
-def _classify(cell: Token, content: str) -> None:
-    """A card aligns numbers to the right, and marks what is unknown or does not apply by a dash."""
-    classes = ["number"] if cell.attrGet("style") == "text-align:right" else []
-    classes += ["unknown"] if content == "—" else []
-    cell.attrs = {"class": " ".join(classes)} if classes else {}
+def _classify(cell: Token) -> None:
+    """Marks the cells of columns that the card aligns to the right, which are numbers."""
+    cell.attrs = {"class": "number"} if cell.attrGet("style") == "text-align:right" else {}
     if cell.type == "th_open":
         cell.attrSet("scope", "col")
 
@@ -195,9 +190,8 @@ def _is_caption(line: Token) -> bool:
     return kinds <= {"text", "link_open", "link_close"} and not line.content.endswith((".", ":"))
 
 
-def _text(children: Sequence[Token], is_number: bool) -> Iterator[Token]:
-    """Inline tokens as the page has them: intervals of numbers apart, pictures as links, HTML as literal text, numbers
-    beside their units."""
+def _text(children: Sequence[Token]) -> Iterator[Token]:
+    """Inline tokens as the page has them: pictures as links, HTML as literal text."""
     is_linked = False
     for child in children:
         is_linked = (is_linked or child.type == "link_open") and child.type != "link_close"
@@ -206,10 +200,7 @@ def _text(children: Sequence[Token], is_number: bool) -> Iterator[Token]:
         elif child.type == "image":
             words = escape(_words(child))
             yield _html(words if is_linked else f'<a href="{escape(str(child.attrs["src"]))}">{words}</a>')
-        elif child.type == "text" and is_number:
-            yield _html(_INTERVAL.sub(r'<span class="interval">\1</span>', escape(child.content)))
         else:
-            child.content = _UNBROKEN.sub("\u00a0", child.content) if child.type == "text" else child.content
             yield child
 
 
