@@ -19,10 +19,11 @@ from harness.demo import SUITE as DEMO_SUITE
 from harness.errors import UserError
 from harness.record.run import Record
 from harness.record.store import read_all
-from harness.report import card, claims
+from harness.report import card, claim_words, claims
 from harness.report.claim_words import CLAIM_WORDS, check_words
 from harness.report.claims import JudgedClaim
 from harness.suite.load import load, narrowed
+from harness.suite.metrics import CLAIM_KINDS
 from harness.suite.rules import ClaimMargins
 from harness.suite.schema import Suite, Task
 from tests.records import (
@@ -435,6 +436,11 @@ def test_recovery_of_a_source_that_was_not_measured_so_is_refused(with_tasks: Su
     assert not refused.supported and "dataset.settings" in refused.reason
     every = claim(with_tasks, 'kind = "recovery"; margin = 0.01', source, variant)
     assert "no whole run of nvfp4 (tasks/words)" in every.reason
+
+
+def test_every_kind_has_what_it_asks_and_what_it_says() -> None:
+    assert list(CLAIM_KINDS) == list(claims._KINDS) == list(claim_words._SENTENCES)
+    assert all(f"- `{kind}`: " in (claims.__doc__ or "") for kind in CLAIM_KINDS)
 
 
 # -- Suites, words and the command line --------------------------------------------------------------------------

@@ -88,6 +88,19 @@ def test_every_number_of_a_rendered_card_comes_out_of_its_records(page: Path) ->
     assert found.num_lines > 10
 
 
+def test_a_claim_on_a_card_comes_out_of_its_records_too(tmp_path: Path) -> None:
+    claim = '[[claim]]\nkind = "within"\nvariant = "nvfp4a16"\nmargin = 0.5\n'
+    (tmp_path / "demo.toml").write_text(SUITE + claim)
+    suite = load(tmp_path / "demo.toml")
+    records = stored(tmp_path / "results", of(suite, demo_records()))
+    card.write_files(card.generated_files(suite, records, results_dir="results", pages={}), tmp_path)
+    page = tmp_path / "reports/demo/README.md"
+    assert "has at most 50 % more perplexity than the source" in page.read_text()
+    assert trace(page).findings == ()
+    (finding,) = changed(page, "at most 50 % more", "at most 40 % more")
+    assert "is not what its records say" in finding
+
+
 @pytest.mark.parametrize("suite", ["demo", "demo-moe"])
 def test_the_committed_cards_are_traced(suite: str) -> None:
     found = trace(ROOT / "reports" / suite / "README.md", load(ROOT / "suites" / f"{suite}.toml"))
@@ -96,7 +109,7 @@ def test_the_committed_cards_are_traced(suite: str) -> None:
 
 def test_a_changed_number_is_named_by_its_line(page: Path) -> None:
     line = line_of(page, "| nvfp4a16  | ")
-    row = page.row("| nvfp4a16  | ")
+    row = row_of(page, "| nvfp4a16  | ")
     number = re.search(r"\d+\.\d+", row)
     assert number is not None
     (finding,) = changed(page, row, row.replace(number[0], "99.99", 1))
@@ -148,7 +161,7 @@ def test_a_run_with_a_limit_is_no_evidence(page: Path) -> None:
 
 
 def test_a_reference_that_leads_to_another_run_is_named(page: Path) -> None:
-    row = page.row("| nvfp4a16  | ")
+    row = row_of(page, "| nvfp4a16  | ")
     run_id = re.search(r"\[([0-9a-f]{8})\]", row)
     assert run_id is not None
     findings = changed(page, row, row.replace(run_id[0], "[00000000]"))
@@ -156,7 +169,7 @@ def test_a_reference_that_leads_to_another_run_is_named(page: Path) -> None:
 
 
 def test_a_row_without_its_reference_is_named(page: Path) -> None:
-    row = page.row("| nvfp4a16  | ")
+    row = row_of(page, "| nvfp4a16  | ")
     bare = re.sub(r"\[[0-9a-f]{8}\]\(\S+\)", "", row)
     assert any("is not what its records say" in finding for finding in changed(page, row, bare))
 
@@ -177,7 +190,7 @@ def test_nothing_that_was_generated_can_be_changed_unseen(page: Path, old: str, 
 
 
 def test_what_is_added_or_taken_out_is_named(page: Path) -> None:
-    row = page.row("| nvfp4a16  | ")
+    row = row_of(page, "| nvfp4a16  | ")
     assert any("is missing: | nvfp4a16" in finding for finding in changed(page, f"{row}\n", ""))
     added = changed(page, "## Memory\n", "## Memory\n\nMMLU is 88.2 points, lossless.\n")
     assert any("MMLU is 88.2" in finding for finding in added)

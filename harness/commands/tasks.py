@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.measuring import add_fresh, add_measuring, measuring_job, print_measured, print_models
@@ -159,10 +159,12 @@ def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> _Answ
 
 def _dataset(loaded: ReadyTask) -> dict[str, Any]:
     """What a run's header says of the task."""
+    from harness.suite.values import as_json
+
     return {
         "name": loaded.label,
         "num_docs": loaded.num_docs,
-        "settings": {**asdict(loaded.wanted), "setups": None},
+        "settings": {**as_json(loaded.wanted), "setups": None},
         **loaded.identity,
     }
 

@@ -16,7 +16,6 @@ part of the embedded corpus) is tokenized as a whole and cut into windows of `ma
 Nothing is skipped quietly: a source that cannot give what is asked of it is refused before any weight is read.
 """
 
-import dataclasses
 import hashlib
 import json
 import random
@@ -34,6 +33,7 @@ from harness.errors import UserError
 from harness.progress import Progress
 from harness.quantize.rows import Content, Row, first_line, open_source
 from harness.suite.texts import Calibration, DatasetSamples, DemoSamples, FileSamples, Samples
+from harness.suite.values import as_json
 
 _MIN_TOKENS = 2  # of a sample: a single token has no context, and its attention nothing to attend to
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -96,7 +96,7 @@ def read(
         manifests.append(
             {
                 "name": content.name,
-                "source": dataclasses.asdict(source),
+                "source": as_json(source),
                 "revision": content.revision,
                 "file_sha256": content.file_sha256,
                 "num_rows": chosen.count,

@@ -122,8 +122,13 @@ def _judged(facts: _Facts, place: int, claim: Claim) -> JudgedClaim:
     return JudgedClaim(claim, sentence, not lacking, reason, ids)
 
 
-def _words(judgement: gate.Judgement) -> str:
-    return f"{judgement.name}: {judgement.reason}"
+def _finding(judgement: gate.Judgement, holds: bool, words: str = "") -> _Finding:
+    return _Finding(holds, words or f"{judgement.name}: {judgement.reason}", judgement.runs)
+
+
+def _lost(judgement: gate.Judgement) -> str:
+    assert judgement.loss is not None
+    return f"{judgement.name}: {format_estimate(judgement.loss, '+.3g')} {METRICS[judgement.rule.metric].unit} lost"
 
 
 # -- Equivalence -------------------------------------------------------------------------------------------------
@@ -135,16 +140,9 @@ def _equivalent(judgement: gate.Judgement) -> _Finding:
     loss, margin = judgement.loss, judgement.rule.margin
     assert margin is not None
     if judgement.verdict != "pass" or loss is None or loss.low is None:
-        return _Finding(False, f"{_words(judgement)} (margin {margin:.3g})", judgement.runs)
-    lost = _lost(judgement)
-    if loss.low < -margin:
-        return _Finding(False, f"{lost}, which reaches beyond {-margin:+.3g}", judgement.runs)
-    return _Finding(True, f"{lost}, within ± {margin:.3g}", judgement.runs)
-
-
-def _lost(judgement: gate.Judgement) -> str:
-    assert judgement.loss is not None
-    return f"{judgement.name}: {format_estimate(judgement.loss, '+.3g')} {METRICS[judgement.rule.metric].unit} lost"
+        return _finding(judgement, False, f"{judgement.name}: {judgement.reason} (margin {margin:.3g})")
+    beyond = f"which reaches beyond {-margin:+.3g}" if loss.low < -margin else None
+    return _finding(judgement, not beyond, f"{_lost(judgement)}, {beyond or f'within ± {margin:.3g}'}")
 
 
 def _log_ppl(facts: _Facts, claim: Claim, nats: float) -> Iterator[gate.Judgement]:
@@ -180,7 +178,7 @@ def _at_noise(facts: _Facts, claim: Claim) -> list[_Finding]:
     findings = [_equivalent(judgement) for judgement in judged]
     if facts.measures("score"):
         score = facts.judged("score", claim)
-        findings.append(_Finding(score.verdict in ("pass", "inconclusive"), _words(score), score.runs))
+        findings.append(_finding(score, score.verdict in ("pass", "inconclusive")))
     return findings
 
 
@@ -201,46 +199,50 @@ def _lossless(facts: _Facts, claim: Claim) -> list[_Finding]:
 def _better(facts: _Facts, claim: Claim) -> list[_Finding]:
     # The source has no divergence from itself to be better in.
     metrics = ("log_ppl", "score") if claim.versus == SOURCE else ("log_ppl", "kl", "score")
-    findings = []
+    judged: list[gate.Judgement] = []
     for metric in (claim.metric,) if claim.metric else filter(facts.measures, metrics):
         if metric == "log_ppl":
-            findings += [_gained(judgement) for judgement in _log_ppl(facts, claim, 0.0)]
+            judged += _log_ppl(facts, claim, 0.0)
         else:
-            findings.append(_gained(facts.judged(metric, claim, task=claim.task)))
-    return findings
+            judged.append(facts.judged(metric, claim, task=claim.task))
+    return [_gained(judgement) for judgement in judged]
 
 
 def _gained(judgement: gate.Judgement) -> _Finding:
     """That the interval of a loss lies wholly below zero."""
     loss = judgement.loss
     if judgement.verdict != "pass" or loss is None or loss.high is None or loss.high >= 0:
-        return _Finding(False, _words(judgement), judgement.runs)
-    return _Finding(True, _lost(judgement), judgement.runs)
+        return _finding(judgement, False)
+    return _finding(judgement, True, _lost(judgement))
 
 
-def _faster(facts: _Facts, claim: Claim) -> list[_Finding]:
-    assert claim.margin is not None
-    return [_speed(facts, claim, 1 + claim.margin)]
+def _within(facts: _Facts, claim: Claim) -> list[_Finding]:
+    """That what is lost is at most a share: of the perplexity, or of the speed."""
+    if claim.metric != "log_ppl":
+        return _speed(facts, claim)
+    nats = math.log1p(claim.margin or 0.0)
+    judged = [facts.judged("log_ppl", claim, nats, protocol=protocol) for protocol in facts.protocols(claim)]
+    return [_finding(judgement, judgement.verdict == "pass") for judgement in judged]
 
 
-def _speed(facts: _Facts, claim: Claim, above: float) -> _Finding:
-    """That the interval of a ratio of speeds lies above a bound."""
-    assert claim.metric is not None
+def _speed(facts: _Facts, claim: Claim) -> list[_Finding]:
+    """That the interval of a ratio of speeds lies above 1 + margin ("faster"), or above 1 - margin ("within")."""
+    assert claim.metric is not None and claim.margin is not None
+    above = 1 + claim.margin if claim.kind == "faster" else 1 - claim.margin
     judgement = facts.judged(claim.metric, claim, 1 - above, batch=claim.batch)
-    loss, ids = judgement.loss, judgement.runs
-    if loss is None:
-        return _Finding(False, _words(judgement), ids)
-    engines = [record.run.engine or {} for record in facts.records if record.run.run_id in ids]
-    if idle := [words for engine in engines if (words := _not_of_nvfp4(engine))]:
-        return _Finding(False, f"{judgement.name}: {idle[0]}, which says nothing of how fast NVFP4 is", ids)
+    if (loss := judgement.loss) is None:
+        return [_finding(judgement, False)]
+    engines = [record.run.engine or {} for record in facts.records if record.run.run_id in judgement.runs]
     low, high = (None if bound is None else 1 - bound for bound in (loss.high, loss.low))
     ratio = replace(loss, value=1 - loss.value, low=low, high=high)
-    words = f"{judgement.name}: {format_estimate(ratio, '.3f')} × its speed"
-    if ratio.low is None:
-        return _Finding(False, f"{words}, and {judgement.reason}", ids)
-    if ratio.low <= above:
-        return _Finding(False, f"{words}, and {above:g} is not below that interval", ids)
-    return _Finding(True, words, ids)
+    words, against = f"{judgement.name}: {format_estimate(ratio, '.3f')} × its speed", None
+    if idle := [why for engine in engines if (why := _not_of_nvfp4(engine))]:
+        words, against = f"{judgement.name}: {idle[0]}", "which says nothing of how fast NVFP4 is"
+    elif low is None:
+        against = f"and {judgement.reason}"
+    elif low <= above:
+        against = f"and {above:g} is not below that interval"
+    return [_finding(judgement, not against, ", ".join(filter(None, (words, against))))]
 
 
 def _not_of_nvfp4(engine: Mapping[str, Any]) -> str | None:
@@ -250,23 +252,13 @@ def _not_of_nvfp4(engine: Mapping[str, Any]) -> str | None:
     return "a CPU has no kernels for 4-bit floats" if engine.get("device") == "cpu" else None
 
 
-def _within(facts: _Facts, claim: Claim) -> list[_Finding]:
-    """That what is lost is at most a share: of the perplexity, or of the speed."""
-    assert claim.margin is not None
-    if claim.metric != "log_ppl":
-        return [_speed(facts, claim, 1 - claim.margin)]
-    nats = math.log1p(claim.margin)
-    judged = [facts.judged("log_ppl", claim, nats, protocol=protocol) for protocol in facts.protocols(claim)]
-    return [_Finding(one.verdict == "pass", _words(one), one.runs) for one in judged]
-
-
 def _recovery(facts: _Facts, claim: Claim) -> list[_Finding]:
     assert claim.margin is not None
-    basis = "recovery is a share of what the source itself scored under the same conditions"
     labels = (claim.task,) if claim.task else tuple(facts.suite.tasks)
     judged = [facts.judged("score", claim, task=label) for label in labels]
     ids = tuple(run for judgement in judged for run in judgement.runs)
-    if refused := [_words(judgement) for judgement in judged if judgement.verdict == "incomparable"]:
+    if refused := [f"{one.name}: {one.reason}" for one in judged if one.verdict == "incomparable"]:
+        basis = "recovery is a share of what the source itself scored under the same conditions"
         return [_Finding(False, f"{basis}: {'; '.join(refused)}", ids)]
     measured = task_tables.newest_by_task(facts.records, facts.suite, (SOURCE, claim.variant))
     scores = task_tables.score_table({label: measured[label] for label in labels})
@@ -275,12 +267,11 @@ def _recovery(facts: _Facts, claim: Claim) -> list[_Finding]:
     shares = [one["recovery_ratio"] for one in compared]
     if not shares or None in shares:
         return [_Finding(False, f"{claim.variant}: not every task has a score of which a share could be left", ids)]
-    share = stats.pooled(shares)
+    share, wanted = stats.pooled(shares), 1 - claim.margin
     percent = format_estimate(columns.scaled(share, 100), ".1f")
     words = f"{percent} % of the source's score, mean of {len(shares)} {'task' if len(shares) == 1 else 'tasks'}"
-    if share.low is None or share.low < 1 - claim.margin:
-        words = f"{words}, which does not make sure of {100 * (1 - claim.margin):g} %"
-        return [_Finding(False, f"{claim.variant}: {words}", ids)]
+    if share.low is None or share.low < wanted:
+        return [_Finding(False, f"{claim.variant}: {words}, which does not make sure of {100 * wanted:g} %", ids)]
     return [_Finding(True, words, ids)]
 
 
@@ -289,7 +280,7 @@ _KINDS: dict[str, Callable[[_Facts, Claim], list[_Finding]]] = {
     "noise": _at_noise,
     "near-lossless": _near,
     "better": _better,
-    "faster": _faster,
+    "faster": _speed,
     "within": _within,
     "recovery": _recovery,
 }

@@ -19,6 +19,7 @@ from harness.suite.names import BASELINE, NOISE, SOURCE, row_name
 from harness.suite.rules import Claim, ClaimMargins, Rule
 from harness.suite.texts import Calibration, Text
 from harness.suite.values import (
+    ADDED,
     STRICT,
     AtLeast0,
     AtLeast1,
@@ -27,13 +28,11 @@ from harness.suite.values import (
     Name,
     NonEmpty,
     Share,
+    as_json,
     at_least,
     keyed_by_name,
     one_of,
 )
-
-ADDED = {"added": True}
-"""Metadata of a field whose key older suites do not know: `Suite.resolved` leaves it out while it has its default."""
 
 
 @dataclass(frozen=True)
@@ -355,15 +354,3 @@ class Suite(SuiteFile):
         """Where the source is: a folder counted from the suite's own, anything else as it is written."""
         location = self.source.location
         return str(self.path(location)) if location.startswith((".", "/", "~")) else location
-
-
-def as_json(value: Any) -> Any:
-    """A table of a suite as JSON values: every key with its value or default, `ADDED` keys only if they are set."""
-    if dataclasses.is_dataclass(value):
-        entries = {key: getattr(value, key.name) for key in dataclasses.fields(value)}
-        return {
-            key.name: as_json(entry) for key, entry in entries.items() if key.metadata != ADDED or entry != key.default
-        }
-    if isinstance(value, Mapping):
-        return {name: as_json(entry) for name, entry in value.items()}
-    return [as_json(entry) for entry in value] if isinstance(value, tuple) else value

@@ -20,6 +20,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """How pydantic validates a file's outermost table and all tables in it."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+ADDED = {"added": True}
+"""Metadata of a field whose key older suites do not know: `Suite.resolved` leaves it out while it has its default."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,18 @@ def tables_by_first_key(union: Any) -> dict[str, Any]:
     """The dataclasses of a union by the name of their first field."""
     tables = [one for one in typing.get_args(union) if dataclasses.is_dataclass(one)]
     return {dataclasses.fields(table)[0].name: table for table in tables}
+
+
+def as_json(value: Any) -> Any:
+    """A table of a suite as JSON values: every key with its value or default, `ADDED` keys only if they are set."""
+    if dataclasses.is_dataclass(value):
+        entries = {key: getattr(value, key.name) for key in dataclasses.fields(value)}
+        return {
+            key.name: as_json(entry) for key, entry in entries.items() if key.metadata != ADDED or entry != key.default
+        }
+    if isinstance(value, Mapping):
+        return {name: as_json(entry) for name, entry in value.items()}
+    return [as_json(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def at_least(minimum: int) -> Check:
