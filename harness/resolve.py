@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness import demo
-from harness.engines.protocol import ENGINES
 from harness.errors import UserError, did_you_mean
 from harness.serve import Footprint
 from harness.suite.names import SOURCE
-from harness.suite.schema import Suite
-from harness.suite.texts import DatasetText, DemoText, FileText, Text
 
 if TYPE_CHECKING:
     from harness.demo import corpus
@@ -29,6 +26,7 @@ if TYPE_CHECKING:
     from harness.quantize.plan import Plan
     from harness.quantize.recipes import Recipe
     from harness.suite import texts
+    from harness.suite.schema import Suite
 
 T = TypeVar("T")
 
@@ -95,10 +93,11 @@ def serving_footprint(config: ModelConfig, counts: Sequence[RoleCount]) -> Footp
 # -- Texts and calibration samples ---------------------------------------------------------------------------------
 
 
-def read_text(suite: Suite, text: Text, *, as_lines: bool = False) -> tuple[dict[str, Any], str]:
+def read_text(suite: Suite, text: texts.Text, *, as_lines: bool = False) -> tuple[dict[str, Any], str]:
     """What identifies a text of the suite, and the text. `as_lines`: the rows of a dataset end as they do in its file,
     as `texts.load_text` says."""
     from harness.measure.texts import load_text
+    from harness.suite.texts import DatasetText, DemoText, FileText
 
     match text:
         case DemoText(split):
@@ -116,7 +115,7 @@ def read_text(suite: Suite, text: Text, *, as_lines: bool = False) -> tuple[dict
     return {"name": name, "text_sha256": hashlib.sha256(content.encode()).hexdigest()}, content
 
 
-def tokenized(suite: Suite, text: Text) -> tuple[list[int], dict[str, Any]]:
+def tokenized(suite: Suite, text: texts.Text) -> tuple[list[int], dict[str, Any]]:
     """The token ids of a text by the source's tokenizer, and what identifies them."""
     from harness.measure import perplexity
 
@@ -178,6 +177,8 @@ def with_engine(suite: Suite, name: str | None, dtype: str | None) -> Suite:
 
 def check_engine(suite: Suite) -> None:
     """`UserError` where the harness cannot start the suite's engine."""
+    from harness.engines.protocol import ENGINES
+
     engine = suite.engine.name
     if engine not in ENGINES:
         raise UserError(f"There is no engine '{engine}'.", did_you_mean(engine, ENGINES))

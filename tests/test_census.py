@@ -10,16 +10,16 @@ from harness.formats.format import num_bytes
 from harness.formats.fp8 import FP8_DYNAMIC
 from harness.formats.nvfp4 import NVFP4, NVFP4A16
 from harness.model.census import count_roles, output_bytes, source_tensors, token_traffic
-from harness.model.checkpoint import TORCH_DTYPE
+from harness.model.checkpoint import DTYPES, torch_dtype
 from harness.model.families.qwen35 import FAMILY
 from harness.quantize.plan import plan
 from harness.quantize.recipes import RECIPES
 from tests.conftest import census, published_config, tiny_config
 
 
-@pytest.mark.parametrize("dtype", TORCH_DTYPE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_of_a_dtype_are_torchs(dtype: str) -> None:
-    tensor = torch.empty((3, 5), dtype=TORCH_DTYPE[dtype], device="meta")
+    tensor = torch.empty((3, 5), dtype=torch_dtype(dtype), device="meta")
     assert num_bytes(dtype, tensor.shape) == tensor.nbytes
 
 

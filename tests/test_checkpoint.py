@@ -23,14 +23,15 @@ from torch import Tensor
 from harness.errors import UserError
 from harness.model import checkpoint as checkpoint_module
 from harness.model.checkpoint import (
+    DTYPES,
     INDEX,
     SINGLE,
-    TORCH_DTYPE,
     NewTensor,
     ShardWriter,
     inspect_checkpoint,
     open_checkpoint,
     read_header,
+    torch_dtype,
     write_file,
 )
 
@@ -38,7 +39,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
     lambda name: name != "__metadata__"
 )
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
-DTYPE_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+DTYPE_NAME = {torch_dtype(name): name for name in DTYPES}
 
 
 @st.composite
@@ -46,7 +47,7 @@ def tensor_dicts(draw: st.DrawFn) -> dict[str, Tensor]:
     """Tensors of any names, dtypes, shapes and bytes."""
     tensors = {}
     for name in draw(st.lists(NAMES, min_size=1, max_size=5, unique=True)):
-        dtype, shape = draw(st.sampled_from(list(TORCH_DTYPE.values()))), draw(SHAPES)
+        dtype, shape = draw(st.sampled_from(list(DTYPE_NAME))), draw(SHAPES)
         size = torch.empty(shape, dtype=dtype, device="meta").nbytes
         data = bytearray(draw(st.binary(min_size=size, max_size=size)))
         if dtype is torch.bool:

@@ -68,6 +68,13 @@ def test_a_measure_refuses_an_unknown_name_before_torch_is_imported(measure: str
     assert (code, packages & COMPUTING) == (2, set())
 
 
+def test_a_plan_and_an_unknown_recipe_need_no_torch() -> None:
+    code, packages = imported("plan", "demo:dense", "--recipe", "w4a4")
+    assert (code, packages & (COMPUTING | {"numpy", "scipy", "pydantic"})) == (0, set())
+    code, packages = imported("build", "demo:dense", "--recipe", "bogus", "--out", "bogus")
+    assert (code, packages & COMPUTING) == (2, set())
+
+
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_every_subcommand_has_a_sentence_and_a_module(name: str) -> None:
     assert SUBCOMMANDS[name].endswith(".")

@@ -13,18 +13,21 @@ Scales are named by direction: an *encode* scale multiplies weights on their way
 multiplies codes on their way out.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Arguments = tuple[tuple[str, Any], ...]
 """Keys and values of compressed-tensors' `QuantizationArgs`, as a dictionary has them but hashable."""
 
-Rounding = Callable[[Tensor], Tensor]
+Rounding = Callable[["Tensor"], "Tensor"]
 """Activations `[..., in]` to what remains of them after the round trip through a format, in the same dtype."""
 
 ABSMAX, SEARCH, WEIGHTED_SEARCH = "absmax", "search", "weighted-search"
@@ -123,6 +126,8 @@ class Format(ABC):
 
     def shared_scale(self, amax: Tensor) -> Tensor:
         """The shared scale `[1]` of weights whose largest magnitude is `amax []`; 1 in a format without one."""
+        import torch
+
         return torch.ones(1, device=amax.device)
 
     @abstractmethod
@@ -184,6 +189,8 @@ class Format(ABC):
     def round_trip(self, w: Tensor) -> Tensor:
         """`w [out, in]` after it was stored and read again, float32: scales by largest magnitude, codes rounded to the
         nearest."""
+        import torch
+
         w = w.float()
         shared = self.shared_scale(w.abs().amax())
         scales = self.choose_scales(w, shared)

@@ -9,15 +9,18 @@ and means w[i, j] = weight[i, j] * weight_scale[i]. Activations store nothing: e
 max|x| / 448 when the model runs.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from harness.formats import names
 from harness.formats.format import ABSMAX, E4M3_MAX, Arguments, Format, Rounding, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def channel_decode_scales(w: Tensor) -> Tensor:
@@ -26,22 +29,30 @@ def channel_decode_scales(w: Tensor) -> Tensor:
     Rounded to bfloat16 before any weight is divided by it, so that codes and scale fit each other. Where that rounds
     the scale down, the row's largest weight lies beyond the format's last value by at most 1/256 and is clamped.
     """
+    import torch
+
     scales = (w.float().abs().amax(-1, keepdim=True) / E4M3_MAX).bfloat16()
     return torch.where(scales > 0, scales, torch.ones_like(scales))
 
 
 def encode(w: Tensor, scales: Tensor) -> Tensor:
     """Codes `[out, in]` float8_e4m3fn: `w [out, in]` over its row's scale, rounded to nearest, ties to even."""
+    import torch
+
     return (w.float() / scales.float()).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Weights `[out, in]` in `dtype`: codes times scales in float32, rounded once."""
-    return (codes.float() * scales.float()).to(dtype)
+def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Weights `[out, in]` in `dtype` (None: bfloat16): codes times scales in float32, rounded once."""
+    import torch
+
+    return (codes.float() * scales.float()).to(dtype or torch.bfloat16)
 
 
 def fake_quantize_tokens(x: Tensor) -> Tensor:
     """Activations `x [..., in]` after the round trip through FP8 with a scale of their own per token, in x's dtype."""
+    import torch
+
     scales = x.float().abs().amax(-1, keepdim=True) / E4M3_MAX
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     return ((x.float() / scales).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scales).to(x.dtype)

@@ -27,14 +27,12 @@ times the second moment of its input, which is what the layer's output feels, an
 still smaller scale, which clips more of what these inputs weigh little, is left out.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING, ClassVar
 
 from harness.formats import names
 from harness.formats.format import (
@@ -46,6 +44,10 @@ from harness.formats.format import (
     Rounding,
     StoredTensor,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 BLOCK = 16
 """Columns that share one block scale."""
@@ -72,6 +74,8 @@ def global_encode_scale(amax: Tensor) -> Tensor:
     `amax []` is the largest magnitude over every tensor that shares the scale. A tensor of zeros, or one so
     small that the quotient overflows float32, gets 1.0, which is finite and decodes to zeros.
     """
+    import torch
+
     scale = E4M3_MAX * E2M1_MAX / amax.float().reshape(1)
     return torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
 
@@ -94,12 +98,16 @@ def activation_block_scales(x: Tensor, global_scale: Tensor) -> Tensor:
 
 def _block_amax(w: Tensor) -> Tensor:
     """The largest magnitude `[..., in/16]` of each block of `w [..., in]`, float32."""
+    from torch.nn import functional
+
     # A pooling with this window is a vectorized maximum over the blocks, four times as fast as `amax`.
     magnitudes = w.float().abs().reshape(-1, 1, w.shape[-1])
     return functional.max_pool1d(magnitudes, BLOCK).view(*w.shape[:-1], w.shape[-1] // BLOCK)
 
 
 def _block_scales(exact: Tensor) -> Tensor:
+    import torch
+
     scales = exact.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
     return torch.where(scales.view(torch.uint8) == 0, torch.full_like(scales, ZERO_BLOCK_SCALE), scales)
 
@@ -110,6 +118,8 @@ def encode(w: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
     The grid steps by 0.5 up to 2, by 1 up to 4 and by 2 up to 6, so the code of a magnitude is the least of
     round(2a), 2 + round(a) and 4 + round(a/2): three roundings (ties to even) and no comparisons by case.
     """
+    import torch
+
     decode_scale = scales.float() / global_scale
     x = _blocks(w.float()) / decode_scale.unsqueeze(-1)
     magnitude = x.abs().clamp_(max=E2M1_MAX)
@@ -128,6 +138,8 @@ def round_magnitudes(magnitude: Tensor, *, out: Tensor | None = None, scratch: T
     place is that step, and taking it away, rounds to it as the hardware rounds: to nearest, ties to even. `out` (which
     may be `magnitude`) and `scratch`, float32 of the same shape, save a loop its allocations.
     """
+    import torch
+
     bits = None if scratch is None else scratch.view(torch.int32)
     power = torch.bitwise_and(magnitude.view(torch.int32), 0x7F800000, out=bits).view(torch.float32).clamp_(min=1.0)
     shift = power.mul_(0.75 * 2**23)
@@ -150,21 +162,28 @@ def round_trip(x: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
 
 def pack(codes: Tensor) -> Tensor:
     """Two codes a byte: `codes [out, in]` uint8 to `[out, in/2]`, the even column in the low nibble."""
+    import torch
+
     pairs = codes.contiguous().view(torch.int16)  # the even column is the low byte
     return pairs.bitwise_right_shift(4).bitwise_or_(pairs).to(torch.uint8)
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The inverse of `pack`: `packed [out, in/2]` uint8 to codes `[out, in]`."""
+    import torch
+
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
 
 
-def decode(packed: Tensor, scales: Tensor, global_scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Weights `[out, in]` in `dtype`: the equation of the module's docstring in float32, rounded once."""
+def decode(packed: Tensor, scales: Tensor, global_scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Weights `[out, in]` in `dtype` (None: bfloat16): the equation of the module's docstring in float32, rounded
+    once."""
+    import torch
+
     magnitudes = torch.tensor(E2M1, device=packed.device)
     table = torch.cat((magnitudes, -magnitudes))
     values = _blocks(table[unpack(packed).int()])
-    return (values * (scales.float() / global_scale).unsqueeze(-1)).flatten(-2).to(dtype)
+    return (values * (scales.float() / global_scale).unsqueeze(-1)).flatten(-2).to(dtype or torch.bfloat16)
 
 
 def block_scales(w: Tensor, global_scale: Tensor, method: str, importance: Tensor | None = None) -> Tensor:
@@ -174,6 +193,8 @@ def block_scales(w: Tensor, global_scale: Tensor, method: str, importance: Tenso
     none is searched unweighted, since otherwise any scale would do. The search is float32 on tensors laid out
     `[16, blocks]`, so that sums over a block are sums of whole rows.
     """
+    import torch
+
     rows, width = w.shape
     if method == ABSMAX:
         return absmax_block_scales(w, global_scale)
@@ -189,6 +210,8 @@ def block_scales(w: Tensor, global_scale: Tensor, method: str, importance: Tenso
 
 def _search(x: Tensor, global_scale: Tensor, weights: Tensor | None) -> Tensor:
     """The codes `[blocks]` uint8 of the best scales for magnitudes `x [16, blocks]`."""
+    import torch
+
     nearest = (x.amax(0) * (global_scale / E2M1_MAX)).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
     middle = nearest.view(torch.uint8).to(torch.int16)
     best = torch.full_like(global_scale, torch.inf)
@@ -275,6 +298,8 @@ class Nvfp4(Format):
 
     def codes_on_grid(self, values: Tensor, decode_scales: Tensor) -> Tensor:
         """See `Format`."""
+        import torch
+
         magnitude = (values / decode_scales).abs_()
         table = torch.tensor(E2M1, device=values.device)
         codes = torch.bucketize(magnitude, (table[1:] + table[:-1]) / 2).to(torch.uint8)
@@ -287,6 +312,8 @@ class Nvfp4(Format):
     def rescaled(self, tensors: Mapping[str, Tensor], shared: Tensor) -> dict[str, Tensor]:
         """Block scales are multiplied by new over old divisor and rounded to E4M3 again; codes are chosen anew for the
         rounded scales from the decoded weights."""
+        import torch
+
         weights = self.decode(tensors, torch.float32)
         scales = tensors["weight_scale"].float() * (shared / tensors["weight_global_scale"])
         scales = scales.clamp_(min=_SMALLEST_SCALE).to(torch.float8_e4m3fn)
@@ -299,6 +326,8 @@ class Nvfp4(Format):
 
     def loaded_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """BF16, whatever the model computes in."""
+        import torch
+
         return torch.bfloat16
 
     def round_trip(self, w: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ Layout of a file (https://huggingface.co/docs/safetensors): 8 bytes little-endia
 {name: {dtype, shape, data_offsets}}, then the tensors' bytes without gaps.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -20,14 +22,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from blake3 import blake3
-from torch import Tensor
 
 from harness.errors import UserError
 from harness.formats.format import num_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,21 +41,30 @@ PIECE_BYTES = 16 << 20
 _MAX_HEADER_BYTES = 100 << 20
 _MAX_PENDING = 4
 
-# In the order in which the library lays tensors out: by falling item size.
-TORCH_DTYPE = {
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I16": torch.int16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES = {
+    "I64": "int64",
+    "F64": "float64",
+    "F32": "float32",
+    "I32": "int32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "I16": "int16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
+"""The dtypes of safetensors and torch's names for them, in the order in which the library lays tensors out: by falling
+item size."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of a safetensors dtype."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -85,12 +98,14 @@ class Checkpoint:
     def rows(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """Rows `first` to `first + count` of a tensor seen as a matrix with rows of its last dimension, read
         from disk into new memory."""
+        import torch
+
         entry = self.tensors[name]
         width = entry.shape[-1] if entry.shape else 1
         total = entry.num_elements // max(width, 1)
         count = total - first if count is None else count
         row_bytes = num_bytes(entry.dtype, (width,))
-        read = torch.empty((count, width), dtype=TORCH_DTYPE[entry.dtype])
+        read = torch.empty((count, width), dtype=torch_dtype(entry.dtype))
         with (self.folder / entry.shard).open("rb") as file:
             _read_into(file, bytes_of(read), entry.offset + first * row_bytes, self.folder / entry.shard)
         return read
@@ -251,7 +266,7 @@ def _entry(path: Path, name: str, fields: Mapping[str, Any], data_start: int) ->
     begin, end = (_whole(value) for value in fields["data_offsets"])
     shape = tuple(_whole(size) for size in fields["shape"])
     entry = TensorEntry(name, str(fields["dtype"]), shape, path.name, data_start + begin)
-    if entry.dtype not in TORCH_DTYPE or entry.num_bytes != end - begin:
+    if entry.dtype not in DTYPES or entry.num_bytes != end - begin:
         raise ValueError(f"{name}: {entry.dtype} {list(shape)} does not fill bytes {begin} to {end}")
     return entry
 
@@ -278,10 +293,10 @@ class NewTensor:
 def header_bytes(tensors: Sequence[NewTensor]) -> tuple[bytes, dict[str, int]]:
     """The head of a safetensors file of `tensors` and each tensor's absolute offset.
 
-    Tensors lie by dtype in the order of `TORCH_DTYPE` and then by name, as the library writes them: every one is
+    Tensors lie by dtype in the order of `DTYPES` and then by name, as the library writes them: every one is
     then aligned to its items, and the bytes depend on nothing but names, dtypes and shapes.
     """
-    rank = {dtype: place for place, dtype in enumerate(TORCH_DTYPE)}
+    rank = {dtype: place for place, dtype in enumerate(DTYPES)}
     ordered = sorted(tensors, key=lambda tensor: (rank[tensor.dtype], tensor.name))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -325,6 +340,8 @@ class ShardWriter:
 
     def write(self, name: str, data: Tensor | bytearray) -> None:
         """Appends the next piece of tensor `name`: its elements in order, of its dtype."""
+        from torch import Tensor
+
         view = bytes_of(data) if isinstance(data, Tensor) else data
         size = len(view)
         if size > self._left[name]:
@@ -360,7 +377,7 @@ class ShardWriter:
             for pool in (self._hasher, self._writer):
                 pool.shutdown(wait=True)
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(
@@ -375,6 +392,8 @@ class ShardWriter:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor's elements in order: its own memory, where that is contiguous and the CPU's."""
+    import torch
+
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return flat.numpy().data
 

@@ -36,7 +36,6 @@ from harness.formats.names import KEPT
 from harness.model.census import SourceTensor, output_bytes
 from harness.model.checkpoint import (
     INDEX,
-    TORCH_DTYPE,
     Checkpoint,
     ShardWriter,
     check_disk,
@@ -45,6 +44,7 @@ from harness.model.checkpoint import (
     open_checkpoint,
     read_json,
     sync_folder,
+    torch_dtype,
     write_file,
 )
 from harness.model.family import Family
@@ -259,7 +259,7 @@ def _copy(checkpoint: Checkpoint, name: str, writer: ShardWriter, meter: _Meter)
     entry = checkpoint.tensors[name]
     for piece in checkpoint.pieces(name):
         if entry.dtype in WEIGHT_DTYPES:
-            finite_amax(entry, torch.frombuffer(piece, dtype=TORCH_DTYPE[entry.dtype]))
+            finite_amax(entry, torch.frombuffer(piece, dtype=torch_dtype(entry.dtype)))
         writer.write(name, piece)
         meter.advance(len(piece))
 

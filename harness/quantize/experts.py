@@ -14,11 +14,9 @@ from torch.nn import functional
 from harness.engines.emulation import ExpertRounding, round_expert_inputs
 from harness.engines.layers import RoutedExperts
 from harness.formats.format import Format
+from harness.quantize.pieces import EXPERTS_TOGETHER
 from harness.quantize.recipes import Method
 from harness.quantize.sites import GroupReport, Site, merged, quantize_matrices
-
-EXPERTS_TOGETHER = 1 << 27
-"""Weights of experts that are widened together."""
 
 Emit = Callable[[str, Tensor], None]
 """Takes a finished tensor of the artifact by its full name."""

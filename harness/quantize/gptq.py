@@ -26,11 +26,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-ROUNDED_TOGETHER = 1 << 25
-"""Weights that are rounded together: rows do not depend on each other."""
-ROUNDED_COPIES, FACTOR_COPIES = 9, 3
-"""Arrays of the size of the weights that are rounded together, while they are, and of the size of the moments, while
-their Cholesky factor is made."""
+from harness.quantize.pieces import ROUNDED_TOGETHER
+
 _PANEL = 128
 """Columns whose updates to the rest of the row are applied together."""
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 10.0

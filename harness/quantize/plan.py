@@ -7,8 +7,7 @@ from harness.errors import UserError
 from harness.formats.format import Format
 from harness.model.census import RoleCount, SourceTensor, TokenTraffic, count_roles, expected_census, token_traffic
 from harness.model.family import ModelConfig
-from harness.quantize.experts import EXPERTS_TOGETHER
-from harness.quantize.gptq import FACTOR_COPIES, ROUNDED_COPIES, ROUNDED_TOGETHER
+from harness.quantize.pieces import EXPERTS_TOGETHER, FACTOR_COPIES, ROUNDED_COPIES, ROUNDED_TOGETHER
 from harness.quantize.recipes import Recipe
 
 
