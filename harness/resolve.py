@@ -63,11 +63,11 @@ def source_config(source: Path) -> ModelConfig:
 def plan_source(location: str, recipe: Recipe | None, revision: str | None = None) -> tuple[ModelConfig, Plan]:
     """The plan of a recipe for a `config.json`, a folder or a hub id. Weights are not read: where shards lie
     beside the configuration their headers say what there is, else the configuration does, without an MTP head."""
-    from harness.model.source import source_at
+    from harness.model.source import census_at
     from harness.quantize.plan import plan
 
     path = Path(location)
-    source = source_at(path if path.is_file() else find_source(location, revision, config_only=True))
+    source = census_at(path if path.is_file() else find_source(location, revision, config_only=True))
     if source.unknown:
         raise UserError(
             f"{location} has {len(source.unknown)} tensors that its architecture has not, such as {source.unknown[0]}.",

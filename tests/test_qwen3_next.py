@@ -27,7 +27,7 @@ from harness.formats.config import parse
 from harness.model.families import parse_config
 from harness.model.families.qwen3_next import FAMILY
 from harness.model.family import expected_tensors
-from harness.model.source import source_at
+from harness.model.source import census_at
 from harness.quantize.build import build
 from harness.quantize.layerwise import Calibration
 from harness.quantize.recipes import RECIPES
@@ -140,7 +140,7 @@ def test_the_published_layout_is_what_transformers_saves(source: Path) -> None:
     assert f"{LAYER}0.mlp.experts.3.gate_proj.weight" in saved
     assert f"{LAYER}1.mlp.gate_proj.weight" in saved
     assert dict(expected_tensors(parse_config(config_json(), "here"), with_mtp=False)) == saved
-    assert source_at(source).unknown == ()
+    assert census_at(source).unknown == ()
 
 
 def test_a_model_of_the_published_size_has_a_role_for_each_of_its_74_000_tensors() -> None:

@@ -24,7 +24,7 @@ from harness.formats.nvfp4 import NVFP4, NVFP4A16
 from harness.formats.table import FORMATS
 from harness.model.checkpoint import Checkpoint, open_checkpoint
 from harness.model.families.qwen35 import FAMILY
-from harness.model.source import source_of
+from harness.model.source import census_of
 from harness.quantize.layerwise import Calibration
 from harness.quantize.samples import CalibrationSet
 from harness.quantize.sensitivity import Group, groups_by_layer, measure, measure_half
@@ -239,7 +239,7 @@ def test_padding_counts_for_nothing(demo: Any, tmp_path: Path) -> None:
 
 def parts_of(source: Path, folder: Path) -> tuple[TextModel, dict[int, list[Group]], list[Batch], list[HiddenStates]]:
     checkpoint = open_checkpoint(source)
-    model = TextModel(checkpoint, source_of(checkpoint).config, CPU, torch.float32)
+    model = TextModel(checkpoint, census_of(checkpoint).config, CPU, torch.float32)
     batches = batches_of(SAMPLES, 60)
     streams = [HiddenStates(folder / name, batches, model.width, torch.float32, CPU, 10**7) for name in "ab"]
     for number, batch in enumerate(batches):
@@ -248,7 +248,7 @@ def parts_of(source: Path, folder: Path) -> tuple[TextModel, dict[int, list[Grou
 
 
 def tensors_of(checkpoint: Checkpoint) -> Any:
-    return source_of(checkpoint).tensors
+    return census_of(checkpoint).tensors
 
 
 def state(half: Half) -> dict[str, Tensor]:

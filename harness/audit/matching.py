@@ -2,18 +2,18 @@
 
 `quantization_config` names modules as the checkpoint does, and compressed-tensors and transformers read it so. vLLM
 has module names of its own and fuses layers before it asks for their format, so the same configuration can mean two
-things. Its rules (compressed_tensors.py and utils.py of its quantization layer, qwen3_5.py and qwen3_vl.py of its
-models, release 0.32; the older order of the tests is that of 0.17 to 0.26):
+things. Its rules (compressed_tensors.py and utils.py of its quantization layer, qwen3_5.py, qwen3_next.py and
+qwen3_vl.py of its models, release 0.32; the older order of the tests is that of 0.17 to 0.26):
 
-* Names map by prefix: `model.language_model.` is `language_model.model.` inside, `model.visual.` is `visual.` and
-  `lm_head.` is `language_model.lm_head.`. Exact names with a dot in `targets` and `ignore` are mapped likewise,
-  `re:` patterns are not: they are matched from the start of the internal name, so an anchored one misses it.
+* Names map by prefix (`Family.engine_prefixes`): in Qwen3.5 `model.language_model.` is `language_model.model.` inside.
+  Exact names with a dot in `targets` and `ignore` are mapped likewise, `re:` patterns are not: they are matched from
+  the start of vLLM's own name, so an anchored pattern misses it.
 * A fused layer (`qkv_proj`) is ignored if an entry matches its own name or entries match all its shards'; where
   they match some, loading stops. Up to 0.26 only the shards' names are tried.
 * Targets are tried in the order of the file: on the layer's name, then on its shards (all must match, the first
   decides), then on the class name, of which `Linear` is a part. Up to 0.26 the class name comes before the shards.
 * All experts of a layer take the format of expert 0, whose three projections must have one.
-* Routers and shared-expert gates are 16-bit whatever the configuration says.
+* Routers and shared-expert gates are 16-bit whatever the configuration says (`Role.always_16_bit`).
 """
 
 import re

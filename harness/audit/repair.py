@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from harness.audit.keys import Expectation, Module, expect, is_complete
-from harness.audit.scales import are_unequal, fused_groups, global_scales, scale_findings
-from harness.audit.source import open_source, texts
+from harness.audit.scales import are_unequal, global_scales, modules_by_matrix, scale_findings
+from harness.audit.source import open_original, texts
 from harness.audit.verify import Verification, verify
 from harness.errors import UserError
 from harness.formats.config import parse
@@ -128,7 +128,7 @@ def repair(
     checkpoint = open_checkpoint(folder)
     config = parse_config(checkpoint.config, str(folder / "config.json"))
     quantization = parse(checkpoint.config.get("quantization_config"), str(folder / "config.json"))
-    original = None if source is None else open_source(source)
+    original = None if source is None else open_original(source)
     expectation = expect(config, quantization, checkpoint.tensors, with_mtp=config.num_mtp_layers > 0)
     found, globals_, rescaled = _shared_scales(checkpoint, expectation, progress)
     added = _missing_tensors(checkpoint, original, expectation)
@@ -170,7 +170,7 @@ def _shared_scales(
     found: list[SharedScale] = []
     globals_: dict[str, Tensor] = {}
     rescaled: dict[str, _Rescaled] = {}
-    groups = [members for members in fused_groups(expectation.modules).items() if len(members[1]) > 1]
+    groups = [members for members in modules_by_matrix(expectation.modules).items() if len(members[1]) > 1]
     for done, (fused, members) in enumerate(groups, 1):
         progress(done, len(groups), "repair: choose scales")
         if not _can_be_mended(checkpoint, members):

@@ -118,7 +118,7 @@ def _code_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
         )
 
 
-def fused_groups(modules: Iterable[Module]) -> dict[str, list[Module]]:
+def modules_by_matrix(modules: Iterable[Module]) -> dict[str, list[Module]]:
     """The quantized modules by the name of the matrix that vLLM fuses them into."""
     groups: dict[str, list[Module]] = {}
     for module in modules:
@@ -147,7 +147,7 @@ def are_unequal(values: Mapping[str, float]) -> bool:
 
 def fused_findings(checkpoint: Checkpoint, modules: Iterable[Module]) -> Iterator[Finding]:
     """Shards of one fused matrix with unequal global scales, or with unequal formats."""
-    for fused, members in fused_groups(modules).items():
+    for fused, members in modules_by_matrix(modules).items():
         if len({module.form.name for module in members}) > 1:
             yield Finding(
                 "error",

@@ -34,10 +34,11 @@ class RoundTrip:
 
     @property
     def snr_db(self) -> float:
+        """The signal-to-noise ratio in decibels; infinite where nothing was rounded."""
         return -20 * math.log10(self.relative_l2_error) if self.relative_l2_error > 0 else math.inf
 
 
-def open_source(folder: Path) -> Checkpoint:
+def open_original(folder: Path) -> Checkpoint:
     """The 16-bit checkpoint in `folder`; `UserError` for one that is damaged or quantized itself."""
     original = open_checkpoint(folder)
     if "quantization_config" in original.config:

@@ -20,7 +20,7 @@ from harness.audit.findings import REFUSED, Finding, condensed
 from harness.audit.keys import expect, is_complete, key_findings
 from harness.audit.matching import idle_entries, matching_findings
 from harness.audit.scales import ScaleRange, expert_ranges, fused_findings, scale_findings
-from harness.audit.source import RoundTrip, open_source, round_trips, source_findings
+from harness.audit.source import RoundTrip, open_original, round_trips, source_findings
 from harness.formats.config import QuantizationConfig, parse
 from harness.model.checkpoint import inspect_checkpoint
 from harness.model.families import parse_config
@@ -61,7 +61,7 @@ def verify(folder: Path, source: Path | None, progress: Progress) -> Verificatio
     checkpoint, problems = inspect_checkpoint(folder)
     config = parse_config(checkpoint.config, str(folder / "config.json"))
     quantization = parse(checkpoint.config.get("quantization_config"), str(folder / "config.json"))
-    original = None if source is None else open_source(source)
+    original = None if source is None else open_original(source)
     family = config.family
     source_has_mtp = None if original is None else family.has_part(original.tensors, "mtp")
     is_told_of_mtp = config.states_mtp or source_has_mtp or family.has_part(checkpoint.tensors, "mtp")

@@ -79,10 +79,12 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
+        """Its bytes in the file."""
         return num_bytes(self.dtype, self.shape)
 
     @property
     def num_elements(self) -> int:
+        """Its values."""
         return num_bytes("U8", self.shape)
 
 
@@ -125,6 +127,7 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
+        """The bytes of all tensors."""
         return sum(entry.num_bytes for entry in self.tensors.values())
 
     def fingerprint(self) -> str:
@@ -287,6 +290,7 @@ class NewTensor:
 
     @property
     def num_bytes(self) -> int:
+        """Its bytes in the file."""
         return num_bytes(self.dtype, self.shape)
 
 

@@ -1,11 +1,13 @@
-"""A source as `plan` and `build` read it: what its configuration says, and what its headers say there is.
+"""The census of a source: what its configuration says, and what the headers of its files say there is.
 
-No weight is read. The one reading decides what a checkpoint is: which family's, with which tensors in which roles, and
-which tensors have none.
+No weight is read. `plan` and `build` start from the same census: which family's model it is, with which tensors in
+which roles, and which tensors have none.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.errors import UserError
 from harness.model.census import SourceTensor, expected_census, source_tensors
@@ -15,8 +17,8 @@ from harness.model.family import ModelConfig
 
 
 @dataclass(frozen=True)
-class Source:
-    """A 16-bit checkpoint: the numbers of its configuration, and its tensors in the order of its files."""
+class SourceCensus:
+    """The numbers of a 16-bit checkpoint's configuration, and its tensors in the order of its files."""
 
     config: ModelConfig
     tensors: tuple[SourceTensor, ...]
@@ -27,33 +29,32 @@ class Source:
         return tuple(tensor.name for tensor in self.tensors if tensor.role is None)
 
 
-def source_of(checkpoint: Checkpoint) -> Source:
-    """The source in an opened checkpoint; `UserError` for one of an unknown architecture, or quantized already."""
+def census_of(checkpoint: Checkpoint) -> SourceCensus:
+    """The census of an opened checkpoint; `UserError` for one of an unknown architecture, or quantized already."""
     config = parse_config(checkpoint.config, str(checkpoint.folder / "config.json"))
-    if "quantization_config" in checkpoint.config:
-        raise UserError(f"{checkpoint.folder} is quantized already.", "Start from its 16-bit source.")
-    return Source(config, census_of(checkpoint, config))
-
-
-def census_of(checkpoint: Checkpoint, config: ModelConfig) -> tuple[SourceTensor, ...]:
-    """Every tensor of a checkpoint with its role."""
+    _refuse_quantized(checkpoint.folder, checkpoint.config)
     entries = checkpoint.tensors.values()
-    return source_tensors(config.family, ((entry.name, entry.shape, entry.num_bytes) for entry in entries))
+    tensors = source_tensors(config.family, ((entry.name, entry.shape, entry.num_bytes) for entry in entries))
+    return SourceCensus(config, tensors)
 
 
-def source_at(path: Path) -> Source:
-    """The source that a `config.json`, or a folder with one, describes; `UserError` as in `source_of`.
+def census_at(path: Path) -> SourceCensus:
+    """The census of what a `config.json`, or a folder with one, describes; `UserError` as in `census_of`.
 
-    Where all shards lie beside the configuration their headers say what there is. Else the configuration does, with an
+    Where all shards lie beside the configuration, their headers say what there is. Else the configuration does, with an
     MTP head if an index in the folder names its tensors.
     """
     folder = None if path.is_file() else path
     config_file = path if folder is None else folder / "config.json"
     raw = read_json(config_file)
     config = parse_config(raw, str(config_file))
-    if "quantization_config" in raw:
-        raise UserError(f"{path} is quantized already.", "Start from its 16-bit source.")
+    _refuse_quantized(path, raw)
     index = {} if folder is None else read_index(folder) or {}
     if folder is not None and all((folder / shard).exists() for shard in set(index.values()) or {SINGLE}):
-        return source_of(open_checkpoint(folder))
-    return Source(config, expected_census(config, with_mtp=config.family.has_part(index, "mtp")))
+        return census_of(open_checkpoint(folder))
+    return SourceCensus(config, expected_census(config, with_mtp=config.family.has_part(index, "mtp")))
+
+
+def _refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:
+    if "quantization_config" in config:
+        raise UserError(f"{path} is quantized already.", "Start from its 16-bit source.")

@@ -23,7 +23,7 @@ from harness.model.checkpoint import (
     sync_folder,
 )
 from harness.model.family import Family
-from harness.model.source import source_of
+from harness.model.source import census_of
 from harness.progress import Progress
 from harness.quantize import layerwise
 from harness.quantize.layerwise import Calibration
@@ -119,7 +119,7 @@ def altered(folder: Path, source: Path, recipe: Recipe, progress: Progress) -> l
     """The files of the artifact in `folder` that are not, byte for byte, what its build of `recipe` from `source` wrote
     down in its manifest; one that is missing is among them. Every file is read whole."""
     checkpoint = open_checkpoint(source)
-    tensors = source_of(checkpoint).tensors
+    tensors = census_of(checkpoint).tensors
     formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
     manifest = read_json(folder / MANIFEST)
     files = manifest["files"]

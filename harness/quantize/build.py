@@ -48,7 +48,7 @@ from harness.model.checkpoint import (
     write_file,
 )
 from harness.model.family import Family
-from harness.model.source import source_of
+from harness.model.source import census_of
 from harness.progress import Progress
 from harness.quantize import layerwise
 from harness.quantize.artifact import (
@@ -122,7 +122,7 @@ def build(
             "Add a [calibration] table to the suite, or give --calibration; 'rtn-a16' needs no data.",
         )
     checkpoint = open_checkpoint(source)
-    read = source_of(checkpoint)
+    read = census_of(checkpoint)
     config, family, tensors = read.config, read.config.family, read.tensors
     what = plan(config, tensors, recipe)
     formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}

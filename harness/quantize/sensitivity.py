@@ -47,7 +47,7 @@ from harness.formats.table import FORMATS
 from harness.model.census import SourceTensor
 from harness.model.checkpoint import Checkpoint
 from harness.model.family import Family, Linear
-from harness.model.source import source_of
+from harness.model.source import census_of
 from harness.progress import Progress
 from harness.quantize.layerwise import Calibration, text_model
 from harness.quantize.plan import check_widths
@@ -120,7 +120,7 @@ def measure(
 
     Hidden states go through two files in `folder`, which the caller removes. Calibration samples are those of a build.
     """
-    source = source_of(checkpoint)
+    source = census_of(checkpoint)
     model = text_model(checkpoint, source.config, calibration)
     groups = groups_by_layer(model.family, source.tensors)
     batches = batches_of(calibration.samples.samples, calibration.batch_tokens)
