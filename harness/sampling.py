@@ -1,6 +1,6 @@
 """How the next token is chosen, and the presets that the makers of the models publish.
 
-Source of the presets: the model cards of Qwen3.5 and Qwen3.6 ("Best Practices"); they are names in a suite.
+The presets are those of the model cards of Qwen3.5 and Qwen3.6 ("Best Practices"). A suite's task names one of them.
 """
 
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy, whatever else is set; a top_k of 0 keeps all tokens.
+    """The parameters of sampling. Temperature 0 is greedy, whatever else is set; a `top_k` of 0 keeps all tokens.
 
-    The presence penalty is subtracted once from the logit of every token that was generated before; the repetition
-    penalty divides (multiplies, below zero) the logits of those of the prompt too.
+    The presence penalty is subtracted once from the logit of every token that was generated before. The repetition
+    penalty divides the logit (multiplies it, if it is negative) of every token of the prompt and of the answer so far.
     """
 
     temperature: float = 0.0

@@ -1,4 +1,4 @@
-"""Loads suites: read, checked across tables, and with what gate rules leave open filled in."""
+"""Loads suite files: reads them, checks what one table says of another, and completes rules and claims."""
 
 import dataclasses
 import tomllib
@@ -31,7 +31,7 @@ def narrowed(suite: Suite, variant: str) -> Suite:
 
 
 def load(path: Path) -> Suite:
-    """Read and check one suite file."""
+    """The suite in a file; `UserError` with the place and a remedy for a file that cannot be meant."""
     suite = _read(_document(path, "suite", "--suite"), path)
     tasks = ((f"tasks.{name}", task) for name, task in suite.tasks.items())
     for table, wanted in (("ppl", suite.ppl), ("fidelity", suite.fidelity), ("bench", suite.bench), *tasks):
@@ -58,11 +58,13 @@ def load(path: Path) -> Suite:
 
 
 def restored(resolved: Mapping[str, Any], where: str) -> Suite:
-    """The suite that `Suite.resolved` wrote out, for example into the header of a run; its folder is not known. `where`
-    it stands is for the `UserError` of one that another version of the harness wrote."""
+    """The suite that `Suite.resolved` wrote out, for example into the header of a run; its folder is not known.
+
+    `where` the resolved suite stands is for the `UserError` if another version of the harness wrote it.
+    """
 
     def stated(value: Any) -> Any:
-        """Without what is left open: null, which TOML has not, and lists of nothing."""
+        """The value without keys that are left open, which a TOML file cannot say: null and empty lists."""
         if isinstance(value, dict):
             return {key: stated(one) for key, one in value.items() if one is not None and one != []}
         return [stated(one) for one in value] if isinstance(value, list) else value
