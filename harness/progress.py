@@ -10,6 +10,10 @@ class Progress(Protocol):
         """`description` names one stretch of work, and stays; `note` is what it has to say of itself now."""
 
 
+def silent(done: int, total: int, description: str, note: str = "", /) -> None:
+    """Tells nothing: the progress of work that nobody watches."""
+
+
 def named(progress: Progress, name: str) -> Progress:
     """Tells the same, with `name` before every description."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from harness.engines.protocol import Engine
 from harness.measure.perplexity import Protocol, score, window_samples, windows
-from harness.progress import Progress
+from harness.progress import Progress, silent
 
 
 def protocol_samples(
@@ -15,7 +15,7 @@ def protocol_samples(
     *,
     batch_size: int = 4,
     limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[dict[str, Any]]:
     """A sample per window; `limit` scores the first windows only."""
     cut = windows(protocol, len(ids))[:limit]

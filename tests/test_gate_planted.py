@@ -37,15 +37,7 @@ GATE_PROJ = "model.language_model.layers.0.mlp.gate_proj"
 DOWN_PROJ = "model.language_model.layers.1.mlp.down_proj"
 RTN = recipe_named("rtn-a16")
 TEXT = DemoText("heldout")
-SHORT = perplexity.Protocol(
-    name="short",
-    window=128,
-    stride=128,
-    scored="all but the first",
-    keep_tail=False,
-    description="40 disjoint windows of 128.",
-    source="These tests.",
-)
+SHORT = perplexity.Protocol("short", 128, 128, "all but the first", keep_tail=False)
 NUM_WINDOWS = 40
 SUITE = Suite(
     name="demo",

@@ -199,7 +199,6 @@ def test_the_mixed_cards_perplexity_is_that_of_windows_of_512() -> None:
     measured = suite("qwen3.6-35b-a3b-mixed").ppl
     assert measured is not None and measured.protocols == ("wikitext2-512",)
     assert get_protocol("wikitext2-512").window == 512
-    assert "296,472" in get_protocol("wikitext2-512").source
 
 
 @pytest.mark.parametrize("name", list(MODELS))

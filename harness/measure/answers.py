@@ -1,8 +1,8 @@
 """Answers that an engine has given, kept on the disk as they come: what was answered once is not asked again.
 
-A journal belongs to one checkpoint's content, one engine and one version of a task, which are its `identity`; a request
-in it is known by the digest of everything that the answer depends on: token ids, stop texts, sampling, seed. So a run
-that was interrupted goes on at the request that it was in, and no answer of another model can come back.
+A journal belongs to one checkpoint's content, one engine and one version of a task, which are its `identity`. The key
+of a request is the digest of everything that the answer depends on: token ids, stop texts, sampling, seed. So an
+interrupted run goes on at the request that it was in, and no answer of another model can come back.
 
     {"identity": {...}}                                     the first line
     {"key": "<sha256>", "value": {...}}                     an answer, written as soon as it is known
@@ -15,8 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from harness.errors import UserError
 
@@ -27,12 +26,21 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Journal:
-    """The answers in a file of `folder` that is named after `name` and the digest of `identity`.
+def open_alone(path: Path) -> BinaryIO:
+    """Opens a file to read and append, for this process alone; `UserError` where another process has it open so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = path.open("a+b")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise UserError(f"{path} is being written by another run.", "Wait for its end, or stop it.") from None
+    return stream
 
-    `with Journal(...) as journal:` holds the file for one process alone; `UserError` where another one has it. `fresh`
-    forgets what it says.
-    """
+
+class Journal:
+    """The answers in a file of `folder` that is named after `name` and the digest of `identity`, and held by `with`
+    (`open_alone`). `fresh` forgets the answers in it."""
 
     def __init__(self, folder: Path, name: str, identity: Mapping[str, Any], *, fresh: bool = False) -> None:
         self.path = folder / f"{name}-{digest(identity)[:16]}.jsonl"
@@ -41,13 +49,7 @@ class Journal:
         self._known: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.path.open("a+b")
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._stream.close()
-            raise UserError(f"{self.path} is being written by another run.", "Wait for its end, or stop it.") from None
+        self._stream = open_alone(self.path)
         kept = self._read()
         self._stream.truncate(kept)
         if not kept:
@@ -55,7 +57,7 @@ class Journal:
         return self
 
     def _read(self) -> int:
-        """Takes in every whole line and returns where they end; 0 for a file that says nothing of use."""
+        """Reads every whole line and returns where they end; 0 for a file of another identity."""
         self._known.clear()
         if self._fresh:
             return 0
@@ -81,7 +83,7 @@ class Journal:
         return self._known.get(key)
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
-        """Keeps an answer: with the operating system when this returns, so that it outlives the process."""
+        """Keeps an answer, which the operating system has when this returns: it outlives the process."""
         self._write({"key": key, "value": value})
         self._known[key] = dict(value)
 
@@ -89,7 +91,5 @@ class Journal:
         self._stream.write(json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         self._stream.flush()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream.close()

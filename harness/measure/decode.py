@@ -3,18 +3,17 @@
 Decoding one token at batch 1 reads every weight once and computes little, so its speed is bound by memory bandwidth;
 what the bytes alone allow stands beside each measured speed. On the torch engine those bytes are the *decompressed*
 weights: there a 4-bit checkpoint decodes no faster than its source, and any difference between the two is overhead or
-noise. A smaller file pays off only in an engine with 4-bit kernels.
+noise.
 
 Before anything is timed the model must be coherent: a state that decoding corrupts costs no time. The engine continues
 real text and then judges its own continuation as it judges a prompt. To a model whose decoding and prefill agree,
 greedy text is about as probable as real text or more. Where it is far less so, or real text is hardly more probable
 than chance, or nobody accepts what an MTP head drafts, the run is a finding and no speed.
 
-What keeps the numbers honest: prompts are real text, a different piece for each row of a batch (random tokens mislead
-speculative decoding and expert routing); every repetition decodes the same number of tokens, and the length that came
-back is checked; prefill is apart from the steps; warm-ups are marked and kept; every step time is
-kept, because the median of many hides what one slow step shows. One call measures one engine start. Starts differ
-(memory layout, clocks), so measure each variant in at least two, in the order A B B A, and compare by ratio.
+Prompts are real text, a different piece for each row of a batch: random tokens mislead speculative decoding and expert
+routing. Warm-ups are marked and kept, and every step time is kept, because the median of many hides one slow step.
+One call measures one engine start. Starts differ (memory layout, clocks), so measure each variant in at least two, in
+the order A B B A, and compare by ratio.
 """
 
 import math
@@ -24,7 +23,7 @@ from typing import Any, Literal
 
 from harness.engines.protocol import Decoded, Engine
 from harness.errors import UserError
-from harness.progress import Progress
+from harness.progress import Progress, silent
 
 VERSION = 2
 
@@ -105,7 +104,7 @@ def speed_samples(
     start: int,
     repetitions: int,
     warmups: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[dict[str, Any]]:
     """Samples of engine start number `start`, every one with its `kind`:
 
@@ -129,18 +128,18 @@ def speed_samples(
         warmup = turn < warmups
         head = {"start": start, "repetition": turn if warmup else turn - warmups, "warmup": warmup}
         for shape, rows in texts.items():
-            _tick(progress, done, total, str(shape))
+            progress(done, total, str(shape))
             size = {"batch": shape.batch, "prompt_tokens": shape.prompt_tokens}
+            decoded = _decode(engine, rows, 1 if shape.kind == "prefill" else shape.new_tokens)
+            prefill = {"prefill_seconds": decoded.prefill_seconds}
             if shape.kind == "prefill":
-                decoded = _decode(engine, rows, 1)
-                yield {"kind": "prefill", **head, **size, "prefill_seconds": decoded.prefill_seconds}
+                yield {"kind": "prefill", **head, **size, **prefill}
             else:
-                decoded = _decode(engine, rows, shape.new_tokens)
-                times = {"prefill_seconds": decoded.prefill_seconds, "step_seconds": list(decoded.step_seconds)}
                 drafts = vars(decoded.drafts) if decoded.drafts is not None else {}
-                yield {"kind": "decode", **head, **size, "new_tokens": shape.new_tokens, **times, **drafts}
+                steps = {"step_seconds": list(decoded.step_seconds), **drafts}
+                yield {"kind": "decode", **head, **size, "new_tokens": shape.new_tokens, **prefill, **steps}
             done += 1
-    _tick(progress, done, total, "done")
+    progress(done, total, "done")
     memory = engine.memory()
     yield {
         "kind": "memory",
@@ -170,8 +169,3 @@ def _decode(engine: Engine, rows: list[list[int]], num_tokens: int) -> Decoded:
             "The clock of this machine jumps; nothing of this run is usable.",
         )
     return decoded
-
-
-def _tick(progress: Progress | None, done: int, total: int, description: str) -> None:
-    if progress is not None:
-        progress(done, total, description)

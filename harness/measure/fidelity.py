@@ -1,9 +1,8 @@
 """Fidelity: how far a variant's predictions are from its source's, token by token.
 
-Perplexity asks how probable the text was; a quantized model may by luck find a text more probable than its source
-does, and then looks better than what it was made from. The Kullback-Leibler divergence KL(P || Q) asks instead
-how much of the source's whole distribution P over the next token the variant's Q has lost. It is never negative,
-it is zero only where the two agree on every token of the vocabulary, and it does not need to know which token came.
+A quantized model may by luck find a text more probable than its source does, and then perplexity says that it is
+better. The Kullback-Leibler divergence KL(P || Q) asks instead how much of the source's whole distribution P over the
+next token the variant's Q has lost. It is never negative, and zero only where the two agree on the whole vocabulary.
 
 The arithmetic. Engines give float32 log-probabilities, whose sum of probabilities misses 1 by about 1e-6, while
 a good variant's divergence is 1e-3. Written as usual, Σ p (ln p - ln q), that miss enters at first order. So every
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 
 from harness.engines.protocol import Chunk, Top
 from harness.errors import UserError
-from harness.progress import Progress
+from harness.progress import Progress, silent
 from harness.record.packed import pack_numbers
 
 VERSION = 2
@@ -40,6 +39,7 @@ BAND_ENDS = (512, 4096, 32_768, 1 << 20)
 recurrent state gathers grows from band to band."""
 
 _ROWS_ELEMENTS = 1 << 20  # log-probabilities widened at a time: 8 MB of float64 per temporary
+_REPEAT = "The run is not usable: repeat it."
 _LEAST_TAIL = 1e-6
 """Below this, what is left of 1 after a float32 sum is rounding."""
 
@@ -75,8 +75,7 @@ def token_kl_nats(reference: NDArray[np.float32], variant: NDArray[np.float32]) 
     num, vocabulary = reference.shape
     divergence = np.empty(num)
     step = max(1, _ROWS_ELEMENTS // vocabulary)
-    for start in range(0, num, step):
-        rows = slice(start, start + step)
+    for rows in (slice(start, start + step) for start in range(0, num, step)):
         log_p, log_q = reference[rows].astype(np.float64), variant[rows].astype(np.float64)
         divergence[rows] = _terms(log_p, log_q).sum(axis=1)
     return divergence
@@ -173,13 +172,12 @@ def fidelity_samples(
     windows: Sequence[Sequence[int]],
     names: Sequence[str],
     *,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(Name, sample) of each window and variant, in order. The first model of a chunk is the reference, the others are
     called `names`; see `sample`. `UserError` for a vocabulary of another size, a divergence that is not finite, or
     missing windows."""
-    if progress is not None:
-        progress(0, len(windows), "fidelity")
+    progress(0, len(windows), "fidelity")
     done: dict[str, list[Compared]] = {name: [] for name in names}
     index = place = 0
     for chunk in chunks:
@@ -189,7 +187,17 @@ def fidelity_samples(
         window = windows[index]
         actual = window[place + 1 : place + 1 + len(reference)]
         for name, variant in zip(names, variants, strict=True):
-            _check(name, reference, variant, len(actual), index, len(window))
+            if reference.shape[1] != variant.shape[1]:
+                raise UserError(
+                    f"The reference knows {reference.shape[1]:,} tokens and {name} {variant.shape[1]:,}.",
+                    "Compare a variant with the source that it was made from.",
+                )
+            if not len(reference) == len(variant) == len(actual):
+                raise UserError(
+                    f"Window {index} has {len(window)} tokens, and the engines gave {len(reference)} and "
+                    f"{len(variant)} distributions where {len(actual)} were left.",
+                    _REPEAT,
+                )
             compared = compare_whole(reference, variant, actual)
             _check_finite(name, compared, index, place)
             done[name].append(compared)
@@ -199,18 +207,10 @@ def fidelity_samples(
                 yield name, sample(index, len(window), _joined(pieces))
                 pieces.clear()
             index, place = index + 1, 0
-            if progress is not None:
-                progress(index, len(windows), "fidelity")
+            progress(index, len(windows), "fidelity")
     if place:
-        raise UserError(
-            f"Window {index} has {len(windows[index])} tokens, and the engines predicted {place} of its "
-            f"{len(windows[index]) - 1} last.",
-            "The run is not usable: repeat it.",
-        )
-    if index < len(windows):
-        raise UserError(
-            f"The engines predicted {index} of {len(windows)} windows.", "The run is not usable: repeat it."
-        )
+        raise _cut_window(index, len(windows[index]), "the engines", place)
+    _check_number(index, len(windows))
 
 
 def top_fidelity_samples(
@@ -219,30 +219,33 @@ def top_fidelity_samples(
     windows: Sequence[Sequence[int]],
     name: str,
     *,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[dict[str, Any]]:
     """One sample per window, in order, of a variant called `name`, from the most probable tokens on both sides; see
     `sample`. `UserError` for probabilities that are not finite or missing windows."""
-    if progress is not None:
-        progress(0, len(windows), "fidelity")
-    returned = 0
+    progress(0, len(windows), "fidelity")
+    num_compared = 0
     for index, (window, expected, found) in enumerate(zip(windows, reference, variant, strict=False)):
-        num = len(window) - 1
-        if not len(expected.ids) == len(found.ids) == num:
-            raise UserError(
-                f"Window {index} has {len(window)} tokens, and {name} predicted {len(found.ids)} of its {num} last.",
-                "The run is not usable: repeat it.",
-            )
+        if not len(expected.ids) == len(found.ids) == len(window) - 1:
+            raise _cut_window(index, len(window), name, len(found.ids))
         compared = compare_top(expected, found, window[1:])
         _check_finite(name, compared, index, 0)
         yield sample(index, len(window), compared)
-        returned = index + 1
-        if progress is not None:
-            progress(returned, len(windows), "fidelity")
-    if returned < len(windows):
-        raise UserError(
-            f"The engines predicted {returned} of {len(windows)} windows.", "The run is not usable: repeat it."
-        )
+        num_compared = index + 1
+        progress(num_compared, len(windows), "fidelity")
+    _check_number(num_compared, len(windows))
+
+
+def _cut_window(index: int, num_tokens: int, who: str, num_predicted: int) -> UserError:
+    problem = (
+        f"Window {index} has {num_tokens} tokens, and {who} predicted {num_predicted} of its {num_tokens - 1} last."
+    )
+    return UserError(problem, _REPEAT)
+
+
+def _check_number(num_compared: int, num_windows: int) -> None:
+    if num_compared < num_windows:
+        raise UserError(f"The engines predicted {num_compared} of {num_windows} windows.", _REPEAT)
 
 
 def _check_finite(name: str, compared: Compared, index: int, place: int) -> None:
@@ -251,28 +254,6 @@ def _check_finite(name: str, compared: Compared, index: int, place: int) -> None
             f"Window {index} of {name} has a divergence of {compared.kl_nats[bad[0]]} at position "
             f"{place + int(bad[0])}.",
             "Run `harness verify`: a scale or weight of the checkpoint is broken.",
-        )
-
-
-def _check(
-    name: str,
-    reference: NDArray[np.float32],
-    variant: NDArray[np.float32],
-    num_wanted: int,
-    index: int,
-    num_tokens: int,
-) -> None:
-    """Refuse what cannot be compared position by position."""
-    if reference.shape[1] != variant.shape[1]:
-        raise UserError(
-            f"The reference knows {reference.shape[1]:,} tokens and {name} {variant.shape[1]:,}.",
-            "Compare a variant with the source that it was made from.",
-        )
-    if not len(reference) == len(variant) == num_wanted:
-        raise UserError(
-            f"Window {index} has {num_tokens} tokens, and the engines gave {len(reference)} and {len(variant)} "
-            f"distributions where {num_wanted} were left.",
-            "The run is not usable: repeat it.",
         )
 
 

@@ -1,9 +1,9 @@
 """An engine as a model of lm-eval: its requests answered, and everything about them kept that lm-eval forgets.
 
 Tokenization is lm-eval's own (`TemplateLM`), so a prompt has the ids that `lm_eval --model hf` gives it, and so are the
-rules by which a text is cut at its stops. What differs is on purpose: a prompt that is too long is refused before a
-model is loaded instead of cut from the left, and every drawn token has a seed of its own request, so that neither the
-batch nor an interruption changes an answer.
+rules by which a text is cut at its stops. Two things differ: a prompt that is too long is refused before a model is
+loaded instead of cut from the left, and every request has a seed of its own, so that neither the batch nor an
+interruption changes an answer.
 """
 
 import json
@@ -26,10 +26,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from harness.engines.protocol import Choice, Engine, Prompt
 from harness.errors import UserError
 from harness.measure.answers import Journal, digest
-from harness.progress import Progress
+from harness.progress import Progress, silent
 from harness.sampling import Sampling
 
-THINK_START, THINK_END = "<think>", "</think>"
+_THINK_START, _THINK_END = "<think>", "</think>"
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's own where a task says nothing
 _SAMPLING = {one.name for one in fields(Sampling)}
 
@@ -101,11 +101,11 @@ class Texts:
 
     @property
     def digest(self) -> str:
-        """Of what turns text into ids: vocabulary, rules and chat template."""
+        """The digest of what turns text into ids: vocabulary, rules and chat template."""
         return digest([json.loads(self.tokenizer.backend_tokenizer.to_str()), self.tokenizer.chat_template])
 
     def require_chat_template(self, task: str) -> None:
-        """`UserError` for a tokenizer without one."""
+        """`UserError` for a tokenizer without a chat template."""
         if self.tokenizer.chat_template is None:
             raise UserError(
                 f"Task '{task}' asks for a chat, and the tokenizer in {self.folder} has no chat template.",
@@ -122,7 +122,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         settings: Settings,
         engine: Engine | None = None,
         journal: Journal | None = None,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> None:
         super().__init__()
         self.tokenizer = texts.tokenizer
@@ -193,20 +193,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         answers = self._choices(pairs, "choices")
-        found = []
-        for instance, (context, continuation), answer in zip(self._asked, pairs, answers, strict=True):
-            self._note(
-                instance,
-                Detail(
-                    prompt_digest=digest([context, continuation]),
-                    num_prompt_tokens=len(context),
-                    num_tokens=len(continuation),
-                    seconds=answer["seconds"],
-                    log_prob=answer["log_prob"],
-                ),
-            )
-            found.append((answer["log_prob"], answer["greedy"]))
-        return found
+        for instance, pair, answer in zip(self._asked, pairs, answers, strict=True):
+            num_prompt_tokens, num_tokens = map(len, pair)
+            detail = Detail(digest(pair), num_prompt_tokens, num_tokens, answer["seconds"], answer["log_prob"])
+            self._note(instance, detail)
+        return [(answer["log_prob"], answer["greedy"]) for answer in answers]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """See `lm_eval.api.model.LM`."""
@@ -215,18 +206,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         found = []
         for instance, pairs in zip(requests, windows, strict=True):
             mine = [next(answers) for _ in pairs]
-            total = sum(answer["log_prob"] for answer in mine)
-            self._note(
-                instance,
-                Detail(
-                    prompt_digest=digest(pairs),
-                    num_prompt_tokens=0,
-                    num_tokens=sum(len(after) for _, after in pairs),
-                    seconds=sum(answer["seconds"] for answer in mine),
-                    log_prob=total,
-                ),
-            )
-            found.append(total)
+            num_tokens = sum(len(after) for _, after in pairs)
+            log_prob, seconds = (sum(answer[key] for answer in mine) for key in ("log_prob", "seconds"))
+            self._note(instance, Detail(digest(pairs), 0, num_tokens, seconds, log_prob))
+            found.append(log_prob)
         return found
 
     def rolling(self, text: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -277,14 +260,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     def _judged(self, instance: Instance, prompt: Prompt, answer: Mapping[str, Any]) -> tuple[str, Detail]:
         """The text that lm-eval scores, and what else there is to say of an answer."""
-        end = self.tokenizer.decode(self.eot_token_id)
-        until = normalize_gen_kwargs(instance.args[1])["until"]
-        thinking = self._settings.thinking
-        whole = answer["text"]
-        text = postprocess_generated_text(
-            whole, handle_stop_sequences(list(until), eos=end), THINK_END if thinking else None
-        )
-        open_thought = THINK_END not in whole if thinking else THINK_START in whole.rpartition(THINK_END)[2]
+        until = list(normalize_gen_kwargs(instance.args[1])["until"])
+        stops = handle_stop_sequences(until, eos=self.tokenizer.decode(self.eot_token_id))
+        thinking, whole = self._settings.thinking, answer["text"]
+        text = postprocess_generated_text(whole, stops, _THINK_END if thinking else None)
+        open_thought = _THINK_END not in whole if thinking else _THINK_START in whole.rpartition(_THINK_END)[2]
         return text, Detail(
             prompt_digest=digest(prompt.token_ids),
             num_prompt_tokens=len(prompt.token_ids),
@@ -345,21 +325,19 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             {key: place for place, key in reversed(list(enumerate(keys))) if journal.get(key) is None}.values()
         )
         open_.reverse()
-        reused = sum(journal.get(key) is not None for key in keys)
         self.log.num_answers += len(keys)
-        self.log.num_reused += reused
+        self.log.num_reused += sum(journal.get(key) is not None for key in keys)
         tell = _Teller(self._progress, name, len(keys) - len(open_), len(keys))
-        if open_:
-            for place, answer in ask(open_):
-                journal.put(keys[place], answer)
-                tell.one(answer)
+        for place, answer in ask(open_) if open_ else ():
+            journal.put(keys[place], answer)
+            tell.one(answer)
         return [cast(dict[str, Any], journal.get(key)) for key in keys]
 
 
 class _Teller:
     """Says how far a run is: items, tokens per second and answers that were cut off."""
 
-    def __init__(self, progress: Progress | None, name: str, done: int, total: int) -> None:
+    def __init__(self, progress: Progress, name: str, done: int, total: int) -> None:
         self._progress, self._name, self._done, self._total = progress, name, done, total
         self._tokens = self._cut = 0
         self._seconds = 0.0
@@ -377,7 +355,7 @@ class _Teller:
         self._tell(note)
 
     def _tell(self, note: str) -> None:
-        if self._progress is not None and self._total:
+        if self._total:
             self._progress(self._done, self._total, self._name, note)
 
 

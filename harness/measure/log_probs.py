@@ -1,8 +1,7 @@
 """Log-probabilities of a text's tokens, kept on the disk window by window: what was scored once is not scored again.
 
 A file belongs to one `identity`: everything that the numbers depend on and that is known before an engine is started
-(the checkpoint's content, what is asked of the engine, packages, machine, token ids, windows, batch size). It holds one
-line of JSON and then nothing but numbers,
+(the checkpoint's content, what is asked of the engine, packages, machine, token ids, windows, batch size). It holds
 
     {"identity": {...}, "engine": {...}}        the engine that computed them, as a run's header describes it
     <float32, little-endian>                    ln P of tokens 1 … n - 1 of window 0, then of window 1 …
@@ -11,21 +10,18 @@ so a run of which every window is there is recorded without starting an engine, 
 window that a killed process left half written is dropped.
 """
 
-import fcntl
 import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.errors import UserError
-from harness.measure.answers import digest
+from harness.measure.answers import digest, open_alone
 
 _FLOAT = np.dtype("<f4")
 _ENGINE = ("name", "version", "device", "dtype", "served_as")
@@ -33,11 +29,7 @@ _ENGINE = ("name", "version", "device", "dtype", "served_as")
 
 class LogProbs:
     """The log-probabilities of windows of `lengths` tokens, in a file of `folder` that is named after `name` and the
-    digest of `identity`.
-
-    `with LogProbs(...) as stored:` holds the file for one process alone; `UserError` where another one has it. `fresh`
-    forgets what it says.
-    """
+    digest of `identity`, and held by `with` (`open_alone`). `fresh` forgets the numbers in it."""
 
     def __init__(
         self, folder: Path, name: str, identity: Mapping[str, Any], lengths: Sequence[int], *, fresh: bool = False
@@ -52,13 +44,7 @@ class LogProbs:
         self._head_bytes = 0
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.path.open("a+b")
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._stream.close()
-            raise UserError(f"{self.path} is being written by another run.", "Wait for its end, or stop it.") from None
+        self._stream = open_alone(self.path)
         self.engine = None if self._fresh else self._read_head()
         if self.engine is not None:
             num_numbers = (self.path.stat().st_size - self._head_bytes) // _FLOAT.itemsize
@@ -84,8 +70,8 @@ class LogProbs:
         return self._num_windows
 
     def go_on(self, engine: Mapping[str, Any], num_windows: int) -> int:
-        """Keeps the first `num_windows`, if it was this engine (its part of a run's header) that computed them, and
-        none if it was another; returns how many are kept. What is appended from now on is this engine's."""
+        """Keeps the first `num_windows` if this engine (its part of a run's header) computed them, none if another one
+        did; returns how many are kept. What is appended from now on is this engine's."""
         if self.engine is None or _of(self.engine) != _of(engine):
             num_windows = 0
             self._head_bytes = 0
@@ -104,7 +90,7 @@ class LogProbs:
         self._stream.truncate(self._head_bytes + self._ends[num_windows] * _FLOAT.itemsize)
 
     def append(self, log_probs: NDArray[np.float32]) -> None:
-        """Keeps the next window: with the operating system when this returns, so that it outlives the process."""
+        """Keeps the next window, which the operating system has when this returns: it outlives the process."""
         num = self._ends[self._num_windows + 1] - self._ends[self._num_windows]
         if log_probs.shape != (num,):
             raise ValueError(f"log-probabilities of shape {log_probs.shape} for a window that has {num}")
@@ -121,15 +107,13 @@ class LogProbs:
             yield np.fromfile(self.path, dtype=_FLOAT, count=end - first, offset=place)
 
     def sha256(self, num_windows: int) -> str:
-        """Of the first `num_windows` windows, as they lie in the file."""
+        """The digest of the first `num_windows` windows, as they lie in the file."""
         found = hashlib.sha256()
         for row in self.rows(num_windows):
             found.update(row.tobytes())
         return found.hexdigest()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream.close()
 
 

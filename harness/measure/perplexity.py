@@ -5,11 +5,7 @@ Perplexity is exp of the mean negative log-likelihood per scored token. The same
 the start of its window is predicted from nothing and costs much more. So a protocol has a name, its windows are
 data (`PROTOCOLS`), and the name, the number of tokens, windows and scored tokens belong to every number.
 
-Several protocols may score the same windows and differ only in the tokens that count: the engine's answers are kept for
-all of them (`log_probs`), and each protocol takes its tokens from there.
-
-The measure yields one raw sample per window and averages nothing: two variants measured on the same windows can then be
-compared pairwise, which is far tighter than comparing two means.
+Protocols may read the same windows and differ in the tokens that count: `log_probs` keeps the engine's answers for all.
 """
 
 import hashlib
@@ -26,7 +22,7 @@ from tokenizers import Tokenizer
 from harness.engines.protocol import Engine
 from harness.errors import UserError, did_you_mean
 from harness.measure.log_probs import LogProbs
-from harness.progress import Progress
+from harness.progress import Progress, silent
 
 VERSION = 1
 
@@ -49,8 +45,6 @@ class Protocol:
     whose context is longer than half a window. `new tokens`: those that no earlier window has seen."""
     keep_tail: bool
     """Whether a last, shorter window counts, or is dropped."""
-    description: str
-    source: str
     unit: Unit = "token"
     """What the mean is taken over."""
 
@@ -64,7 +58,7 @@ class Window:
     num_tokens: int
     first_scored: int
     document: int | None = None
-    """Of which it is a part, where the text is read document by document."""
+    """The number of its document, where the text is read document by document."""
 
     @property
     def num_scored(self) -> int:
@@ -75,53 +69,17 @@ class Window:
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol(
-            name="wikitext2-512",
-            window=512,
-            stride=512,
-            scored="all but the first",
-            keep_tail=True,
-            description="Disjoint windows of 512, the last one shorter; every token but each window's first.",
-            source="The protocol of vLLM-measured NVFP4 cards: 297,053 tokens, 581 windows, 296,472 scored.",
-        ),
-        Protocol(
-            name="llamacpp-512",
-            window=512,
-            stride=512,
-            scored="second half",
-            keep_tail=False,
-            description="Disjoint windows of 512, the tail dropped; the last 255 tokens of each.",
-            source="llama.cpp, tools/perplexity (no BOS for models that add none): 580 chunks of 297,193 tokens.",
-        ),
-        Protocol(
-            name="gptq-2048",
-            window=2048,
-            stride=2048,
-            scored="all but the first",
-            keep_tail=False,
-            description="Disjoint windows of 2048, the tail dropped; every token but each window's first.",
-            source="The evaluation of the GPTQ paper's code, followed by most quantization papers.",
-        ),
-        Protocol(
-            name="hf-1024-s512",
-            window=1024,
-            stride=512,
-            scored="new tokens",
-            keep_tail=True,
-            description="Windows of 1024 every 512 tokens; of each the tokens that no window before it has scored.",
-            source="transformers' guide 'Perplexity of fixed-length models', its loss weighted by its true tokens.",
-        ),
-        Protocol(
-            name="lmeval-word",
-            window=None,
-            stride=None,
-            scored="new tokens",
-            keep_tail=True,
-            description="Pages of WikiText, detokenized, each after an end-of-text token; every token of a page, over "
-            "the words that the page had before.",
-            source="lm-eval's task `wikitext` (version 2) on EleutherAI/wikitext_document_level: word_perplexity.",
-            unit="word",
-        ),
+        # vLLM-measured NVFP4 cards: 297,053 tokens, 581 windows, 296,472 scored.
+        Protocol("wikitext2-512", 512, 512, "all but the first", keep_tail=True),
+        # llama.cpp, tools/perplexity (no BOS for models that add none): 255 tokens of each of 580 chunks.
+        Protocol("llamacpp-512", 512, 512, "second half", keep_tail=False),
+        # The evaluation of the GPTQ paper's code, followed by most quantization papers.
+        Protocol("gptq-2048", 2048, 2048, "all but the first", keep_tail=False),
+        # transformers' guide 'Perplexity of fixed-length models', its loss weighted by its true tokens.
+        Protocol("hf-1024-s512", 1024, 512, "new tokens", keep_tail=True),
+        # lm-eval's task `wikitext` (version 2) on EleutherAI/wikitext_document_level: pages, each after an end-of-text
+        # token; every token of a page, over the words that it had before it was detokenized.
+        Protocol("lmeval-word", None, None, "new tokens", keep_tail=True, unit="word"),
     )
 }
 
@@ -169,7 +127,7 @@ def tokenize(folder: Path, text: str) -> list[int]:
     """The token ids of a text, without special tokens, by the checkpoint's `tokenizer.json`.
 
     By the tokenizers library itself, not by `AutoTokenizer`: which class transformers picks, and with it the ids,
-    has changed between releases for one and the same folder. Do this once and hand the ids to every engine.
+    has changed between releases for one and the same folder.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -188,8 +146,8 @@ def token_ids_digest(ids: Sequence[int]) -> str:
 
 
 def whole(protocol: Protocol) -> Protocol:
-    """The protocol of the same window and stride that leaves out nothing. Its windows are what is kept of an engine's
-    answers: those of `protocol` are the first of them, with perhaps fewer tokens that count."""
+    """The protocol of the same window and stride that leaves out nothing. An engine's answers are kept for its windows:
+    those of `protocol` are the first of them, with perhaps fewer tokens that count."""
     return replace(protocol, scored="all but the first", keep_tail=True)
 
 
@@ -229,7 +187,7 @@ def extend(
     *,
     batch_size: int,
     name: str,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> int:
     """Scores what is missing of the first `num_windows` windows of `cut` into `stored`, and returns how many it had.
 
@@ -262,21 +220,19 @@ def score(
     *,
     first: int = 0,
     name: str,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[NDArray[np.float32]]:
     """The log-probabilities [num_tokens - 1], in nats, of every token but the first of each window from `first` on, as
     the engine computes them. `UserError` for too few of them, and for a value that is not finite."""
     rows = engine.score([ids[w.first_token : w.first_token + w.num_tokens] for w in cut[first:]], batch_size)
     done = first
-    if progress is not None:
-        progress(done, len(cut), name)
+    progress(done, len(cut), name)
     for window, row in zip(cut[first:], rows, strict=False):
         log_probs = row.astype(np.float32)
         _check(log_probs, window, done)
         yield log_probs
         done += 1
-        if progress is not None:
-            progress(done, len(cut), name)
+        progress(done, len(cut), name)
     if done < len(cut):
         raise UserError(
             f"The {engine.info.name} engine scored {done} of {len(cut)} windows.",

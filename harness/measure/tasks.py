@@ -1,11 +1,10 @@
 """Tasks by lm-eval: its tasks, its prompts, its metrics, on the engines of the harness, with every item kept.
 
-`take_task` takes a task from lm-eval by name or from a file, and `ready_task` writes its prompts. Between them they
-find everything that can be wrong before a model is loaded: an unknown name, a template that does not render, a dataset
-that is not there, a prompt that is too long. `task_samples` runs the task. The sample of an item says which document
-and which tokens were asked (by digest), how the item was scored and how the answer ended, so that two models can be
-compared item by item, and a run whose answers were cut off or empty does not pass for a measurement. lm-eval's own
-figures are samples too: its aggregations and standard errors are part of what a task is.
+`take_task` takes a task from lm-eval by name or from a file, and `ready_task` writes its prompts. Together they find
+everything that can be wrong before a model is loaded: an unknown name, a template that does not render, a missing
+dataset, a prompt that is too long. `task_samples` runs the task. An item's sample says which document and tokens were
+asked, how the item was scored and how the answer ended: two models can be compared item by item, and answers that were
+cut off or empty do not pass for a measurement. lm-eval's own figures are samples too.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ from harness.engines.protocol import Engine
 from harness.errors import UserError
 from harness.measure.answers import Journal, digest
 from harness.measure.lm import AnswerLog, Detail, EngineLM, Settings, Texts, rolling_window
-from harness.progress import Progress
+from harness.progress import Progress, silent
 from harness.sampling import PRESETS
 from harness.suite.schema import Task
 
@@ -45,37 +44,32 @@ _PINNED = "pinned"  # a group of one task, through which lm-eval takes overrides
 
 
 @dataclass(frozen=True)
-class ReadyTask:
-    """A task that is ready to run, by a tokenizer, on any number of models."""
-
-    label: str
-    """Its name in the suite."""
-    wanted: Task
-    texts: Texts
-    settings: Settings
-    tasks: Mapping[str, Any]
-    """lm-eval's objects of all leaf tasks, by name."""
-    groups: Mapping[str, Any]
-    num_docs: int
-    """Of all tasks, under the limit of the suite."""
-    identity: dict[str, Any]
-    """What makes an answer to this task this task's: its configuration's digest, versions, datasets."""
-
-
-@dataclass(frozen=True)
 class TakenTask:
     """A task as lm-eval has it, configured as the suite wants it, with its dataset at hand."""
 
     label: str
+    """The task's name in the suite."""
     wanted: Task
     tasks: Mapping[str, Any]
+    """lm-eval's objects of all leaf tasks, by name."""
     groups: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ReadyTask(TakenTask):
+    """A task that is ready to run, by a tokenizer, on any number of models."""
+
+    texts: Texts
+    settings: Settings
+    num_docs: int
+    """The documents of all leaf tasks, under the limit of the suite."""
+    identity: dict[str, Any]
+    """What an answer to this task depends on: the digest of the configuration, versions, datasets."""
 
 
 def take_task(label: str, wanted: Task, source: str | Path) -> TakenTask:
     """Takes a task from lm-eval by name or from a file (`source`) and fetches its dataset. `UserError` for a task that
-    is unknown, broken, of another version, without its dataset, or that cannot be put as `wanted`. No tokenizer and no
-    model is needed for that."""
+    is unknown, broken, of another version, without its dataset, or that cannot be put as `wanted`."""
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # says again what it raises
     datasets.disable_progress_bars()
     # It draws bars on stderr and takes no argument against them.
@@ -102,7 +96,7 @@ def ready_task(taken: TakenTask, texts: Texts, max_length: int, engine: str) -> 
         "tasks": {name: _about(task) for name, task in tasks.items()},
     }
     settings = Settings(wanted.thinking, wanted.seed, wanted.batch_size, rolling_window(max_length, engine))
-    loaded = ReadyTask(label, wanted, texts, settings, tasks, taken.groups, num_docs, identity)
+    loaded = ReadyTask(label, wanted, tasks, taken.groups, texts, settings, num_docs, identity)
     # vLLM adds a token to every prompt that it scores.
     _check_requests(loaded, max_length, 1 if engine == "vllm" else 0)
     return loaded
@@ -114,7 +108,7 @@ def task_samples(
     journal: Journal,
     *,
     limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[dict[str, Any]]:
     """Runs the task `repeats` times and yields samples, every one with its `kind`.
 
@@ -409,12 +403,9 @@ def _score(value: Any) -> float | list[float] | None:
     """A metric of one item as JSON: a number, or those that lm-eval aggregates together; None for anything else."""
     if isinstance(value, bool | int | float | np.number | np.bool_):
         return float(value) if math.isfinite(value) else None
-    if isinstance(value, list | tuple) and value:
-        numbers = [_score(one) for one in value]
-        return (
-            [one for one in numbers if isinstance(one, float)] if all(type(one) is float for one in numbers) else None
-        )
-    return None
+    numbers = [_score(one) for one in value] if isinstance(value, list | tuple) else []
+    floats = [one for one in numbers if isinstance(one, float)]
+    return floats if floats and len(floats) == len(numbers) else None
 
 
 def _results(found: Mapping[str, Any], repetition: int) -> Iterator[dict[str, Any]]:
