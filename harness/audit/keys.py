@@ -62,14 +62,9 @@ def expect(
     layout = replace(family.published, text_prefix=prefix)
     expectation = Expectation(config, is_text_only=layout != family.published)
     if expectation.is_text_only:
-        expectation.findings.append(
-            Finding(
-                "error",
-                f"{prefix}layers.…",
-                "the text-only key layout, where the architecture has the multimodal one",
-                "releases of vLLM that load the multimodal class find no text weights",
-            )
-        )
+        problem = "the text-only key layout, where the architecture has the multimodal one"
+        why = "releases of vLLM that load the multimodal class find no text weights"
+        expectation.findings.append(Finding("error", f"{prefix}layers.…", problem, why))
     tensors_of: dict[str, list[str]] = {}
     for name in stored:
         tensors_of.setdefault(name.rpartition(".")[0], []).append(name)
@@ -127,11 +122,8 @@ def _expect_linear(
         ignored = next((entry for entry in quantization.ignore if matches(name, entry)), None)
         why = "no group targets it" if ignored is None else f"ignore lists it ({ignored})"
         expectation.told.update(found)
-        expectation.findings.append(
-            Finding(
-                "error", name, f"is stored quantized, but {why}", f"it is loaded as a 16-bit layer: {UNINITIALISED}"
-            )
-        )
+        consequence = f"it is loaded as a 16-bit layer: {UNINITIALISED}"
+        expectation.findings.append(Finding("error", name, f"is stored quantized, but {why}", consequence))
     elif group.format is None:
         expectation.told.update(found)
     elif f"{name}.weight" in stored and not is_quantized:
@@ -174,9 +166,8 @@ def key_findings(
             yield Finding("error", name, f"has shape {list(entry.shape)} instead of {list(shape)}", REFUSED)
         if entry.dtype != dtype and not (dtype is None and entry.dtype in KEPT_DTYPES):
             wanted = dtype or "a 16- or 32-bit float"
-            yield Finding(
-                "error", name, f"is stored as {entry.dtype} instead of {wanted}", "vLLM casts it and loses its meaning"
-            )
+            problem = f"is stored as {entry.dtype} instead of {wanted}"
+            yield Finding("error", name, problem, "vLLM casts it and loses its meaning")
     for name in stored:
         if name not in expectation.tensors and name not in expectation.told:
             yield _surplus(family, name, stored)
@@ -188,12 +179,9 @@ def _lost_part(config: ModelConfig, part: Part, count: int, source_has_mtp: bool
         problem = f"none of the vision tower's {count} tensors is there, though config.json describes it"
         return Finding("error", f"{prefix}*", problem, "the model answers about images that it does not see")
     told = [*["config.json counts its layers"] * config.states_mtp, *["the source has them"] * bool(source_has_mtp)]
-    return Finding(
-        "error" if source_has_mtp else "warning",
-        f"{prefix}*",
-        f"none of the MTP head's {count} tensors is there, though {' and '.join(told)}",
-        "speculative decoding with method mtp runs on uninitialised weights: no draft is ever accepted",
-    )
+    problem = f"none of the MTP head's {count} tensors is there, though {' and '.join(told)}"
+    why = "speculative decoding with method mtp runs on uninitialised weights: no draft is ever accepted"
+    return Finding("error" if source_has_mtp else "warning", f"{prefix}*", problem, why)
 
 
 def _missing(name: str) -> Finding:
@@ -207,16 +195,8 @@ def _surplus(family: Family, name: str, stored: Mapping[str, TensorEntry]) -> Fi
     module, _, suffix = name.rpartition(".")
     ours = _MODEL_OPTIMIZER.get(suffix)
     if ours is not None and f"{module}.{ours}" not in stored:
-        return Finding(
-            "error",
-            name,
-            f"is Model Optimizer's name for the reciprocal of {ours}",
-            f"loaders of compressed-tensors look for {ours}, find none and leave it uninitialised",
-        )
+        why = f"loaders of compressed-tensors look for {ours}, find none and leave it uninitialised"
+        return Finding("error", name, f"is Model Optimizer's name for the reciprocal of {ours}", why)
     known = "" if family.role_of(name) or name.endswith(("_scale", "_packed")) else ", which this architecture has not"
-    return Finding(
-        "warning",
-        name,
-        f"is not called for by config.json and quantization_config{known}",
-        "vLLM ignores it or stops at an unexpected key, by release",
-    )
+    problem = f"is not called for by config.json and quantization_config{known}"
+    return Finding("warning", name, problem, "vLLM ignores it or stops at an unexpected key, by release")

@@ -138,12 +138,9 @@ def matching_findings(family: Family, config: QuantizationConfig, meant: Sequenc
     """Every kind of layer that vLLM takes for something else than the configuration means, each told once."""
     named = [group.name for group in config.groups if "Linear" not in group.targets]
     if named and len(named) < len(config.groups):
-        yield Finding(
-            "warning",
-            "config.json",
-            "a group targets 'Linear' beside groups that name modules",
-            "vLLM 0.17 to 0.26 tests the class name before fused shards and may take the wrong group",
-        )
+        problem = "a group targets 'Linear' beside groups that name modules"
+        why = "vLLM 0.17 to 0.26 tests the class name before fused shards and may take the wrong group"
+        yield Finding("warning", "config.json", problem, why)
     readers = (Reader(family, config, up_to_026=False), Reader(family, config, up_to_026=True))
     alike: dict[tuple[str, str, str, str], list[str]] = {}
     for name, layer in engine_layers(family, meant).items():
@@ -157,7 +154,7 @@ def matching_findings(family: Family, config: QuantizationConfig, meant: Sequenc
 
 
 def _disagreement(layer: EngineLayer, now: Reading, before: Reading) -> tuple[str, str, str] | None:
-    """Severity, problem and consequence of one layer that vLLM does not take for what it is meant to be."""
+    """Severity, problem and consequence of a layer that vLLM takes for something else than the configuration means."""
     ours = list(dict.fromkeys(_form(group) for _, group in layer.members))
     role = layer.members[0][0].role
     if role.always_16_bit:
@@ -174,11 +171,7 @@ def _disagreement(layer: EngineLayer, now: Reading, before: Reading) -> tuple[st
         if reading.form == _16_BIT:
             return severity, problem, f"vLLM builds a 16-bit layer, in which quantized tensors have no place{when}"
         if _16_BIT in ours:
-            return (
-                severity,
-                problem,
-                f"vLLM looks for quantized tensors and transformers for 16-bit ones{when}",
-            )
+            return severity, problem, f"vLLM looks for quantized tensors and transformers for 16-bit ones{when}"
         return severity, problem, f"vLLM decodes it by the wrong format, or stops{when}"
     if role.always_16_bit or role.part == "head" or "unmatched" not in (now.outcome, before.outcome):
         return None
@@ -201,12 +194,9 @@ def idle_entries(config: ModelConfig, quantization: QuantizationConfig, names: I
             continue
         family = family or _with_parents(config.family, _family_modules(config))
         if not _names_any(family, entry):
-            yield Finding(
-                "warning",
-                "config.json",
-                f"{kind} has the entry {entry!r}, which names no module of this model",
-                "what it was meant to name is loaded by the other entries' rules",
-            )
+            problem = f"{kind} has the entry {entry!r}, which names no module of this model"
+            why = "what it was meant to name is loaded by the other entries' rules"
+            yield Finding("warning", "config.json", problem, why)
 
 
 def _names_any(names: set[str], entry: str) -> bool:

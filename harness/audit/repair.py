@@ -1,19 +1,18 @@
 """Mends in a quantized checkpoint what can be mended without its 16-bit source, into a new folder.
 
-Shards that vLLM fuses and that have global scales of their own decode wrongly there and rightly everywhere else: each
-is whole, only the scale that they should share is missing. So it is chosen, and every shard is written against it.
+Shards that vLLM fuses and that have global scales of their own decode wrongly there and rightly everywhere else. So a
+shared scale is chosen, and every shard is written against it.
 
 * The shared divisor is the smallest, which belongs to the largest weight of the group. Block scales are multiplied by
-  shared / own <= 1, so none passes E4M3's 448 and nothing is clipped. The largest would be what vLLM takes, and would
-  clip every block of the other shards whose scale is near the top.
+  shared / own <= 1, so none passes E4M3's 448 and nothing is clipped.
 * A block scale is rounded to E4M3 again, by at most 1/16 of itself, and the codes are chosen anew for the rounded
-  scale from the decoded values. That is a second rounding: its error is computed for every group before anything is
+  scale from the decoded values. The error of this second rounding is computed for every group before anything is
   written. Scales that differ by a power of two cost nothing.
-* Of unequal scales of activations the smallest covers the largest activation that calibration saw, and nothing else
-  is to be changed: block scales of activations are computed when the model runs.
+* Of unequal scales of activations the smallest covers the largest activation that calibration saw. Nothing else
+  changes: block scales of activations are computed when the model runs.
 
-With the source at hand, kept tensors that are missing (the MTP head, the vision tower) and missing tokenizer and
-processor files are copied from it byte for byte. What else is wrong stays, and stays a finding.
+Missing kept tensors (the MTP head, the vision tower) and missing tokenizer and processor files are copied from the
+source byte for byte, where it is given. Every other fault stays, and stays a finding.
 
     verified shards ─▶ shared scale, error per group ─▶ <out>.partial/ ─▶ rename to <out> ─▶ verified again
 """

@@ -7,7 +7,6 @@ unequal global scales of fused shards make one of them decode too small.
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -25,18 +24,6 @@ beyond a thousand they begin to vanish; one too large by r clips activations to 
 _E4M3 = "F8_E4M3"
 _DEFAULT_SCALE = 1.0
 _DEFAULT_RATIO = 10.0
-
-
-@dataclass(frozen=True)
-class ScaleRange:
-    """The global scales of one kind over the experts of one layer; `tensor` has a `*` for the expert's number.
-    Scales that are no positive numbers are counted in `num_experts` and not in the three figures."""
-
-    tensor: str
-    num_experts: int
-    smallest: float
-    median: float
-    largest: float
 
 
 def scale_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
@@ -60,12 +47,9 @@ def _block_scale_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Fi
         ("holds negative scales", (codes & 0x80) != 0),
     ):
         if count := int(bad.sum()):
-            yield Finding(
-                "error",
-                f"{module.name}.weight_scale",
-                f"{problem} in {count} of {codes.numel()} blocks",
-                "the FP4 kernels take block scales as positive: those blocks decode to NaN, zero or garbage",
-            )
+            where = f"{problem} in {count} of {codes.numel()} blocks"
+            why = "the FP4 kernels take block scales as positive: those blocks decode to NaN, zero or garbage"
+            yield Finding("error", f"{module.name}.weight_scale", where, why)
 
 
 def _shared_scale_findings(checkpoint: Checkpoint, name: str, low: float, high: float) -> Iterator[Finding]:
@@ -75,47 +59,33 @@ def _shared_scale_findings(checkpoint: Checkpoint, name: str, low: float, high: 
     if not math.isfinite(value) or value <= 0:
         yield Finding("error", name, f"is {value}", "every output of the layer becomes NaN, infinite or zero")
     elif not low <= value <= high:
-        yield Finding(
-            "error",
-            name,
-            f"is {value:.4g}, outside {low:g} to {high:g}: stored as its reciprocal, as Model Optimizer does?",
-            "compressed-tensors divides by it: the layer's numbers come out larger or smaller by its square",
-        )
+        problem = f"is {value:.4g}, outside {low:g} to {high:g}: stored as its reciprocal, as Model Optimizer does?"
+        why = "compressed-tensors divides by it: the layer's numbers come out larger or smaller by its square"
+        yield Finding("error", name, problem, why)
 
 
 def _row_scale_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
-    name = module.name
-    scales = checkpoint.tensor(f"{name}.weight_scale").float()
+    name = f"{module.name}.weight_scale"
+    scales = checkpoint.tensor(name).float()
     if count := int((~(scales.isfinite() & (scales > 0))).sum()):
-        yield Finding(
-            "error",
-            f"{name}.weight_scale",
-            f"is no positive number in {count} of {scales.numel()} rows",
-            "those outputs become NaN, infinite, zero or of the wrong sign",
-        )
+        problem = f"is no positive number in {count} of {scales.numel()} rows"
+        yield Finding("error", name, problem, "those outputs become NaN, infinite, zero or of the wrong sign")
     elif (middle := float(scales.median())) > 1:
-        yield Finding(
-            "error",
-            f"{name}.weight_scale",
-            f"is {middle:.4g} in the median, which makes weights of {448 * middle:.4g}: stored as its reciprocal?",
-            "compressed-tensors multiplies by it: the layer's outputs come out larger by its square",
-        )
+        problem = f"is {middle:.4g} in the median, which makes weights of {448 * middle:.4g}: stored as its reciprocal?"
+        why = "compressed-tensors multiplies by it: the layer's outputs come out larger by its square"
+        yield Finding("error", name, problem, why)
 
 
 def _code_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
-    name, rows, width = module.name, module.linear.out_features, module.linear.in_features
+    name, rows, width = f"{module.name}.weight", module.linear.out_features, module.linear.in_features
     step, count = max(1, PIECE_BYTES // width), 0
     for first in range(0, rows, step):
-        codes = checkpoint.rows(f"{name}.weight", first, min(step, rows - first))
+        codes = checkpoint.rows(name, first, min(step, rows - first))
         # E4M3 has no infinity: all exponent and mantissa bits set is its one NaN, of either sign.
         count += int(((codes.view(torch.uint8) & 0x7F) == 0x7F).sum())
     if count:
-        yield Finding(
-            "error",
-            f"{name}.weight",
-            f"holds NaN in {count} of {rows * width} codes",
-            "every token's output of those rows becomes NaN",
-        )
+        problem = f"holds NaN in {count} of {rows * width} codes"
+        yield Finding("error", name, problem, "every token's output of those rows becomes NaN")
 
 
 def modules_by_matrix(modules: Iterable[Module]) -> dict[str, list[Module]]:
@@ -149,50 +119,35 @@ def fused_findings(checkpoint: Checkpoint, modules: Iterable[Module]) -> Iterato
     """Shards of one fused matrix with unequal global scales, or with unequal formats."""
     for fused, members in modules_by_matrix(modules).items():
         if len({module.form.name for module in members}) > 1:
-            yield Finding(
-                "error",
-                fused,
-                "its shards are stored as " + ", ".join(f"{m.name}: {m.form.name}" for m in members),
-                "vLLM refuses a fused layer of several formats, or silently takes the first shard's",
-            )
+            problem = "its shards are stored as " + ", ".join(f"{one.name}: {one.form.name}" for one in members)
+            why = "vLLM refuses a fused layer of several formats, or silently takes the first shard's"
+            yield Finding("error", fused, problem, why)
         for suffix in _shared_scales(members) if len(members) > 1 else ():
             values = global_scales(checkpoint, members, suffix)
             if are_unequal(values):
                 ratio = max(values.values()) / min(values.values())
                 listed = ", ".join(f"{name.rpartition('.')[2]} {value:.5g}" for name, value in values.items())
-                yield Finding(
-                    "error",
-                    f"{fused}.{suffix}",
-                    f"differs between the shards that vLLM fuses ({listed})",
-                    f"vLLM takes the largest and does not rescale: one shard decodes {ratio:.3g} times too small",
-                )
+                problem = f"differs between the shards that vLLM fuses ({listed})"
+                why = f"vLLM takes the largest and does not rescale: one shard decodes {ratio:.3g} times too small"
+                yield Finding("error", f"{fused}.{suffix}", problem, why)
 
 
-def expert_ranges(checkpoint: Checkpoint, modules: Iterable[Module]) -> tuple[list[ScaleRange], list[Finding]]:
-    """How far the global scales of every layer's experts lie apart, and a warning for an expert far from the others."""
+def expert_findings(checkpoint: Checkpoint, modules: Iterable[Module]) -> Iterator[Finding]:
+    """A warning for every expert whose global scale is far from those of the other experts of its layer."""
     layers: dict[str, list[Module]] = {}
     for module in modules:
         if expert := module.linear.expert:
             projection = module.name.rpartition(".")[2]
-            layers.setdefault(f"{expert.experts}.*.{projection}", []).append(module)
-    ranges, findings = [], []
-    for layer, members in layers.items():
+            layers.setdefault(f"{expert.experts}.{projection}", []).append(module)
+    for members in layers.values():
         for suffix in _shared_scales(members):
             stored = global_scales(checkpoint, members, suffix)
             values = {name: value for name, value in stored.items() if 0 < value < math.inf}
-            if not values:
-                continue
-            median = statistics.median(values.values())
-            ranges.append(
-                ScaleRange(f"{layer}.{suffix}", len(stored), min(values.values()), median, max(values.values()))
-            )
-            findings += [
-                _outlier(f"{name}.{suffix}", value, median)
-                for name, value in values.items()
-                if max(value / median, median / value) > OUTLIER_RATIO
-                or (value == _DEFAULT_SCALE and median > _DEFAULT_RATIO)
-            ]
-    return ranges, findings
+            median = statistics.median(values.values()) if values else math.nan
+            for name, value in values.items():
+                is_default = value == _DEFAULT_SCALE and median > _DEFAULT_RATIO
+                if is_default or max(value / median, median / value) > OUTLIER_RATIO:
+                    yield _outlier(f"{name}.{suffix}", value, median)
 
 
 def _outlier(tensor: str, value: float, median: float) -> Finding:

@@ -20,10 +20,8 @@ _MOST_RELATIVE_ERROR = 0.5
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """How far the stored weights of one role are from the source's, over all its weights.
-
-    `relative_l2_error` is |q - w| / |w| in the 2-norm, `snr_db` is -20 log10 of it.
-    """
+    """How far the stored weights of one role are from the source's: `relative_l2_error` is |q - w| / |w| in the 2-norm
+    over all weights of the role, `snr_db` is -20 log10 of it."""
 
     role: str
     format: str
@@ -77,38 +75,28 @@ def source_findings(
         if (kept.dtype, kept.shape) != (entry.dtype, entry.shape) or any(
             ours != theirs for ours, theirs in zip(checkpoint.pieces(name), original.pieces(name), strict=True)
         ):
-            yield Finding(
-                "error", name, "is kept but not identical to the source's", "the variant differs where it must not"
-            )
+            problem = "is kept but not identical to the source's"
+            yield Finding("error", name, problem, "the variant differs where it must not")
     for path in texts(original.folder):
         copy = checkpoint.folder / path.name
         if not copy.is_file():
             yield Finding("error", path.name, "is missing", "the tokenizer or processor falls back to another or fails")
         elif copy.read_bytes() != path.read_bytes():
-            yield Finding(
-                "error",
-                path.name,
-                "is not identical to the source's",
-                "other token ids or another prompt reach the model",
-            )
+            why = "other token ids or another prompt reach the model"
+            yield Finding("error", path.name, "is not identical to the source's", why)
     ours = read_json(checkpoint.folder / "config.json")
     ours.pop("quantization_config", None)
     theirs = read_json(original.folder / "config.json")
     changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if changed:
-        yield Finding(
-            "warning",
-            "config.json",
-            f"differs from the source's in {', '.join(changed)}",
-            "an engine may build another model than the source's",
-        )
+        problem = f"differs from the source's in {', '.join(changed)}"
+        yield Finding("warning", "config.json", problem, "an engine may build another model than the source's")
 
 
 @dataclass
 class _Error:
     """Sums over the weights of one role."""
 
-    format: str
     tensors: set[str] = field(default_factory=set)
     num: int = 0
     largest: float = 0.0
@@ -139,7 +127,7 @@ def round_trips(
         progress(done, len(modules), "verify round trip")
         if module.tensor not in original.tensors:
             continue
-        error = _Error(module.form.name, {module.tensor})
+        error = _Error({module.tensor})
         for ours, theirs in _decoded_pieces(checkpoint, original, module):
             difference = (ours - theirs).abs()
             error.num += difference.numel()
@@ -148,25 +136,20 @@ def round_trips(
             error.squared += float(difference.square().sum(dtype=torch.float64))
             error.source_squared += float(theirs.square().sum(dtype=torch.float64))
         if error.relative_l2 > _MOST_RELATIVE_ERROR:
-            far.append(
-                Finding(
-                    "error",
-                    module.name,
-                    f"decodes {error.relative_l2:.2f} times its own norm away from the source's weights",
-                    "the layer computes something else: codes swapped, another layer's scales, or another source",
-                )
-            )
-        sums.setdefault((module.linear.role.name, module.form.name), _Error(module.form.name)).add(error)
+            problem = f"decodes {error.relative_l2:.2f} times its own norm away from the source's weights"
+            why = "the layer computes something else: codes swapped, another layer's scales, or another source"
+            far.append(Finding("error", module.name, problem, why))
+        sums.setdefault((module.linear.role.name, module.form.name), _Error()).add(error)
     trips = tuple(
         RoundTrip(
             role=role,
-            format=total.format,
+            format=form,
             num_tensors=len(total.tensors),
             max_abs_error=total.largest,
             mean_abs_error=total.absolute / total.num,
             relative_l2_error=total.relative_l2,
         )
-        for (role, _), total in sums.items()
+        for (role, form), total in sums.items()
     )
     return trips, far
 

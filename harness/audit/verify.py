@@ -2,9 +2,9 @@
 
 vLLM trusts what it is given: a tensor that is missing stays uninitialised, unequal scales of fused layers decode
 one shard too small, a scale stored as its reciprocal turns weights into noise, and none of it stops the loading.
-So the files are held against what `config.json` and its `quantization_config` call for, and, where the source is
-at hand, against the source itself. Nothing here comes from the builder: the keys are worked out again from the
-configuration, and the weights are decoded by the format's equation.
+So the auditor compares the files with what `config.json` and its `quantization_config` call for and, where it is given,
+with the source. Nothing comes from the builder: the keys are worked out again from the configuration, and the weights
+are decoded by the format's equation.
 
     findings.py   what is said about a fault               scales.py   scales and codes on their own
     matching.py   which format vLLM takes for which layer  source.py   kept tensors, round-trip errors
@@ -19,14 +19,12 @@ from typing import Any
 from harness.audit.findings import REFUSED, Finding, condensed
 from harness.audit.keys import expect, is_complete, key_findings
 from harness.audit.matching import idle_entries, matching_findings
-from harness.audit.scales import ScaleRange, expert_ranges, fused_findings, scale_findings
+from harness.audit.scales import expert_findings, fused_findings, scale_findings
 from harness.audit.source import RoundTrip, open_original, round_trips, source_findings
 from harness.formats.config import QuantizationConfig, parse
 from harness.model.checkpoint import inspect_checkpoint
 from harness.model.families import parse_config
 from harness.progress import Progress
-
-__all__ = ["VERSION", "Finding", "RoundTrip", "ScaleRange", "Verification", "verify"]
 
 VERSION = 2
 """Bumped when the same checkpoint gets other findings."""
@@ -36,19 +34,17 @@ _MIXED = "mixed-precision"
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome: every finding, the global scales of every layer's experts, and the round-trip errors where a
-    source was given."""
+    """Every finding, and the round-trip errors where a source was given."""
 
     findings: tuple[Finding, ...]
     round_trips: tuple[RoundTrip, ...]
-    scale_ranges: tuple[ScaleRange, ...]
     num_tensors: int
     num_quantized_modules: int
     compared_with_source: bool
 
     @property
     def passed(self) -> bool:
-        """Whether nothing that was found breaks or degrades the model."""
+        """Whether no finding is an error."""
         return not any(finding.severity == "error" for finding in self.findings)
 
 
@@ -83,8 +79,7 @@ def verify(folder: Path, source: Path | None, progress: Progress) -> Verificatio
             sound.append(module)
         progress(done, len(present), "verify scales")
     findings += fused_findings(checkpoint, expectation.modules)
-    ranges, outliers = expert_ranges(checkpoint, present)
-    findings += outliers
+    findings += expert_findings(checkpoint, present)
     trips: tuple[RoundTrip, ...] = ()
     if original is not None:
         findings += source_findings(checkpoint, original, expectation, progress)
@@ -93,7 +88,6 @@ def verify(folder: Path, source: Path | None, progress: Progress) -> Verificatio
     return Verification(
         findings=condensed(findings, family),
         round_trips=trips,
-        scale_ranges=tuple(ranges),
         num_tensors=len(checkpoint.tensors),
         num_quantized_modules=len(expectation.modules),
         compared_with_source=original is not None,
@@ -102,12 +96,8 @@ def verify(folder: Path, source: Path | None, progress: Progress) -> Verificatio
 
 def _configuration_findings(quantization: QuantizationConfig, raw: Mapping[str, Any]) -> Iterator[Finding]:
     if quantization.kv_cache_scheme:
-        yield Finding(
-            "error",
-            "config.json",
-            "kv_cache_scheme is set",
-            "vLLM switches the KV cache to FP8 under --kv-cache-dtype auto, which these hybrids do not survive",
-        )
+        why = "vLLM switches the KV cache to FP8 under --kv-cache-dtype auto, which these hybrids do not survive"
+        yield Finding("error", "config.json", "kv_cache_scheme is set", why)
     overall, own = raw.get("format"), {name: group.get("format") for name, group in raw["config_groups"].items()}
     for group in quantization.groups:
         if group.format is not None:
@@ -120,9 +110,6 @@ def _configuration_findings(quantization: QuantizationConfig, raw: Mapping[str, 
             yield Finding("warning", "config.json", problem, "its tensors are not checked")
     formats = sorted({form for form in own.values() if form is not None})
     if formats and overall not in (formats[0] if len(formats) == 1 else _MIXED, _MIXED):
-        yield Finding(
-            "error",
-            "config.json",
-            f"the format is {overall!r}, and that of the groups {' and '.join(formats)}",
-            "readers that go by the checkpoint's format decode some layers by the wrong one",
-        )
+        problem = f"the format is {overall!r}, and that of the groups {' and '.join(formats)}"
+        why = "readers that go by the checkpoint's format decode some layers by the wrong one"
+        yield Finding("error", "config.json", problem, why)

@@ -10,23 +10,23 @@ from pathlib import Path
 
 from harness.errors import UserError, did_you_mean
 
-SUITE = Path(__file__).parent / "demo.toml"
+_HERE = Path(__file__).parent
+SUITE = _HERE / "demo.toml"
 """The suite of the embedded models; `suites/demo.toml` of the repository is this file."""
 
 
 def checkpoint_path(name: str = "dense") -> Path:
     """The folder of an embedded checkpoint, `dense` or `moe`; `UserError` for another name."""
-    root = Path(__file__).parent
-    available = sorted(config.parent.name for config in root.glob("*/config.json"))
-    if name not in available:
-        raise UserError(f"There is no embedded model '{name}'.", did_you_mean(name, available))
-    return root / name
+    return _embedded("model", name, {file.parent.name: file.parent for file in _HERE.glob("*/config.json")})
 
 
 def task_file(name: str) -> Path:
     """The lm-eval file of an embedded task, such as `recall`; `UserError` for another name."""
-    folder = Path(__file__).parent / "tasks"
-    available = sorted(file.stem.removeprefix("demo_") for file in folder.glob("demo_*.yaml"))
-    if name not in available:
-        raise UserError(f"There is no embedded task '{name}'.", did_you_mean(name, available))
-    return folder / f"demo_{name}.yaml"
+    files = (_HERE / "tasks").glob("demo_*.yaml")
+    return _embedded("task", name, {file.stem.removeprefix("demo_"): file for file in files})
+
+
+def _embedded(what: str, name: str, paths: dict[str, Path]) -> Path:
+    if name not in paths:
+        raise UserError(f"There is no embedded {what} '{name}'.", did_you_mean(name, sorted(paths)))
+    return paths[name]

@@ -1,9 +1,6 @@
-"""A seeded corpus: the same bytes on every machine and every Python from 3.11 on.
+"""A seeded corpus, on which the embedded models are trained and measured: the same bytes on every machine (`language`).
 
-The embedded models are trained and measured on text made here, so nothing has to be downloaded and a perplexity can be
-recomputed anywhere. What makes the bytes stable stands in `language`.
-
-Four skills are in the text, and each needs another part of a hybrid model:
+The text shows four skills, each of which needs another part of a hybrid model:
 
 * **prose**: stories in an invented language.
 * **arithmetic**: sums and differences of numbers below 100. A fixed share of the problems never occurs in training, not
@@ -11,8 +8,8 @@ Four skills are in the text, and each needs another part of a hybrid model:
 * **recall**: `key: value` lists and questions about them, at distances that a recurrent state forgets.
 * **chat**: all three as conversations, rendered exactly as the chat template does, some with a thought.
 
-Documents are independent draws: document `i` depends on nothing but (language, split, i), so any prefix of a split is
-stable. Items are questions with one right answer, for the embedded tasks.
+Document `i` depends on nothing but (language, split, i), so any prefix of a split is stable. Items are questions with
+one right answer, for the embedded tasks.
 """
 
 from __future__ import annotations
@@ -49,7 +46,7 @@ def belongs(a: int, b: int, sign: str, split: Split) -> bool:
     """Whether the split has the problem `a sign b`: by a residue that scatters problems, and is the same for b+a."""
     if split != "train" and max(a, b) < _STEP_BOUND:
         return False
-    low, high = (min(a, b), max(a, b)) if sign == "+" else (a, b)
+    low, high = sorted((a, b)) if sign == "+" else (a, b)
     mixed = low * low * 31 + high * high * 17 + low * high * 7 + low * 3 + high + (sign == "-")
     return mixed % 97 % 16 in _RESIDUES[split]
 

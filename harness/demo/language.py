@@ -51,7 +51,6 @@ class Language:
     returns_to: tuple[str, str]
     pronouns: tuple[str, str, str]
     """Masculine, feminine, plural."""
-    num_topics: int = 16
 
 
 NEAR = Language(
@@ -150,7 +149,7 @@ class Lexicon:
     """The nouns of all topics."""
 
 
-_NUM_NOUNS, _NUM_VERBS, _NUM_ADJECTIVES, _NUM_ADVERBS = 40, 24, 16, 16
+_NUM_TOPICS, _NUM_NOUNS, _NUM_VERBS, _NUM_ADJECTIVES, _NUM_ADVERBS = 16, 40, 24, 16, 16
 
 
 def _zipf(size: int) -> tuple[int, ...]:
@@ -181,7 +180,7 @@ def lexicon(language: Language) -> Lexicon:
         return tuple(made)
 
     topics = tuple(
-        Topic(words(_NUM_NOUNS, 8), words(_NUM_VERBS, 6), words(_NUM_ADJECTIVES, 4)) for _ in range(language.num_topics)
+        Topic(words(_NUM_NOUNS, 8), words(_NUM_VERBS, 6), words(_NUM_ADJECTIVES, 4)) for _ in range(_NUM_TOPICS)
     )
     adverbs, men, women, places = words(_NUM_ADVERBS, 4), words(40, 0), words(40, 0), words(40, 0)
     return Lexicon(
@@ -212,7 +211,7 @@ class Story:
         """The person of the last sentence, whom a pronoun means."""
 
     def tell(self, num_sentences: int) -> str:
-        """Where the people live, then so many sentences."""
+        """A text that says where the people live, then `num_sentences` more sentences."""
         homes = [self._introduction(who) for who in range(len(self.people))]
         return " ".join(homes + [self._sentence() for _ in range(num_sentences)])
 
@@ -281,7 +280,7 @@ class Story:
         return self.arrange(subject, self.verb_form(verb, number), rest)
 
     def _at_home(self, subject: str, words: tuple[str, str]) -> str:
-        """The sentence that the hero lives at home, or returns there."""
+        """The sentence that the hero lives at home, or returns home."""
         (verb, particle), home = words, self._homes[self._hero]
         place = [home, particle] if self.language.verb_final else [particle, home]
         return sentence(self.arrange([subject], verb, place))

@@ -1,8 +1,7 @@
 """Random weights in a configuration's true shapes: a checkpoint for speed and size work without a download.
 
 The checkpoint has every tensor that the configuration calls for (text layers, vision tower, MTP head, embeddings), with
-magnitudes like a trained model's, so plan, build and verify do with it exactly what they do with the real model. Its
-predictions mean nothing. Its tokenizer is the embedded models', so that any text can calibrate it.
+magnitudes like a trained model's, and the embedded models' tokenizer. Its predictions mean nothing.
 """
 
 import copy

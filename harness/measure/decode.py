@@ -1,9 +1,7 @@
 """Decode speed and prefill time of one engine start, and the memory it took.
 
-Decoding one token at batch 1 reads every weight once and computes little, so its speed is bound by memory bandwidth;
-what the bytes alone allow stands beside each measured speed. On the torch engine those bytes are the *decompressed*
-weights: there a 4-bit checkpoint decodes no faster than its source, and any difference between the two is overhead or
-noise.
+Decoding one token at batch 1 reads every weight once and computes little, so memory bandwidth bounds its speed. On the
+torch engine the weights are *decompressed*: there a 4-bit checkpoint decodes no faster than its source.
 
 Before anything is timed the model must be coherent: a state that decoding corrupts costs no time. The engine continues
 real text and then judges its own continuation as it judges a prompt. To a model whose decoding and prefill agree,

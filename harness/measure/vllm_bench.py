@@ -52,19 +52,14 @@ def read_vllm_bench(path: Path, shape: BatchShape | None = None) -> Imported:
         raise UserError(f"{path} cannot be read ({error.strerror}).", "Name a JSON file of `vllm bench`.") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON.", "Name a JSON file of `vllm bench`.") from error
-    if not isinstance(found, dict):
-        raise _unknown(path)
-    if "latencies" in found and "avg_latency" in found:
+    keys = set(found) if isinstance(found, dict) else set[str]()
+    if {"latencies", "avg_latency"} <= keys:
         return _latency(path, found, shape)
-    if "elapsed_time" in found and "total_num_tokens" in found:
+    if {"elapsed_time", "total_num_tokens"} <= keys:
         return _throughput(path, found)
-    if "total_output_tokens" in found:
+    if "total_output_tokens" in keys:
         return _serve(path, found)
-    raise _unknown(path)
-
-
-def _unknown(path: Path) -> UserError:
-    return UserError(
+    raise UserError(
         f"{path} is no result of `vllm bench` latency, throughput or serve.", "Name a file that one of them wrote."
     )
 
