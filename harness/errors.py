@@ -17,9 +17,9 @@ class UserError(Exception):
         self.remedy = remedy
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown name: the nearest known one, if any is near, and all of them."""
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The remedy for an unknown name: the nearest known name, if one is at least `cutoff` alike, and all of them."""
     choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=1)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
     hint = f"Did you mean '{near[0]}'? " if near else ""
     return f"{hint}Known: {', '.join(choices)}."

@@ -1,8 +1,8 @@
 """Safetensors shards as a stream: read rows, write tensors, never hold a shard.
 
-The safetensors library maps whole files into memory, and mapped pages count as resident: a 5 GB shard read once
-looks like 5 GB. Here a header is parsed and tensors are read with `pread` in pieces and written with `pwrite` to
-the place that the header gives them, so memory stays at the size of a piece whatever the model's size is.
+The safetensors library maps whole files into memory, and mapped pages count as resident memory. Here tensors are read
+with `pread` in pieces and written with `pwrite` to the place that the header gives them, so memory stays at the size of
+a piece whatever the model's size is.
 
 Layout of a file (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header
 {name: {dtype, shape, data_offsets}}, then the tensors' bytes without gaps.
@@ -98,8 +98,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
 
     def rows(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
-        """Rows `first` to `first + count` of a tensor seen as a matrix with rows of its last dimension, read
-        from disk into new memory."""
+        """Rows `first` to `first + count` of a tensor seen as a matrix with rows of its last dimension; read anew."""
         import torch
 
         entry = self.tensors[name]

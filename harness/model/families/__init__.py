@@ -38,7 +38,8 @@ def _architecture(config: Mapping[str, Any]) -> Any:
 def _unknown(name: Any, where: str) -> UserError:
     return UserError(
         f"{where} is of architecture {name!r}, which this harness does not know.",
-        did_you_mean(str(name), [known for family in FAMILIES for known in family.architectures]),
+        # Architectures have long names with much in common: only a slip of the pen is answered with another.
+        did_you_mean(str(name), [known for family in FAMILIES for known in family.architectures], cutoff=0.9),
     )
 
 
