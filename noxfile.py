@@ -192,7 +192,7 @@ def vllm(session: nox.Session) -> None:
         session.run(python, "-m", "harness", *session.posargs, env=OFFLINE, external=True)
     else:
         # An engine takes seconds to start, on one core: two at a time. vLLM itself would bind both to the same core.
-        arguments = ("-m", "pytest", "tests/vllm", "-n", "2", "--dist", "loadgroup")
+        arguments = ("-m", "pytest", "tests/vllm", "-n", "2", "--dist", "loadscope")
         session.run(python, *arguments, env={**ON_A_CORE, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}, external=True)
 
 

@@ -2,7 +2,7 @@
 
 Most of a test here is an engine's start: two processes that import vLLM, on one core. So every test that can live with
 `OPTIONS` asks the fixture `engines` for its model, and finds it started if the test before asked for the same. Tests of
-one model are marked as one group, which xdist gives to one of its two workers, one test after the other.
+one model are a group (`group_of`), which xdist gives to one of its two workers, one test after the other.
 """
 
 import os
@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch._dynamo.config
+from xdist.scheduler import LoadScopeScheduling
 
 from harness.engines.protocol import open_engine
 from harness.engines.vllm_engine import VllmEngine
@@ -68,6 +69,29 @@ def alone(engines: Engines) -> None:
     engines.end()
 
 
+def group_of(test: str) -> str:
+    """The group of a test's id: its parameter where that names a variant, `demo-…`; its file where the tests of a file
+    share what they start; a group of its own for any other."""
+    file, _, name = test.partition("::")
+    parameter = name.partition("[")[2].removesuffix("]")
+    if parameter.startswith("demo"):
+        return parameter
+    if file.endswith(("test_tasks.py", "test_server.py")):
+        return file
+    return f"{file} {parameter}" if parameter else test
+
+
+class ByGroup(LoadScopeScheduling):
+    """Gives the tests of a group to one worker. xdist 3.8 has marks for that, which do nothing with pytest 9.2."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByGroup:
+    return ByGroup(config, log)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     found = [
         (report.nodeid, value)
@@ -80,4 +104,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             "-", "divergence in bfloat16, nats per token: the noise floor of comparisons across engines"
         )
     for node, value in found:
-        terminalreporter.write_line(f"{node.rpartition('[')[2].partition(']')[0]:<28} {value}")
+        terminalreporter.write_line(f"{node.rpartition('[')[2].rstrip(']'):<28} {value}")

@@ -8,14 +8,14 @@ from harness.measure import decode, perplexity
 from tests.vllm.conftest import Engines
 
 
-@pytest.mark.xdist_group("demo-source")
-def test_an_fp8_cache_holds_more_tokens_and_stays_coherent_as_the_context_grows(engines: Engines) -> None:
-    ids = perplexity.tokenize(checkpoint_path("dense"), corpus.heldout_text())
+@pytest.mark.parametrize("source", [pytest.param("dense", id="demo-source")])
+def test_an_fp8_cache_holds_more_tokens_and_stays_coherent_as_the_context_grows(source: str, engines: Engines) -> None:
+    ids = perplexity.tokenize(checkpoint_path(source), corpus.heldout_text())
     windows = [ids[start : start + 512] for start in range(0, 4 * 512, 512)]
     tokens, scores = [], []
     for dtype in ("fp8", "auto"):
         options = {} if dtype == "auto" else {"kv_cache_dtype": dtype}
-        engine = engines.shared(checkpoint_path("dense"), text_only=True, **options)
+        engine = engines.shared(checkpoint_path(source), text_only=True, **options)
         assert engine.info.effective["kv_cache_dtype"] == dtype
         tokens.append(engine.info.effective["kv_cache_tokens"])
         scores.append(np.concatenate(list(engine.score(windows, 4))))

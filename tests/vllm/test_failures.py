@@ -78,9 +78,9 @@ def test_a_dtype_that_vllms_cpu_kernels_refuse_is_told_at_the_start() -> None:
         open_engine("vllm", checkpoint_path("dense"), dtype="float32", options=OPTIONS)
 
 
-@pytest.mark.xdist_group("demo-source")
-def test_a_prompt_longer_than_the_model_takes_is_the_users_error(engines: Engines) -> None:
-    engine = engines.shared(checkpoint_path("dense"), text_only=True)
+@pytest.mark.parametrize("source", [pytest.param("dense", id="demo-source")])
+def test_a_prompt_longer_than_the_model_takes_is_the_users_error(source: str, engines: Engines) -> None:
+    engine = engines.shared(checkpoint_path(source), text_only=True)
     with pytest.raises(UserError, match="refuses a prompt of 1,100 tokens"):
         engine.decode([[5] * 1100], 2)
     assert len(engine.decode([[5] * 30], 2).token_ids[0]) == 2, "it goes on"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from harness.commands.fidelity import compare_with_source, disjoint_windows, fidelity_work
+from harness.demo import checkpoint_path
 from harness.engines.protocol import open_engine
 from harness.job import Job
 from harness.measure import fidelity as divergence
@@ -62,9 +63,9 @@ def test_a_variant_in_vllm_is_compared_with_a_pack_and_its_divergence_is_above_t
     assert kl["w4a4"] == pytest.approx(whole, rel=0.15), "32 named tokens and the rest tell most of it"
 
 
-@pytest.mark.xdist_group("demo-source")
-def test_vllm_names_the_tokens_that_its_whole_distributions_do(suite: Suite, engines: Engines) -> None:
-    engine = engines.shared(suite_source(suite), text_only=True)
+@pytest.mark.parametrize("source", [pytest.param("dense", id="demo-source")])
+def test_vllm_names_the_tokens_that_its_whole_distributions_do(source: str, engines: Engines) -> None:
+    engine = engines.shared(checkpoint_path(source), text_only=True)
     windows = [list(range(10, 40)), list(range(50, 70))]
     for window, table, top in zip(
         windows, engine.log_probs(windows, 2), engine.top_log_probs(windows, 2, 5), strict=True

@@ -78,7 +78,6 @@ def heldout() -> list[int]:
     return perplexity.tokenize(checkpoint_path("dense"), corpus.heldout_text())
 
 
-@pytest.mark.xdist_group("server")
 def test_a_server_writes_and_judges_as_the_torch_engine_does(url: str) -> None:
     served = open_engine("server", Path(), options={"url": url})
     torch = open_engine("torch", checkpoint_path("dense"), dtype="bfloat16", device="cpu")
@@ -99,7 +98,6 @@ def test_a_server_writes_and_judges_as_the_torch_engine_does(url: str) -> None:
     torch.close()
 
 
-@pytest.mark.xdist_group("server")
 def test_what_vllm_bench_serve_writes_is_imported(url: str, tmp_path: Path) -> None:
     run_bench(
         *("serve", "--base-url", url, "--model", "demo", "--tokenizer", str(checkpoint_path("dense"))),

@@ -28,10 +28,7 @@ def started(folder: Path, **options: int) -> Engine:
     return open_engine("vllm", folder, dtype="bfloat16", purpose="decode", options=wanted)
 
 
-MODELS = [pytest.param(model, marks=pytest.mark.xdist_group(f"speculation-{model}")) for model in ("dense", "moe")]
-
-
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["dense", "moe"])
 def generations(request: pytest.FixtureRequest, engines: Engines) -> tuple[str, Decoded, Decoded]:
     """The same greedy generations without and with one speculative token."""
     engines.end()

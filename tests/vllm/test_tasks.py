@@ -24,8 +24,6 @@ from tests.test_tasks import CHOICE, GENERATE, ROLLING, of_kind, run, wanted, wr
 from tests.vllm.conftest import OPTIONS, Engines
 from tests.vllm.ties import parted
 
-pytestmark = pytest.mark.xdist_group("tasks")
-
 DENSE = checkpoint_path("dense")
 LENGTH = OPTIONS["max_model_len"]
 

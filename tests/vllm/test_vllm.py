@@ -1,8 +1,7 @@
 """Every variant of both embedded models in unmodified vLLM, on the CPU by the harness's plugin (`nox -s vllm`).
 
 One engine start a variant and class: everything is observed in it, and the tests look at what was seen. The reference
-is the torch engine on the same folder and the same token ids. The tests of one variant are a group for xdist: one of
-its workers starts the variant's engines and has the reference.
+is the torch engine on the same folder and the same token ids. All tests of a variant run in one worker of xdist.
 """
 
 import hashlib
@@ -89,11 +88,8 @@ def observe(engine: Engine, folder: Path) -> Seen:
     return Seen(folder, engine.info, scores, log_probs, decoded, outputs, tensors, log)
 
 
-VARIANTS = [
-    pytest.param(name, variant, id=f"{name}-{variant}", marks=pytest.mark.xdist_group(f"{name}-{variant}"))
-    for name, path in SUITES.items()
-    for variant in (SOURCE, *load(path).variants)
-]
+VARIANTS = [(name, variant) for name, path in SUITES.items() for variant in (SOURCE, *load(path).variants)]
+IDS = ["-".join(one) for one in VARIANTS]
 
 
 @cache
@@ -106,7 +102,7 @@ def in_torch(suite: str, variant: str) -> Seen:
         engine.close()
 
 
-@pytest.fixture(scope="module", params=[pytest.param(one.values, id=one.id, marks=one.marks) for one in VARIANTS])
+@pytest.fixture(scope="module", params=VARIANTS, ids=IDS)
 def seen(request: pytest.FixtureRequest, engines: Engines) -> tuple[Seen, Seen]:
     """The same checkpoint in vLLM, as the multimodal class without its vision tower, and in torch."""
     suite, variant = request.param
@@ -307,7 +303,7 @@ def test_greedy_text_is_that_of_the_torch_engine_up_to_ties(seen: tuple[Seen, Se
 # -- With the vision tower -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("suite", "variant"), VARIANTS)
+@pytest.mark.parametrize(("suite", "variant"), VARIANTS, ids=IDS)
 def test_as_the_multimodal_class_it_holds_the_files_vision_tower_and_scores_the_same_text(
     suite: str, variant: str, engines: Engines
 ) -> None:
