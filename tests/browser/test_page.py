@@ -18,9 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
 
 from harness.report import figure_data
 from harness.report.page import page
@@ -72,6 +74,9 @@ class Browser:
         self.command("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.driver.get("about:blank")  # or an address that differs by its #part alone would not be loaded
         self.driver.get(url)
+        # On a busy machine `get` may come back while the page is still read.
+        loaded = "return location.href === arguments[0] && document.readyState === 'complete'"
+        WebDriverWait(self.driver, 60, ignored_exceptions=[WebDriverException]).until(lambda _: self.run(loaded, url))
 
     def command(self, name: str, **parameters: Any) -> Any:
         """A command of https://chromedevtools.github.io/devtools-protocol/."""
