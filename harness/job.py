@@ -69,6 +69,14 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class MeasuredByName:
+    """What a measure gave, by protocol or task: records by row; and the reasons of the rows that failed."""
+
+    records: dict[str, dict[str, Record]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Job:
     """One command over one suite: where things lie, and how the command tells its progress."""
 

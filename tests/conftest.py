@@ -102,7 +102,7 @@ def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     draw_anew = plots.image_files
 
     def image_files(name: str, plotted: Sequence[Any], draw: Callable[[], Any]) -> dict[str, bytes]:
-        key = (name, figure_data.digest_of(plotted))
+        key = (name, figure_data.mark_of(plotted))
         if key not in _drawn:
             _drawn[key] = draw_anew(name, plotted, draw)
         return dict(_drawn[key])

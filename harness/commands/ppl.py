@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from harness.suite.names import SOURCE
 
 if TYPE_CHECKING:
     from harness.engines.protocol import Engine
-    from harness.job import Job, Model
+    from harness.job import Job, MeasuredByName, Model
     from harness.measure.perplexity import Protocol, Window
     from harness.record.run import Record
     from harness.suite.schema import Perplexity, Suite
@@ -78,14 +78,6 @@ class _Reading:
         from harness.measure.perplexity import windows_digest
 
         return self.dataset["token_ids_sha256"], windows_digest(self.cut)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Records by protocol and row, and the reasons of the rows that failed."""
-
-    records: dict[str, dict[str, Record]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
 
 
 def _prepared(job: Job, names: Sequence[str] | None) -> tuple[list[Model], list[_Reading]]:
@@ -172,12 +164,13 @@ def _check_counts(wanted: Perplexity, reading: _Reading) -> None:
 
 def _measured(
     job: Job, models: Sequence[Model], readings: Sequence[_Reading], limit: int | None, *, fresh: bool
-) -> _Measured:
+) -> MeasuredByName:
     """One run a protocol and row. `limit` reads the first windows only; `fresh` forgets what earlier runs computed. An
     engine that dies takes its own row with it, and what it computed stays."""
+    from harness.job import MeasuredByName
     from harness.measure.perplexity import VERSION
 
-    measured = _Measured()
+    measured = MeasuredByName()
     for model in models:
         with job.noted_failures("ppl", VERSION, model, None, measured.failures):
             for name, record in _runs(job, model, readings, limit, fresh):

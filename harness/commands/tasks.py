@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.measuring import add_fresh, add_measuring, measuring_job, print_measured, print_models
@@ -19,9 +19,8 @@ from harness.suite.names import SOURCE
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from harness.job import Job, Model
+    from harness.job import Job, MeasuredByName, Model
     from harness.measure.tasks import ReadyTask
-    from harness.record.run import Record
     from harness.suite.schema import Suite, Task
 
 _JOURNALS = ".answers"  # no variant can be called so
@@ -69,14 +68,6 @@ class _Work:
         return [one for one in self.loaded.values() if model.setup is None or model.setup in (one.wanted.setups or ())]
 
 
-@dataclass(frozen=True)
-class _Answered:
-    """Records by task and row, and the reasons of the rows that failed."""
-
-    records: dict[str, dict[str, Record]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-
 def _prepared(job: Job, variants: Sequence[str] | None, named_tasks: Sequence[str] | None) -> _Work:
     """The tasks of the suite, or the named ones, ready to run, and the models, built where missing. `UserError` for
     anything wrong with a task, before a variant is built for it."""
@@ -118,14 +109,14 @@ def _place(suite: Suite, task: Task) -> str | Path:
     return suite.path(task.task) if task.task.startswith((".", "/", "~")) else task.task
 
 
-def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> _Answered:
+def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> MeasuredByName:
     """One run a task and row. An engine that dies takes its own row with it, and what it answered stays."""
-    from harness.job import failure_in
+    from harness.job import MeasuredByName, failure_in
     from harness.measure import tasks
     from harness.measure.answers import Journal
     from harness.record.store import RunWriter, read
 
-    found = _Answered()
+    found = MeasuredByName()
     for model in work.models:
         with (
             job.noted_failures("tasks", tasks.VERSION, model, None, found.failures),

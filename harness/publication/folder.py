@@ -1,4 +1,4 @@
-"""Publishing a variant: all that its page on the model hub holds, gathered in one folder, checked and uploaded.
+"""The upload folder of a variant: all that its page on the model hub holds, checked before it gets its name.
 
     publish/<suite>/<variant>/
       README.md, figures, index.html     the card
@@ -7,13 +7,15 @@
       suite.toml                         the suite's file, to repeat it with
       results/<machine>/*.jsonl          the records that the card cites, and no others
       results/exports/, .eval_results/   the same numbers for programs
-      harness-publish.json               the list of all this; a folder with it is ours
+      harness-publish.json               the list of all these files
 
-Nothing is built or measured here: what is published is what the records are of. The artifact is read whole and held
-against its manifest, and that against the records; then `verify`, the suite's gate and its claims must have nothing to
-object to. The folder is put together under another name beside its own, its card is traced and its text searched for
-what belongs to this machine, and only then does it get its name. An upload is one commit.
+Nothing is built or measured here: the artifact is published that the records measured. It is read whole and compared
+with its manifest, and its manifest with the records; `verify`, the suite's gate and its claims must find nothing wrong.
+The folder is written under a temporary name beside its own; its card is traced, its text is searched for what belongs
+to this machine, and only then is it renamed.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -23,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import __version__
 from harness.audit.verify import verify
@@ -35,17 +37,16 @@ from harness.publication.leaks import of_this_machine
 from harness.quantize.artifact import MANIFEST, altered
 from harness.record import baselines
 from harness.record.run import Record, Skipped
-from harness.report import card, claims, export, gate
-from harness.report.claim_words import check_words
-from harness.report.evidence import Evidence, gather
-from harness.report.trace import trace
 from harness.resolve import chosen_variants
 from harness.suite.load import narrowed
 from harness.suite.names import SOURCE, row_parts
 
-PUBLISHED = "harness-publish.json"
-"""The file in a folder that says what was put there to be published; a folder with it is ours."""
+if TYPE_CHECKING:
+    from harness.report.evidence import Evidence
+    from harness.report.gate import Judgement
 
+PUBLISHED = "harness-publish.json"
+"""The file that lists what `harness publish` put into a folder; a folder with it may be replaced."""
 
 _RESULTS = "results"
 _EXPORTS = "results/exports"
@@ -55,8 +56,10 @@ _LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 @dataclass(frozen=True)
 class Assembled:
-    """What came of a folder. `files` has the bytes of each by its path and is empty where the folder was refused, for
-    `findings` or for what is `undecided`; of a folder that is there, `undecided` is what was allowed to be."""
+    """A folder that was assembled, or why it was refused.
+
+    `files`: bytes by path, empty where the folder was refused. `findings`: what is wrong. `undecided`: what the gate
+    could not judge, which refuses the folder unless the command allows it."""
 
     folder: Path
     artifact_digest: str
@@ -66,7 +69,7 @@ class Assembled:
 
     @property
     def exit_code(self) -> int:
-        """Of a command: 0 for a folder that is there, 1 for findings, 3 for what could not be judged."""
+        """0 for an assembled folder, 1 for findings, 3 for what could not be judged."""
         return 0 if self.files else 1 if self.findings else 3
 
 
@@ -84,11 +87,17 @@ def assemble(
     *,
     allow_undecided: bool = False,
 ) -> Assembled:
-    """Checks a variant and puts all that is published of it into folder `out`, or says what stands against it.
+    """Checks a variant and assembles its upload folder as `out`, or says why the variant cannot be published.
 
-    `UserError`, with nothing written, for an artifact that is not built, not of this suite or changed since; for one
-    that the records are not of; for a suite without a rule for it; and for an `out` that was not made by this function.
+    `UserError`, with nothing written, for an artifact that is not built, was built by another recipe, changed since or
+    is not the one that the records measured; for a suite without a rule for the variant; and for an `out` that holds
+    anything but what this function wrote.
     """
+    from harness.report import card, claims, gate
+    from harness.report.claim_words import check_words
+    from harness.report.evidence import gather
+    from harness.report.trace import trace
+
     chosen_variants(job.suite, [variant], with_source=False)
     check_words(job.suite)
     out = out.resolve()
@@ -139,7 +148,8 @@ class _Artifact:
 
 
 def _artifact(job: Job, variant: str) -> _Artifact:
-    """What the build of an artifact wrote down; `UserError` where it is not built, or built of something else."""
+    """The artifact of a variant by the manifest of its build; `UserError` where it is not built, or was built from
+    another source or by another recipe."""
     folder, source = job.artifact(variant), job.source
     if not (folder / MANIFEST).is_file() or not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no built artifact of '{variant}'.", "Build it: run `nox -s build`.")
@@ -169,7 +179,7 @@ def _artifact(job: Job, variant: str) -> _Artifact:
 
 
 def _is_entry(name: str, written: object) -> bool:
-    """Whether a manifest may say this of a file: one in its own folder, its bytes and its digest."""
+    """Whether an entry of a manifest names a file in the artifact's own folder, its bytes and its digest."""
     is_in_the_folder = Path(name).name == name and name not in ("", "..")
     return is_in_the_folder and isinstance(written, dict) and {"bytes", "digest"} <= written.keys()
 
@@ -204,9 +214,7 @@ def _check_records(artifact: _Artifact, variant: str, evidence: Evidence) -> Non
                 )
 
 
-def _judgements(
-    job: Job, variant: str, records: Sequence[Record], skipped: Sequence[Skipped]
-) -> tuple[gate.Judgement, ...]:
+def _judgements(job: Job, variant: str, records: Sequence[Record], skipped: Sequence[Skipped]) -> tuple[Judgement, ...]:
     """The verdicts on the suite's rules about a variant and about the source, which its card compares it with."""
     rows = narrowed(job.suite, variant).rows()
     rules = tuple(rule for rule in job.suite.gate if rule.variant in rows)
@@ -215,10 +223,12 @@ def _judgements(
             f"Suite '{job.suite.name}' has no [[gate]] rule about '{variant}'.", "Say what it may lose: add one."
         )
     baseline = baselines.baseline_in_force(job.results, job.suite.name)
+    from harness.report import gate
+
     return gate.judge(replace(job.suite, gate=rules), records, baseline, skipped)
 
 
-def _words(judgement: gate.Judgement) -> str:
+def _words(judgement: Judgement) -> str:
     return f"gate: {judgement.name}: {judgement.verdict}: {judgement.reason}"
 
 
@@ -231,6 +241,8 @@ def _contents(artifact: _Artifact, evidence: Evidence) -> dict[str, bytes | Path
     licences = {path.name: path for pattern in _LICENCES for path in sorted(artifact.source.glob(pattern))}
     contents |= {name: path for name, path in licences.items() if name not in contents and path.is_file()}
     _add(contents, {evidence.record_path(record): record.path for record in evidence.chosen}, "the records")
+    from harness.report import export
+
     (variant,) = evidence.suite.variants
     exported = export.variant_files(evidence, variant) | export.shared_files(evidence, evidence.suite.rows())
     _add(contents, {_place_of_export(name): data for name, data in exported.items()}, "the exports")

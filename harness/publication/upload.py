@@ -22,7 +22,7 @@ _LONGEST_REASON = 400
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A commit on the Hub. `others` are files of the repository that are not of this upload, and were left there."""
+    """A commit on the Hub. `others` are files that the repository held besides, which stay there."""
 
     url: str
     private: bool
@@ -30,7 +30,7 @@ class Uploaded:
 
 
 def check_repo(repo: str) -> None:
-    """`UserError` for what is no owner and name of a repository."""
+    """`UserError` where `repo` is not owner/name of a repository."""
     try:
         validate_repo_id(repo)
         reason = None if repo.count("/") == 1 else "it has no owner"
@@ -41,7 +41,7 @@ def check_repo(repo: str) -> None:
 
 
 def token_of(environment: Mapping[str, str]) -> str:
-    """The token to upload with; `UserError` where there is none, or no way to the Hub."""
+    """The token to upload with, from the environment; `UserError` where it is missing or the Hub is switched off."""
     if huggingface_hub.is_offline_mode():
         raise UserError("HF_HUB_OFFLINE is set, and an upload needs the Hub.", "Unset it, or give --dry-run.")
     token = environment.get(TOKEN, "").strip()
@@ -62,10 +62,10 @@ def upload_folder(
     is none, private unless it is to be `public`. What was uploaded before a failure is not sent again. `bars`: the
     Hub's client may draw on stderr.
 
-    `UserError` for whatever goes wrong, in one sentence without the token; and for a repository that is public when
-    nobody said so.
+    `UserError` for everything that goes wrong, in one sentence without the token; also for a repository that is public
+    while `public` is not set.
     """
-    # It logs what it tries again, and what the Hub writes into headers; what counts is raised.
+    # The library logs its retries and the Hub's headers; what counts is raised.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not bars:
         disable_progress_bars()
