@@ -67,10 +67,8 @@ def prompts(ids: Sequence[int], batch: int, prompt_tokens: int) -> list[list[int
 def coherence(
     engine: Engine, ids: Sequence[int], vocabulary: int, prompt_tokens: int = COHERENCE_TOKENS
 ) -> dict[str, Any]:
-    """The sample {kind: coherence, prompt_tokens, num_tokens, text_nll_nats, generated_nll_nats, limit_nats,
-    acceptance_share, coherent}: mean negative log-likelihoods of `COHERENCE_TOKENS` tokens of real text after a prompt
-    and of as many that the engine decodes in their place, and the share of its drafts that it accepted, None where it
-    drafts nothing."""
+    """The `coherence` sample: mean negative log-likelihoods of `COHERENCE_TOKENS` tokens of real text after a prompt
+    and of as many that the engine decodes in their place, and the share of its drafts that were accepted, if any."""
     prompt, real = list(ids[:prompt_tokens]), list(ids[prompt_tokens : prompt_tokens + COHERENCE_TOKENS])
     decoded = engine.decode([prompt], len(real))
     text, generated = (
@@ -104,17 +102,11 @@ def speed_samples(
     warmups: int,
     progress: Progress = silent,
 ) -> Iterator[dict[str, Any]]:
-    """Samples of engine start number `start`, every one with its `kind`:
+    """Samples of engine start number `start` (keys: `record/samples.py`): `prefill` and `decode`, and `memory`, last.
 
-    `prefill`: {start, repetition, warmup, batch, prompt_tokens, prefill_seconds}, prompts and the one token that
-    follows each. `decode`: {start, repetition, warmup, batch, prompt_tokens, new_tokens, prefill_seconds,
-    step_seconds}; `step_seconds` covers `new_tokens` - 1 tokens a row, since the first new token comes from the
-    prefill, in one time for each token of the whole batch or in one for all; with speculative decoding also
-    {num_drafts, num_draft_tokens, num_accepted_tokens}. `memory`, last: {start, weight_bytes, weight_bytes_per_token,
-    kv_cache_tokens, peak_rss_bytes, peak_vram_bytes}, None where there is no such thing.
-
-    Warm-ups have repetition numbers of their own. All shapes take turns within a repetition, so that a machine
-    that slows down slows all of them.
+    `step_seconds` covers `new_tokens` - 1 tokens a row, since the first new token comes from the prefill, in one time
+    for each token of the whole batch or in one for all. Warm-ups have repetition numbers of their own. All shapes take
+    turns within a repetition, so that a machine that slows down slows all of them.
     """
     for name, value, least in (("repetitions", repetitions, 1), ("warmups", warmups, 0)):
         if value < least:
@@ -151,7 +143,7 @@ def speed_samples(
 
 
 def _decode(engine: Engine, rows: list[list[int]], num_tokens: int) -> Decoded:
-    """A generation whose length and times are what was asked for."""
+    """What the engine decodes; `UserError` unless its length and times are those that were asked for."""
     decoded = engine.decode(rows, num_tokens)
     lengths = sorted({len(row) for row in decoded.token_ids})
     times = sorted({1, num_tokens - 1}) if num_tokens > 1 else [0]

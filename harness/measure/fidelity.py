@@ -262,13 +262,8 @@ def _joined(pieces: Sequence[Compared]) -> Compared:
 
 
 def sample(index: int, num_tokens: int, compared: Compared) -> dict[str, Any]:
-    """The record of one window of `num_tokens` tokens, all of whose n - 1 predictions are compared.
-
-    `{"kind": "window", "index", "num_tokens", "num_scored", "kl_nats", "num_agreed", "squared_dp", "nll_nats",
-    "source_nll_nats", "bands", "kl_codes"}`: sums over the predictions. `squared_dp` is of the difference of the
-    probability of the token that came; `bands` has the sums by the number of tokens before (`BAND_ENDS`); `kl_codes`
-    has the divergence of every single prediction (record/packed.py), for percentiles.
-    """
+    """The `window` sample of `num_tokens` tokens: sums over its n - 1 predictions, and by the number of tokens before
+    them (`bands`); `kl_codes` has the divergence of every prediction (record/packed.py), for percentiles."""
     before = np.arange(1, num_tokens)
     band = np.searchsorted(BAND_ENDS, before, side="right")
     squared = (np.exp(compared.log_prob) - np.exp(compared.reference_log_prob)) ** 2

@@ -66,7 +66,7 @@ class Detail:
 
 @dataclass
 class AnswerLog:
-    """The details of one run of a task, and how many answers had been given before."""
+    """The details of one run of a task, and how many of its answers the journal had."""
 
     repetition: int = 0
     details: dict[Request, list[Detail]] = field(default_factory=dict)
@@ -166,7 +166,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """lm-eval names its cache of requests by it; there is none here."""
+        """The name of lm-eval's cache of requests, which is not used."""
         return "harness"
 
     # -- Requests
@@ -178,10 +178,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             yield len(prompt.token_ids), prompt.max_new_tokens
         elif instance.request_type == "loglikelihood":
             context, continuation = instance.args
-            before, after = (
-                self._encode_pair(context, continuation) if context else ([0], self.tok_encode(continuation))
-            )
-            yield len(before), len(after)
+            pair = self._encode_pair(context, continuation) if context else ([0], self.tok_encode(continuation))
+            yield len(pair[0]), len(pair[1])
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """See `lm_eval.api.model.LM`."""
@@ -317,8 +315,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         name: str,
         ask: Callable[[list[int]], Iterator[tuple[int, dict[str, Any]]]],
     ) -> list[dict[str, Any]]:
-        """The answers to requests, by the journal's keys: those that it has from there, the others from the engine. The
-        same request twice is asked once."""
+        """The answers to requests by their keys, from the journal or else from the engine, which is asked once for
+        equal requests."""
         journal = self._journal
         assert journal is not None
         open_ = list(

@@ -118,6 +118,6 @@ class LogProbs:
 
 
 def _of(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be equal of two engines for their numbers to stand in one file, beyond what was asked of them."""
+    """What two engines must have in common for their numbers to stand in one file, beyond what was asked of them."""
     effective = engine.get("effective") or {}
     return {**{key: engine.get(key) for key in _ENGINE}, "cpu_capability": effective.get("cpu_capability")}

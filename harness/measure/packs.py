@@ -1,5 +1,4 @@
-"""Reference packs: what a source predicts, kept on the disk, so that a variant can be compared with it when the source
-is not in memory any more: an engine that serves takes all of it for one model.
+"""Reference packs: what a source predicts, kept on the disk to compare a variant with it when the source is not loaded.
 
 A pack belongs to one source, one engine and one text, which are its `identity`, and is built once. One file:
 
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from harness.engines.protocol import Top
 from harness.errors import UserError
@@ -38,7 +36,8 @@ class Pack:
         """What it says of each of `windows`, those that it was built of, in order."""
         with self.path.open("rb") as stream:
             start = len(stream.readline())
-            if self.path.stat().st_size != start + sum(_num_bytes(len(window), self.num) for window in windows):
+            num_rows = sum(len(window) - 1 for window in windows)
+            if self.path.stat().st_size != start + _ITEM * num_rows * (2 * self.num + 1):
                 raise UserError(f"{self.path} is cut.", "Delete it: it is built again.")
             for window in windows:
                 rows = len(window) - 1
@@ -47,10 +46,6 @@ class Pack:
                     np.frombuffer(stream.read(_ITEM * rows * self.num), "<f4").reshape(rows, self.num),
                     np.frombuffer(stream.read(_ITEM * rows), "<f4"),
                 )
-
-
-def _num_bytes(num_tokens: int, num: int) -> int:
-    return _ITEM * (num_tokens - 1) * (2 * num + 1)
 
 
 def pack_of(folder: Path, identity: Mapping[str, Any], predict: Callable[[], Iterable[Top]]) -> Pack:
@@ -68,7 +63,12 @@ def pack_of(folder: Path, identity: Mapping[str, Any], predict: Callable[[], Ite
                 header = {"identity": dict(identity), "num": num}
                 stream.write(json.dumps(header, separators=(",", ":")).encode() + b"\n")
             for array, kind in ((top.ids, "<i4"), (top.log_probs, "<f4"), (top.actual, "<f4")):
-                stream.write(_finite(array).astype(kind).tobytes())
+                if np.isnan(array).any():
+                    raise UserError(
+                        "The source predicts NaN: there is nothing to compare a variant with.",
+                        "Look at its weights, or measure in another --dtype.",
+                    )
+                stream.write(array.astype(kind).tobytes())
     temporary.replace(path)
     return Pack(path, num, reused=False)
 
@@ -81,12 +81,3 @@ def _num_named(path: Path, identity: Mapping[str, Any]) -> int | None:
         return int(header["num"]) if header["identity"] == json.loads(json.dumps(dict(identity))) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _finite(array: NDArray[Any]) -> NDArray[Any]:
-    if np.isnan(array).any():
-        raise UserError(
-            "The source predicts NaN: there is nothing to compare a variant with.",
-            "Look at its weights, or measure in another --dtype.",
-        )
-    return array

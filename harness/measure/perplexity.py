@@ -159,11 +159,7 @@ def windows_digest(cut: Iterable[Window]) -> str:
 
 def window_samples(cut: Sequence[Window], rows: Iterable[NDArray[np.float32]]) -> Iterator[dict[str, Any]]:
     """One sample per window, in order, from the log-probabilities [num_tokens - 1] of each window's tokens but the
-    first.
-
-    `{"kind": "window", "index", "first_token", "num_tokens", "num_scored", "nll_nats"}`, where `nll_nats` is the
-    summed negative log-likelihood of the scored tokens; with `document` where there are several.
-    """
+    first: the summed negative log-likelihood of the scored tokens; with `document` where there are several."""
     for index, (window, log_probs) in enumerate(zip(cut, rows, strict=True)):
         yield {
             "kind": "window",
@@ -241,7 +237,6 @@ def score(
 
 
 def _check(log_probs: NDArray[np.float32], window: Window, index: int) -> None:
-    """Refuse what would silently spoil a mean."""
     if len(log_probs) != window.num_tokens - 1:
         raise UserError(
             f"Window {index} has {window.num_tokens} tokens, and the engine gave {len(log_probs)} log-probabilities.",

@@ -112,11 +112,8 @@ def task_samples(
 ) -> Iterator[dict[str, Any]]:
     """Runs the task `repeats` times and yields samples, every one with its `kind`.
 
-    `item`: {task, repetition, doc_id, doc_sha256, prompt_sha256, target_sha256, outcomes, num_prompt_tokens,
-    num_tokens, seconds}; the prompt's digest is of the token ids of all its requests. A choice has also {log_probs}, in
-    nats by option; a generated answer {finish_reasons, unclosed, empty, extracted}. `result`: {task, repetition,
-    metric, value, standard_error, higher_is_better, num_items}, as lm-eval aggregates. `reused`, last: how many of the
-    answers the journal had. `EngineDied` passes through; what was answered is in the journal.
+    an `item` a document, a `result` a figure of lm-eval, and `reused`, last, which counts the answers that the journal
+    had (keys: `record/samples.py`). `EngineDied` passes through; what was answered is in the journal.
     """
     wanted = loaded.wanted
     model = EngineLM(loaded.texts, loaded.settings, engine=engine, journal=journal, progress=progress)
@@ -391,12 +388,11 @@ def _items(task: str, samples: Sequence[Mapping[str, Any]], log: AnswerLog) -> I
             item["finish_reasons"] = [detail.finish_reason for detail in details]
             item["unclosed"] = any(detail.unclosed for detail in details)
             item["empty"] = any(detail.empty for detail in details)
-            item["extracted"] = any(_is_answer(sample["filtered_resps"]) for sample in logged)
+            filtered = [sample["filtered_resps"] for sample in logged]
+            item["extracted"] = any(
+                all(one not in (None, _NO_ANSWER, "", []) for one in answers) for answers in filtered
+            )
         yield item
-
-
-def _is_answer(filtered: Sequence[Any]) -> bool:
-    return all(one is not None and one not in (_NO_ANSWER, "", []) for one in filtered)
 
 
 def _score(value: Any) -> float | list[float] | None:

@@ -1,8 +1,7 @@
 """Where the text of a measurement comes from: a local file, or a column of a dataset on the model hub.
 
-A text is one string. How it was put together changes its tokens, and with them every number, so there is one way: the
-rows of a dataset are joined with nothing in between (WikiText's rows carry their own line ends). Only what reads a text
-line by line asks for lines: WikiText's rows are the lines of its files, with nothing in place of the blank ones.
+A text is one string: the rows of a dataset joined with nothing in between (WikiText's rows carry their own line ends),
+since the way to join them changes the tokens, and with them every number.
 """
 
 from pathlib import Path
@@ -30,11 +29,8 @@ def load_text(
     if path is not None:
         text = _read_file(path)
     else:
-        assert dataset is not None
-        rows = _read_dataset(dataset, config, split, column, revision)
-        text = (
-            "".join(f"{row.removesuffix(_LINE_FEED) or ' '}{_LINE_FEED}" for row in rows) if as_lines else "".join(rows)
-        )
+        rows = _read_dataset(str(dataset), config, split, column, revision)
+        text = "".join(f"{row.removesuffix(_LINE_FEED) or ' '}{_LINE_FEED}" if as_lines else row for row in rows)
     if not text.strip():
         raise UserError(f"The text of {path or dataset} is empty.", "Check its path, split and column.")
     return text
@@ -51,10 +47,8 @@ def _read_file(path: Path) -> str:
 
 
 def _read_dataset(dataset: str, config: str | None, split: str, column: str, revision: str | None) -> list[str]:
-    try:
-        import datasets  # type: ignore[import-untyped]
-    except ImportError:
-        raise UserError("Reading from the hub needs `datasets`.", "Run `pip install datasets`.") from None
+    import datasets  # type: ignore[import-untyped]
+
     try:
         rows = datasets.load_dataset(dataset, config, split=split, revision=revision)
     except Exception as error:

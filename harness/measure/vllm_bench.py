@@ -4,8 +4,8 @@
     vllm bench latency --output-json                    one a generation of a whole batch
     vllm bench throughput --output-json                 one for everything
 
-Of `serve` the summary alone is refused: its medians leave nothing to make an interval from. Times between chunks are
-added up, since a chunk may carry several tokens; tokens are counted by the request's own output length.
+A summary of `serve` without its requests is refused: medians leave nothing to make an interval from. Times between
+chunks are added up, since a chunk may carry several tokens; a request's own output length counts its tokens.
 """
 
 import json
@@ -40,12 +40,8 @@ class BatchShape:
 
 
 def read_vllm_bench(path: Path, shape: BatchShape | None = None) -> Imported:
-    """The runs in a JSON file of `vllm bench`.
-
-    Samples of `serve`: {kind: request, prompt_tokens, new_tokens, first_token_seconds, decode_seconds}, requests that
-    failed as {kind: failed_request}; of `latency`: {kind: generation, batch, prompt_tokens, new_tokens, seconds}; of
-    `throughput`: {kind: throughput, num_requests, num_tokens, seconds}. `UserError` for anything else.
-    """
+    """The runs in a JSON file of `vllm bench`; `UserError` for any other file. Samples of `serve` are a `request` or a
+    `failed_request` each, of `latency` a `generation`, of `throughput` one `throughput`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

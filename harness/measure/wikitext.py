@@ -1,10 +1,9 @@
 """WikiText as lm-eval measures it: pages, detokenized, each read from its beginning; perplexity per original word.
 
-lm-eval's task `wikitext` is not a text cut into windows. Its documents are pages; a page is written back into ordinary
-English (`wikitext_detokenizer`), made into tokens, and read after one end-of-text token in windows as long as the model
-takes; and what is averaged over are the words that the page had *before* that. Detokenizer and windows are lm-eval's
-own functions. The pages are made here, since the dataset that lm-eval takes them from
-(EleutherAI/wikitext_document_level) holds nothing but WikiText's files cut at their headings.
+The documents of lm-eval's task `wikitext` are pages. A page is written back into ordinary English
+(`wikitext_detokenizer`), made into tokens, and read after one end-of-text token in windows as long as the model takes;
+the mean is over the words that the page had *before* that. Detokenizer and windows are lm-eval's own functions. The
+pages are made here: lm-eval's dataset (EleutherAI/wikitext_document_level) is WikiText's files cut at their headings.
 """
 
 import re
@@ -36,7 +35,7 @@ def pages(text: str) -> list[str]:
     end with a line feed, and every other line is blank. `UserError` for a text without a title.
 
     A line is a title if it still begins with `= ` and ends with ` =` when the signs of deeper headings (`= =`,
-    `= = =`) have been drawn together. Lines before the first title are no page where they are blank.
+    `= = =`) have been drawn together.
     """
     found: list[str] = []
     lines: list[str] = []
