@@ -1,9 +1,9 @@
 """How vLLM finds a layer's format, held against what the configuration means.
 
-`quantization_config` names modules as the checkpoint does, and compressed-tensors and transformers read it so. vLLM
-has module names of its own and fuses layers before it asks for their format, so the same configuration can mean two
-things. Its rules (compressed_tensors.py and utils.py of its quantization layer, qwen3_5.py, qwen3_next.py and
-qwen3_vl.py of its models, release 0.32; the older order of the tests is that of 0.17 to 0.26):
+`quantization_config` names modules as the checkpoint does. vLLM has module names of its own and fuses layers before it
+asks for their format, so the same configuration can mean two things. Its rules (compressed_tensors.py and utils.py of
+its quantization layer, qwen3_5.py, qwen3_next.py and qwen3_vl.py of its models, release 0.32; the older order of the
+tests is that of 0.17 to 0.26):
 
 * Names map by prefix (`Family.engine_prefixes`): in Qwen3.5 `model.language_model.` is `language_model.model.` inside.
   Exact names with a dot in `targets` and `ignore` are mapped likewise, `re:` patterns are not: they are matched from

@@ -16,10 +16,9 @@ from harness.formats.table import input_scale_names
 from harness.model.checkpoint import PIECE_BYTES, Checkpoint
 
 OUTLIER_RATIO = 1e3
-"""How far an expert's global scale may be from the median of its layer. All experts of a layer read the same hidden
-states, so their largest activations differ by small factors. A scale that is too small by r leaves the block scales
-r below E4M3's maximum; the format keeps its precision over 448 * 2^6 = 28,672, ordinary blocks need some 30 of it, so
-beyond a thousand they begin to vanish; one too large by r clips activations to 1/r of their size."""
+"""How far an expert's global scale may be from the median of its layer, whose experts all read the same hidden states.
+A scale that is too small by r leaves the block scales r below E4M3's maximum; the format keeps its precision over
+448 * 2^6 = 28,672, and ordinary blocks need some 30 of it. A scale too large by r clips activations to 1/r."""
 
 _E4M3 = "F8_E4M3"
 _DEFAULT_SCALE = 1.0

@@ -1,13 +1,11 @@
 """`quantization_config`: which modules of a checkpoint are stored in which format.
 
-`quantization_config` writes the JSON that vLLM and transformers read; `parse` reads any such JSON back,
-ours or not, and answers which format a module has.
+`quantization_config` writes the JSON that vLLM and transformers read; `parse` reads any such JSON, of every writer.
 
 Two rules of vLLM's loader shape what is written (compressed_tensors.py and utils.py of its quantization layer,
 releases 0.17 to 0.33): `re:` patterns are matched against vLLM's own module names, so they must not be anchored
 to a prefix; and a layer that vLLM fuses is looked up by its fused name in some releases and by its shards' in
-others, so a pattern names both. Only arguments that `QuantizationArgs` of compressed-tensors 0.17 knows are
-written: it forbids any other key.
+others, so a pattern names both. `QuantizationArgs` of compressed-tensors 0.17 forbids any key that it does not know.
 """
 
 import re

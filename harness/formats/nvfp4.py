@@ -10,21 +10,18 @@ and means, for column j:
 
     w[i, j] = E2M1[code[i, j]] * weight_scale[i, j // 16] / weight_global_scale
 
-That equation is the contract with every reader (vLLM, transformers, compressed-tensors). How the scales and
-codes are chosen is the writer's business. All arithmetic is float32: the reference writer computes the global
-scale in bfloat16, so its files differ from ours in that last digit and decode by the same equation.
+That equation is the contract with every reader (vLLM, transformers, compressed-tensors). All arithmetic is float32: the
+reference writer computes the global scale in bfloat16, so its files differ from ours in that last digit.
 
 **W4A4.** In the format NVFP4 the inputs of a layer are rounded in the same way when the model runs, with block scales
 of their own and a stored divisor, `input_global_scale [1]`, from the largest input that calibration saw. In NVFP4A16
 inputs keep their 16 bits.
 
-**Block scales** are chosen by the largest magnitude, or searched for the least error; any of them is the same format on
-disk. The largest magnitude of a block need not be represented exactly: a smaller scale clips it and rounds the other 15
-finer, a larger one may put more of them near grid points. With the global scale fixed, the candidates for a block's
-scale are the E4M3 codes around that of the largest magnitude, and those from 3 below to 7 above it contain the best
-one (ScaleSweep, arXiv 2606.07618): the search is exact. The weighted search counts each column's squared error
-times the second moment of its input, which is what the layer's output feels, and takes the best of the same codes: a
-still smaller scale, which clips more of what these inputs weigh little, is left out.
+**Block scales** are chosen by the largest magnitude, or searched for the least error: a smaller scale clips the largest
+magnitude and rounds the other 15 finer, a larger one may put more of them near grid points. With the global scale
+fixed, the E4M3 codes from 3 below to 7 above that of the largest magnitude contain the best scale (ScaleSweep, arXiv
+2606.07618): the search is exact. The weighted search counts each column's squared error times the second moment of its
+input, and takes the best of the same codes.
 """
 
 from __future__ import annotations

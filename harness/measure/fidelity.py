@@ -4,14 +4,12 @@ A quantized model may by luck find a text more probable than its source does, an
 better. The Kullback-Leibler divergence KL(P || Q) asks instead how much of the source's whole distribution P over the
 next token the variant's Q has lost. It is never negative, and zero only where the two agree on the whole vocabulary.
 
-The arithmetic. Engines give float32 log-probabilities, whose sum of probabilities misses 1 by about 1e-6, while
-a good variant's divergence is 1e-3. Written as usual, Σ p (ln p - ln q), that miss enters at first order. So every
-token of the vocabulary contributes
+Probabilities of float32 log-probabilities miss a sum of 1 by about 1e-6, while a good variant's divergence is 1e-3.
+Written as usual, Σ p (ln p - ln q), that miss enters at first order. So every token of the vocabulary contributes
 
     p (ln p - ln q) - p + q   >= 0
 
-in float64: the two further terms add up to zero for exact distributions, no term cancels another, and a miss
-enters at second order only.
+in float64: the two further terms add up to zero for exact distributions, and a miss enters at second order only.
 
 An engine that serves tells the k most probable tokens. Two such lists are compared over the tokens that both name, the
 token that really came, and one bucket for all others. Sums over coarser events never exceed those over finer ones (the

@@ -82,8 +82,8 @@ def take_task(label: str, wanted: Task, source: str | Path) -> TakenTask:
 
 
 def ready_task(taken: TakenTask, texts: Texts, max_length: int, engine: str) -> ReadyTask:
-    """Writes a task's prompts and checks them against the `max_length` tokens that `engine` takes; `UserError` for
-    everything that would go wrong later."""
+    """Writes a task's prompts and checks them against the `max_length` tokens that `engine` takes; `UserError` for what
+    would go wrong later."""
     label, wanted, tasks = taken.label, taken.wanted, taken.tasks
     if wanted.chat:
         texts.require_chat_template(label)
@@ -234,9 +234,7 @@ def _configure(label: str, name: str, task: Any, wanted: Task) -> None:
         raise UserError(f"Task '{label}' shows the model images or sound.", "Use a task of text.")
     generates = task.OUTPUT_TYPE == "generate_until"
     if generates:
-        changes: dict[str, Any] = {}
-        if wanted.preset is not None:
-            changes |= {"do_sample": True, **vars(PRESETS[wanted.preset])}
+        changes = {} if wanted.preset is None else {"do_sample": True, **vars(PRESETS[wanted.preset])}
         if wanted.max_new_tokens is not None:
             changes["max_gen_toks"] = wanted.max_new_tokens
         if changes:
@@ -315,7 +313,7 @@ def _check_requests(loaded: ReadyTask, max_length: int, scored_extra: int) -> No
 
 
 def _build(task: Any, wanted: Task, model: EngineLM, limit: int | None) -> None:
-    """The requests of a task, in `task.instances`, as `lm_eval.evaluate` builds them."""
+    """Builds the requests of a task, in `task.instances`, as `lm_eval.evaluate` does."""
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     with _logged([]):
         task.build_all_requests(
