@@ -19,7 +19,7 @@ from harness.quantize.build import build
 from harness.quantize.recipes import RECIPES
 from harness.resolve import plan_source
 from tests.artifacts import quiet
-from tests.test_qwen3_next import config_json
+from tests.qwen3_next import config_json
 
 ROOT = Path(harness.__file__).parent
 PARTS_OF_NAMES = (

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, Qwen3NextConfig, Qwen3NextForCaus
 
 from harness.audit.verify import Verification, verify
 from harness.cli import main
-from harness.demo import checkpoint_path
 from harness.engines.protocol import open_engine
 from harness.errors import UserError
 from harness.formats.config import parse
@@ -29,42 +28,12 @@ from harness.model.families.qwen3_next import FAMILY
 from harness.model.family import expected_tensors
 from harness.model.source import census_at
 from harness.quantize.build import build
-from harness.quantize.layerwise import Calibration
 from harness.quantize.recipes import RECIPES
-from harness.quantize.samples import CalibrationSet
 from tests.artifacts import quiet
 from tests.oracles import oracle_model
+from tests.qwen3_next import TINY, WINDOWS, calibration, config_json, save_source
 
-VOCABULARY = 1024
-"""The embedded models', whose tokenizer the checkpoint gets."""
-TINY: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,  # three of DeltaNet, one of full attention
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 48,
-    "mlp_only_layers": [1],
-    "initializer_range": 0.1,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 LAYER = "model.layers."
-WINDOWS = [torch.randint(3, VOCABULARY, (40,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(2)]
-
-
-def config_json(**changes: Any) -> dict[str, Any]:
-    config = Qwen3NextConfig(**TINY | changes).to_dict()
-    return config | {"architectures": ["Qwen3NextForCausalLM"]}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,18 +44,7 @@ def uncompiled() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As transformers saves it, with the embedded models' tokenizer."""
-    folder = tmp_path_factory.mktemp("next") / "source"
-    torch.manual_seed(0)
-    Qwen3NextForCausalLM(Qwen3NextConfig(**TINY)).bfloat16().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(checkpoint_path("dense") / name, folder)
-    return folder
-
-
-def calibration() -> Calibration:
-    samples = tuple(tuple(window) for window in WINDOWS)
-    return Calibration(CalibrationSet(samples, {"num_samples": 2}), 64, hidden_bytes=10**8, device="cpu")
+    return save_source(tmp_path_factory.mktemp("next") / "source")
 
 
 @pytest.fixture(scope="module", params=["rtn-a16", "w4a4", "w4a4-deltanet"])
