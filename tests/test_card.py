@@ -13,7 +13,7 @@ import yaml
 from harness.errors import UserError
 from harness.record.run import Record
 from harness.record.store import RunWriter, read_all
-from harness.report import card, evidence, figure_data, sections
+from harness.report import card, evidence, figure_data
 from harness.suite.load import load
 from harness.suite.schema import Suite, Task
 from tests.records import (
@@ -110,7 +110,7 @@ def test_the_headline_gives_size_loss_and_speed(suite: Suite) -> None:
 
 def test_every_section_is_there_without_any_record_and_says_what_to_run(suite: Suite) -> None:
     text = text_of(suite, [])
-    headings = [heading for heading, _ in sections.BLOCKS.values() if heading]
+    headings = [heading for heading, _ in card.BLOCKS.values() if heading]
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == headings
     for measure in (*evidence.MEASURES, "sensitivity"):
         assert f"No record yet: run `nox -s {measure}`." in text
@@ -362,9 +362,7 @@ def test_filling_a_filled_page_changes_nothing(suite: Suite) -> None:
 
 
 def test_every_block_can_stand_in_a_page(suite: Suite) -> None:
-    page = "\n".join(
-        f"<!-- harness:begin {name} suite=demo -->\n<!-- harness:end {name} -->" for name in sections.BLOCKS
-    )
+    page = "\n".join(f"<!-- harness:begin {name} suite=demo -->\n<!-- harness:end {name} -->" for name in card.BLOCKS)
     for records in ([], demo_records()):
         once = rendered(suite, records, docs=page)["docs.md"].decode()
         assert rendered(suite, records, docs=once)["docs.md"].decode() == once

@@ -27,7 +27,7 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.record.run import Record
 from harness.record.store import read_all
-from harness.report import build_tables, evidence
+from harness.report import build_tables, gather
 from harness.report.columns import COLUMNS
 from harness.report.evidence import Evidence
 from harness.report.exchange import path_part
@@ -101,7 +101,7 @@ def suite(tmp_path: Path) -> Suite:
 
 
 def of(suite: Suite, records: Sequence[Record], repo: str | None = None) -> Evidence:
-    return evidence.gather(suite, records, "results", repo)
+    return gather.gather(suite, records, "results", repo)
 
 
 def gsm8k(variant: str, scores: Sequence[float], dataset: dict[str, Any] = GSM8K, **header: Any) -> Record:

@@ -22,7 +22,8 @@ from matplotlib.text import Text
 
 from harness.record.run import Record
 from harness.report import figure_data, figures, plots, tables
-from harness.report.evidence import Evidence, gather
+from harness.report.evidence import Evidence
+from harness.report.gather import gather
 from harness.suite.load import load
 from harness.suite.schema import Suite
 from tests.records import (
@@ -170,7 +171,7 @@ def test_a_figure_is_there_exactly_if_something_was_measured_for_it(
     suite: Suite, records: list[Record], names: list[str]
 ) -> None:
     evidence = evidence_of(suite, records)
-    assert figures.available(evidence) == names
+    assert list(evidence.figures) == names
     files = figures.drawn_files(evidence)
     assert files.keys() == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
     for name, digest in digests(evidence).items():
@@ -179,11 +180,11 @@ def test_a_figure_is_there_exactly_if_something_was_measured_for_it(
 
 def test_every_figure_has_words_for_who_cannot_see_it_and_they_keep_their_order(tmp_path: Path) -> None:
     everything = many_records(["a", "b"], alike=False)
-    assert figures.available(evidence_of(suite_of(tmp_path, ["a", "b"]), everything)) == list(figures.FIGURES)
-    assert list(figures.FIGURES) == [
+    assert list(evidence_of(suite_of(tmp_path, ["a", "b"]), everything).figures) == list(figure_data.FIGURES)
+    assert list(figure_data.FIGURES) == [
         *("overview", "divergence", "losses", "decode", "batch", "depth", "sensitivity", "experts")
     ]
-    for words in figures.FIGURES.values():
+    for words in figure_data.FIGURES.values():
         assert len(words) > 30 and not set(words) & set("[]\n")
 
 
@@ -217,7 +218,7 @@ def test_a_new_record_changes_the_digests_of_the_figures_that_show_it_alone(
     suite = suite_of(tmp_path, ["a"])
     before = digests(evidence_of(suite, records))
     after = digests(evidence_of(suite, [*records[:index], other, *records[index + 1 :]]))
-    assert before.keys() == after.keys() == set(figures.FIGURES)
+    assert before.keys() == after.keys() == set(figure_data.FIGURES)
     assert {name for name in before if before[name] != after[name]} == names
 
 
@@ -598,7 +599,7 @@ def test_what_is_all_zero_or_all_the_same_can_be_drawn(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         files = figures.drawn_files(evidence_of(suite_of(tmp_path, ["a"]), records))
-    assert {name.partition(".")[0] for name in files} == set(figures.FIGURES) - {"sensitivity"}
+    assert {name.partition(".")[0] for name in files} == set(figure_data.FIGURES) - {"sensitivity"}
     assert not any(re.search(rb"\b(nan|inf)\b", data) for name, data in files.items() if name.endswith("svg"))
 
 

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Writes the files that changed, and names them."""
     from harness.report import card
-    from harness.report.evidence import gather
     from harness.report.export import export
+    from harness.report.gather import gather
 
     suite = load_suite(options)
     if options.out.exists() and not options.out.is_dir():

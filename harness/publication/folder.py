@@ -95,7 +95,7 @@ def assemble(
     """
     from harness.report import card, claims, gate
     from harness.report.claim_words import check_words
-    from harness.report.evidence import gather
+    from harness.report.gather import gather
     from harness.report.trace import trace
 
     chosen_variants(job.suite, [variant], with_source=False)

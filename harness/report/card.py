@@ -20,17 +20,30 @@ numbers of two runs stand in relation only if `comparable.incomparable` allows i
 import json
 import posixpath
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from harness.record.run import Record
-from harness.report import build_tables, columns, exchange, figure_data, figures, hub_scores, page
+from harness.report import (
+    build_tables,
+    columns,
+    exchange,
+    figure_data,
+    figures,
+    headline,
+    hub_scores,
+    page,
+    sections,
+    usage,
+)
 from harness.report.blocks import filled
-from harness.report.evidence import Evidence, gather
+from harness.report.claims import judged_claims
+from harness.report.evidence import Evidence
+from harness.report.gather import gather
 from harness.report.pieces import Link, paragraphs
-from harness.report.sections import BLOCKS, bound
 from harness.suite.load import narrowed
 from harness.suite.schema import Suite
 
@@ -50,7 +63,7 @@ def generated_files(
     return {
         **_card_files(evidence, f"{folder}/", _linker(f"{folder}/README.md"), drawn),
         **{f"{folder}/{name}": data for name, data in drawn.items()},
-        **{path: filled(path, text, suite.name, bound(evidence, _linker(path))) for path, text in pages.items()},
+        **{path: filled(path, text, suite.name, _bound(evidence, _linker(path))) for path, text in pages.items()},
     }
 
 
@@ -174,3 +187,35 @@ def _front_matter(evidence: Evidence) -> str:
         if value
     ]
     return "\n".join(("---", *lines, "---"))
+
+
+def _headline(evidence: Evidence, link: Link) -> str:
+    return headline.headline(evidence, link, judged_claims(evidence.suite, evidence.chosen))
+
+
+# What a page may ask for by name, under the heading that it has in the card.
+BLOCKS: dict[str, tuple[str | None, Callable[[Evidence, Link], str]]] = {
+    "headline": (None, _headline),
+    "figure": (None, sections.overview_section),
+    "size": ("What is quantized and what is kept", sections.size_section),
+    "method": ("Method and calibration", sections.method_section),
+    "roundtrip": ("Round-trip error", sections.roundtrip_section),
+    "sensitivity": ("Sensitivity", sections.sensitivity_section),
+    "perplexity": ("Perplexity", sections.perplexity_section),
+    "fidelity": ("Fidelity", sections.fidelity_section),
+    "tasks": ("Tasks", sections.tasks_section),
+    "decode": ("Decode speed", sections.decode_section),
+    "prefill": ("Prefill speed", sections.prefill_section),
+    "memory": ("Memory", sections.memory_section),
+    "served": ("Served elsewhere", sections.served_section),
+    "usage": ("Usage", usage.usage),
+    "presets": ("Sampling presets", usage.presets),
+    "limits": ("Known limits", usage.known_limits),
+    "reproduce": ("How to reproduce", sections.reproduce_section),
+    "runs": ("Provenance", sections.runs_section),
+}
+
+
+def _bound(evidence: Evidence, link: Link) -> dict[str, Callable[[], str]]:
+    """The blocks of one suite for one page, by the name that the page asks for."""
+    return {name: partial(block, evidence, link) for name, (_, block) in BLOCKS.items()}

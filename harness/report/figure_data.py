@@ -25,6 +25,22 @@ _SAME_SHARE = 0.01  # what two builds may differ by in one panel: of the calibra
 _SAME_COLOUR = 0.05  # and of the scale of colours
 _MARK = re.compile(rb"harness-figure-sha256:([0-9a-f]{64})")
 
+FIGURES: dict[str, str] = {
+    "overview": "Checkpoint size, loss of log-perplexity and decode step times of every variant beside the source",
+    "divergence": "KL divergence from the source over checkpoint size, a point with its interval for every variant and "
+    "the source at zero",
+    "losses": "Change of log-perplexity against the source with its interval, for every variant by every protocol",
+    "decode": "Decode speed at batch 1 with its interval for every variant, beside the ceiling that memory bandwidth "
+    "sets where it is known",
+    "batch": "Decode speed over batch size, in total and for each user, a curve for every variant",
+    "depth": "KL divergence from the source by the number of tokens before the predicted one, a curve for every "
+    "variant",
+    "sensitivity": "Layer error by layer, projection and format",
+    "experts": "Share of the calibration tokens that every expert of every layer got, for each calibrated build; "
+    "builds that look the same share a panel",
+}
+"""The alternative text of each figure by its name, in the order in which a page shows the figures."""
+
 
 @dataclass(frozen=True)
 class Look:

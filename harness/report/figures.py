@@ -1,8 +1,7 @@
 """What the figures of a suite show, from the same evidence as the tables."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harness.record.run import Record
@@ -24,21 +23,12 @@ if TYPE_CHECKING:
 _Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Figure:
-    """A figure's alternative text, for readers who cannot see it, and the dataclass that it shows: None where no record
-    has anything for it."""
-
-    words: str
-    shows: Callable[[Evidence], Any]
-
-
 def drawn_files(evidence: Evidence) -> dict[str, bytes]:
     """The files of every figure that there is something for: "NAME.svg" and "NAME.png" -> bytes."""
     from harness.report.plots import image_files
 
     made: dict[str, bytes] = {}
-    for name, what in plotted_by_name(evidence).items():
+    for name, what in evidence.figures.items():
         made |= image_files(name, [what], partial(draw, name, what))
     return made
 
@@ -46,24 +36,14 @@ def drawn_files(evidence: Evidence) -> dict[str, bytes]:
 def undrawn_files(evidence: Evidence) -> dict[str, bytes]:
     """The same names, and in place of each drawing the mark that its file carries. It tells whether a file is stale, in
     a fraction of the time."""
-    marks = {name: figure_data.mark_of([what]).encode() for name, what in plotted_by_name(evidence).items()}
+    marks = {name: figure_data.mark_of([what]).encode() for name, what in evidence.figures.items()}
     return {f"{name}.{kind}": mark for name, mark in marks.items() for kind in ("svg", "png")}
-
-
-def available(evidence: Evidence) -> list[str]:
-    """The names of the figures that there is something for."""
-    return list(plotted_by_name(evidence))
 
 
 def plotted_by_name(evidence: Evidence) -> dict[str, Any]:
     """What each figure shows that there is something for, as the dataclass of its drawing: name -> dataclass."""
-    return dict(_plotted(evidence))
-
-
-@lru_cache(maxsize=1)  # a card asks for each of its figures whether it is there
-def _plotted(evidence: Evidence) -> tuple[tuple[str, Any], ...]:
-    found = ((name, figure.shows(evidence)) for name, figure in _KINDS.items())
-    return tuple((name, what) for name, what in found if what is not None)
+    found = {name: shows(evidence) for name, shows in _SHOWS.items()}
+    return {name: what for name, what in found.items() if what is not None}
 
 
 def draw(name: str, what: Any) -> "Figure":
@@ -296,42 +276,14 @@ def _counted(num: int, noun: str) -> str:
     return f"{num:,} {noun}" if num == 1 else f"{num:,} {noun}s"
 
 
-_KINDS: dict[str, _Figure] = {
-    "overview": _Figure(
-        "Checkpoint size, loss of log-perplexity and decode step times of every variant beside the source",
-        _overview,
-    ),
-    "divergence": _Figure(
-        "KL divergence from the source over checkpoint size, a point with its interval for every variant and the "
-        "source at zero",
-        _divergence,
-    ),
-    "losses": _Figure(
-        "Change of log-perplexity against the source with its interval, for every variant by every protocol",
-        _losses,
-    ),
-    "decode": _Figure(
-        "Decode speed at batch 1 with its interval for every variant, beside the ceiling that memory bandwidth sets "
-        "where it is known",
-        _decode,
-    ),
-    "batch": _Figure(
-        "Decode speed over batch size, in total and for each user, a curve for every variant",
-        _batch,
-    ),
-    "depth": _Figure(
-        "KL divergence from the source by the number of tokens before the predicted one, a curve for every variant",
-        _depth,
-    ),
-    "sensitivity": _Figure(
-        "Layer error by layer, projection and format",
-        _sensitivity,
-    ),
-    "experts": _Figure(
-        "Share of the calibration tokens that every expert of every layer got, for each calibrated build; builds that "
-        "look the same share a panel",
-        _experts,
-    ),
+_SHOWS: dict[str, Callable[[Evidence], Any]] = {
+    "overview": _overview,
+    "divergence": _divergence,
+    "losses": _losses,
+    "decode": _decode,
+    "batch": _batch,
+    "depth": _depth,
+    "sensitivity": _sensitivity,
+    "experts": _experts,
 }
-FIGURES: dict[str, str] = {name: figure.words for name, figure in _KINDS.items()}
-"""Alternative texts by name, in the order in which a page shows the figures."""
+"""By the names of `figure_data.FIGURES`, what a figure shows: None where no record has anything for it."""

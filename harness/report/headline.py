@@ -1,16 +1,23 @@
 """The first section of a card: a line for every variant, and one for every claim that the records support."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from harness.record.run import Record
 from harness.record.stats import Estimate
 from harness.report import columns, speed_tables, task_tables
-from harness.report.claims import judged_claims
 from harness.report.evidence import Evidence
 from harness.report.pieces import Link, paragraphs, reference
 from harness.report.tables import cell_text, runs_of
 from harness.suite.names import SOURCE
 
+if TYPE_CHECKING:
+    from harness.report.claims import JudgedClaim
 
-def headline(evidence: Evidence, link: Link) -> str:
+
+def headline(evidence: Evidence, link: Link, claims: Sequence[JudgedClaim]) -> str:
     """One line per variant: what it weighs, what it loses, how fast it decodes, each with the run that says so."""
     lines = []
     for name, variant in evidence.suite.variants.items():
@@ -23,16 +30,16 @@ def headline(evidence: Evidence, link: Link) -> str:
         )
         lines.append(f"- **{name}** ({columns.escape(variant.recipe)}): {said or 'not measured yet'}.")
     marked = any(columns.NO_INTERVAL_MARK in line for line in lines)
-    return paragraphs("\n".join(lines), _claim_lines(evidence, link), columns.NO_INTERVAL if marked else None)
+    return paragraphs("\n".join(lines), _claim_lines(evidence, link, claims), columns.NO_INTERVAL if marked else None)
 
 
-def _claim_lines(evidence: Evidence, link: Link) -> str:
+def _claim_lines(evidence: Evidence, link: Link, claims: Sequence[JudgedClaim]) -> str:
     """One line for every claim of the suite that the records support, with the runs that support it."""
     by_id = {record.run.run_id: record for record in evidence.chosen}
     return "\n".join(
         f"- {claim.sentence}: {columns.escape(claim.reason)} "
         f"{' '.join(reference(evidence, link, by_id[run]) for run in claim.runs if run in by_id)}."
-        for claim in judged_claims(evidence.suite, evidence.chosen)
+        for claim in claims
         if claim.supported
     )
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from harness.record.run import Record
-from harness.report import figures
 from harness.report.evidence import Evidence
+from harness.report.figure_data import FIGURES
 from harness.report.tables import Table, markdown_table
 from harness.suite.names import SOURCE, row_name
 from harness.suite.schema import Suite
@@ -13,18 +13,20 @@ Link = Callable[[str], str]  # a path from the project's root -> its URL from wh
 
 
 def reference(evidence: Evidence, link: Link, record: Record) -> str:
+    """A link to a record, called by the run's id."""
     return f"[{record.run.run_id}]({link(evidence.record_path(record))})"
 
 
 def image(evidence: Evidence, link: Link, name: str) -> str | None:
     """A figure that leads to itself without pixels; None where nothing was measured that it could show."""
-    if name not in figures.available(evidence):
+    if name not in evidence.figures:
         return None
     path = f"reports/{evidence.suite.name}/{name}"
-    return f"[![{figures.FIGURES[name]}]({link(f'{path}.png')})]({link(f'{path}.svg')})"
+    return f"[![{FIGURES[name]}]({link(f'{path}.png')})]({link(f'{path}.svg')})"
 
 
 def table(evidence: Evidence, link: Link, frame: Table) -> str:
+    """A table whose runs are links to their records."""
     return markdown_table(frame, lambda record: link(evidence.record_path(record)))
 
 
@@ -46,10 +48,10 @@ def no_record(evidence: Evidence, measure: str) -> str | None:
         expected = (SOURCE, *suite.bench.variants)
     expected += tuple(row_name(name, setup) for setup in setups_of(suite, measure) for name in expected)
     missing = [row for row in expected if row not in evidence.records[measure]]
-    of = "" if len(missing) == len(expected) else f" of {named(missing)}"
+    of = "" if len(missing) == len(expected) else f" of {code_names(missing)}"
     return paragraphs(
         f"No record yet{of}: run `nox -s {measure}`." if missing else None,
-        f"The suite does not measure the speed of {named(left_out)}." if left_out else None,
+        f"The suite does not measure the speed of {code_names(left_out)}." if left_out else None,
     )
 
 
@@ -59,7 +61,8 @@ def setups_of(suite: Suite, measure: str) -> tuple[str, ...]:
     return (wanted.setups if wanted and suite.engine.name == "vllm" else None) or ()
 
 
-def named(rows: Sequence[str]) -> str:
+def code_names(rows: Sequence[str]) -> str:
+    """Names of rows as code, with commas between."""
     return ", ".join(f"`{row}`" for row in rows)
 
 

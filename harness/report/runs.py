@@ -7,11 +7,11 @@ from typing import Any
 from harness.record import stats
 from harness.record.comparable import incomparable
 from harness.record.run import Record
-from harness.report.tables import Table, table_of
 from harness.suite.names import SOURCE
 
 Records = Mapping[str, Record]  # variant -> the run that speaks for it, of one measure
 ByProtocol = Mapping[str, Records]  # protocol -> those of its perplexities
+ByTask = Mapping[str, Records]  # the task's name in the suite -> its runs, by row
 
 
 def newest_runs(
@@ -96,34 +96,6 @@ def clustering(record: Record) -> tuple[str, int]:
     if "documents" in (record.run.dataset or {}):
         return "documents", 1
     return "windows", stats.block_length(len(record.kind("window")))
-
-
-def run_table(records: Sequence[Record]) -> Table:
-    """Where every number comes from: the run, its engine, machine, versions and commit."""
-    rows = []
-    for record in records:
-        run = record.run
-        engine, machine, git = run.engine, run.machine, run.git
-        gpu = machine.get("gpu")
-        hardware = f"{gpu['count']} × {gpu['name']}, driver {gpu['driver']}" if gpu else machine.get("cpu")
-        digest = run.variant.get("artifact_digest")
-        rows.append(
-            {
-                "variant": run.variant["name"],
-                "measure": run.measure,
-                "recipe": run.variant.get("recipe"),
-                "artifact": digest and digest[:12],
-                "engine": f"{engine['name']} ({engine['version']}), {engine['dtype']} on {engine['device']}"
-                if engine
-                else None,
-                "machine": f"{machine['name']}: {hardware}, {machine.get('cores')} cores, {machine.get('os')}",
-                "packages": ", ".join(f"{name} {version}" for name, version in sorted(run.packages.items())),
-                "commit": git["commit"][:12] + (" with changes" if git["dirty"] else "") if git else None,
-                "started_utc": run.started_utc,
-                "run": record,
-            }
-        )
-    return table_of(rows)
 
 
 def engine_warnings(records: Iterable[Record]) -> list[str]:

@@ -1,14 +1,12 @@
 """The sections of a card: each a piece of Markdown about one question, and the block of that name in other pages."""
 
 import shlex
-from collections.abc import Callable
-from functools import partial
 
 from tabulate import tabulate
 
 from harness.formats.names import KEPT
 from harness.record.stats import RESAMPLES
-from harness.report import columns, headline, sensitivity_tables, speed_tables, usage
+from harness.report import columns, sensitivity_tables, speed_tables
 from harness.report.evidence import Evidence
 from harness.report.numbers import format_bytes
 from harness.report.pieces import Link, image, no_record, paragraphs, part, reference, setups_of, table
@@ -16,7 +14,7 @@ from harness.suite.names import NOISE, SOURCE, row_name
 from harness.suite.schema import Suite
 
 
-def _size(evidence: Evidence, link: Link) -> str:
+def size_section(evidence: Evidence, link: Link) -> str:
     totals = evidence.tables["totals"]
     return paragraphs(
         None if not totals else table(evidence, link, totals),
@@ -47,7 +45,7 @@ def _roles(evidence: Evidence, link: Link) -> str:
     return f"runs {' · '.join(runs)}\n\n{table}"
 
 
-def _method(evidence: Evidence, link: Link) -> str:
+def method_section(evidence: Evidence, link: Link) -> str:
     frame, sources = evidence.tables["method"], evidence.tables["calibration"]
     return paragraphs(
         None if not frame else table(evidence, link, frame),
@@ -62,7 +60,7 @@ def _method(evidence: Evidence, link: Link) -> str:
     )
 
 
-def _roundtrip(evidence: Evidence, link: Link) -> str:
+def roundtrip_section(evidence: Evidence, link: Link) -> str:
     frame, findings = evidence.tables["roundtrip"], evidence.tables["findings"]
     clean = [name for name, record in evidence.records["verify"].items() if not record.kind("finding")]
     return paragraphs(
@@ -75,7 +73,7 @@ def _roundtrip(evidence: Evidence, link: Link) -> str:
     )
 
 
-def _sensitivity(evidence: Evidence, link: Link) -> str:
+def sensitivity_section(evidence: Evidence, link: Link) -> str:
     frame = evidence.tables["sensitivity"]
     if not frame:
         return paragraphs(no_record(evidence, "sensitivity"))
@@ -92,7 +90,7 @@ def _sensitivity(evidence: Evidence, link: Link) -> str:
     )
 
 
-def _perplexity(evidence: Evidence, link: Link) -> str:
+def perplexity_section(evidence: Evidence, link: Link) -> str:
     if evidence.suite.ppl is None:
         return "The suite measures no perplexity."
     frame = evidence.tables["perplexity"]
@@ -130,7 +128,7 @@ def _rows_of_perplexity(suite: Suite) -> list[str]:
     return [row_name(name, setup) for setup in (None, *setups_of(suite, "ppl")) for name in names]
 
 
-def _fidelity(evidence: Evidence, link: Link) -> str:
+def fidelity_section(evidence: Evidence, link: Link) -> str:
     if evidence.suite.fidelity is None:
         return "The suite measures no fidelity."
     frame, bands = evidence.tables["fidelity"], evidence.tables["bands"]
@@ -152,7 +150,7 @@ def _fidelity(evidence: Evidence, link: Link) -> str:
     )
 
 
-def _tasks(evidence: Evidence, link: Link) -> str:
+def tasks_section(evidence: Evidence, link: Link) -> str:
     if not evidence.suite.tasks:
         return "The suite has no tasks."
     missing = [
@@ -182,7 +180,7 @@ def _tasks(evidence: Evidence, link: Link) -> str:
     )
 
 
-def _decode(evidence: Evidence, link: Link) -> str:
+def decode_section(evidence: Evidence, link: Link) -> str:
     frame = evidence.tables["decode"]
     if not frame:
         return paragraphs(no_record(evidence, "bench"))
@@ -205,17 +203,17 @@ def _decode(evidence: Evidence, link: Link) -> str:
     )
 
 
-def _prefill(evidence: Evidence, link: Link) -> str:
+def prefill_section(evidence: Evidence, link: Link) -> str:
     frame = evidence.tables["prefill"]
     return paragraphs(None if not frame else table(evidence, link, frame), no_record(evidence, "bench"))
 
 
-def _memory(evidence: Evidence, link: Link) -> str:
+def memory_section(evidence: Evidence, link: Link) -> str:
     frame = evidence.tables["memory"]
     return paragraphs(None if not frame else table(evidence, link, frame), no_record(evidence, "bench"))
 
 
-def _served(evidence: Evidence, link: Link) -> str:
+def served_section(evidence: Evidence, link: Link) -> str:
     frame = evidence.tables["served"]
     if not frame:
         return "No record yet: `harness import` takes what `vllm bench` wrote on another machine."
@@ -225,11 +223,11 @@ def _served(evidence: Evidence, link: Link) -> str:
     )
 
 
-def _overview(evidence: Evidence, link: Link) -> str:
+def overview_section(evidence: Evidence, link: Link) -> str:
     return image(evidence, link, "overview") or ""
 
 
-def _reproduce(evidence: Evidence, link: Link) -> str:
+def reproduce_section(evidence: Evidence, link: Link) -> str:
     by_commit: dict[str, dict[str, None]] = {}
     for record in sorted(evidence.chosen, key=lambda record: record.run.started_utc):
         git = record.run.git
@@ -246,7 +244,7 @@ def _reproduce(evidence: Evidence, link: Link) -> str:
     )
 
 
-def _runs(evidence: Evidence, link: Link) -> str:
+def runs_section(evidence: Evidence, link: Link) -> str:
     frame = evidence.tables["runs"]
     if not frame:
         return "No record yet."
@@ -265,31 +263,3 @@ def _runs(evidence: Evidence, link: Link) -> str:
         ),
         "Packages:\n\n" + "\n".join(f"- {named}: {', '.join(those)}" for named, those in packages.items()),
     )
-
-
-# What a page may ask for by name, under the heading that it has in the card.
-BLOCKS: dict[str, tuple[str | None, Callable[[Evidence, Link], str]]] = {
-    "headline": (None, headline.headline),
-    "figure": (None, _overview),
-    "size": ("What is quantized and what is kept", _size),
-    "method": ("Method and calibration", _method),
-    "roundtrip": ("Round-trip error", _roundtrip),
-    "sensitivity": ("Sensitivity", _sensitivity),
-    "perplexity": ("Perplexity", _perplexity),
-    "fidelity": ("Fidelity", _fidelity),
-    "tasks": ("Tasks", _tasks),
-    "decode": ("Decode speed", _decode),
-    "prefill": ("Prefill speed", _prefill),
-    "memory": ("Memory", _memory),
-    "served": ("Served elsewhere", _served),
-    "usage": ("Usage", usage.usage),
-    "presets": ("Sampling presets", usage.presets),
-    "limits": ("Known limits", usage.known_limits),
-    "reproduce": ("How to reproduce", _reproduce),
-    "runs": ("Provenance", _runs),
-}
-
-
-def bound(evidence: Evidence, link: Link) -> dict[str, Callable[[], str]]:
-    """The blocks of one suite for one page, by the name that the page asks for."""
-    return {name: partial(block, evidence, link) for name, (_, block) in BLOCKS.items()}

@@ -21,7 +21,6 @@ from harness.report.tables import Table, table_of
 from harness.suite.names import SOURCE
 from harness.suite.schema import Audit, Suite
 
-ByTask = Mapping[str, Mapping[str, Record]]  # the task's name in the suite -> row -> the run that speaks for it
 ALL_TASKS = "all tasks"
 """The name of the row that takes all tasks of a variant together."""
 
@@ -53,7 +52,7 @@ def newest_by_task(records: Sequence[Record], suite: Suite, rows: Sequence[str])
     return found
 
 
-def score_table(by_task: ByTask) -> Table:
+def score_table(by_task: runs.ByTask) -> Table:
     """One row a task, metric and variant: lm-eval's own figure with its standard error, and the paired difference.
 
     `score` is the mean over repetitions of what lm-eval says; its standard error is that of one repetition. The
@@ -113,7 +112,7 @@ def _together(variant: str, compared: Sequence[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def answer_table(by_task: ByTask) -> Table:
+def answer_table(by_task: runs.ByTask) -> Table:
     """The audit of generated answers, one row a task and variant: shares of answers that are no answers, the score of
     those that came to an end, and what an answer costs. Correct is what the first metric of an item's task counts;
     seconds are of the whole run, all answers in a batch together."""
@@ -169,7 +168,7 @@ def invalid(record: Record, source: Record | None) -> list[str]:
     return reasons
 
 
-def reused_answers(records: ByTask) -> Iterator[str]:
+def reused_answers(records: runs.ByTask) -> Iterator[str]:
     """Which runs took answers from earlier ones, a sentence each."""
     for label, rows in records.items():
         for row, record in rows.items():

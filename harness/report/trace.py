@@ -19,8 +19,8 @@ from harness.errors import UserError
 from harness.record import store
 from harness.record.run import Record
 from harness.report import card as cards
-from harness.report import sections
-from harness.report.evidence import Evidence, gather
+from harness.report.evidence import Evidence
+from harness.report.gather import gather
 from harness.report.pieces import Link
 from harness.suite.load import narrowed, restored
 from harness.suite.schema import Suite
@@ -157,7 +157,7 @@ def _of_blocks(records: Iterable[Record], given: Suite | None, link: Link) -> It
     every = list(records)
     for name in dict.fromkeys(record.run.suite["name"] for record in every):
         evidence = _evidence(*_own(name, every, given), results_dir="")
-        for _, block in sections.BLOCKS.values():
+        for _, block in cards.BLOCKS.values():
             yield from _lines(block(evidence, link))
 
 
