@@ -180,11 +180,11 @@ def without_none(values: Mapping[str, Any]) -> Json:
 # JSON is written in ASCII alone, so that no reader takes a character of a name for the end of a line.
 
 
-def json_bytes(document: Any) -> bytes:
+def json_file(document: Any) -> bytes:
     """A JSON file with one document."""
     return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
 
 
-def json_lines_bytes(documents: Sequence[Any]) -> bytes:
+def json_lines_file(documents: Sequence[Any]) -> bytes:
     """A JSON Lines file, a document a line."""
     return "".join(json.dumps(one, allow_nan=False) + "\n" for one in documents).encode()

@@ -74,6 +74,8 @@ def lost_runs(suite: Suite, skipped: Sequence[Skipped]) -> tuple[LostRun, ...]:
 
 @dataclass(frozen=True)
 class GateRuns:
+    """The runs of a suite that the gate compares: the newest of each row by slot, its baseline, and the lost runs."""
+
     suite: Suite
     slots: Slots
     baseline: Slots
@@ -152,5 +154,6 @@ def check_comparable(record: Record, other: Record, *, over_time: bool) -> None:
 
 
 def check_valid(record: Record, source: Record | None) -> None:
+    """`IncomparableError` where the audit calls a run of a task invalid."""
     if reasons := task_tables.invalid(record, source):
         raise IncomparableError(f"run {record.run.run_id} is invalid: {'; '.join(reasons)}", record)

@@ -38,6 +38,7 @@ def wrapped(name: str, width: int) -> str:
 
 
 def num_lines(words: str) -> int:
+    """The number of lines of a text."""
     return words.count("\n") + 1
 
 

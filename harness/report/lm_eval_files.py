@@ -12,8 +12,8 @@ from harness.report.exchange import (
     Json,
     about_task,
     epoch_of,
-    json_bytes,
-    json_lines_bytes,
+    json_file,
+    json_lines_file,
     model_id,
     path_part,
     settings_of,
@@ -46,11 +46,11 @@ def _files_of_run(evidence: Evidence, row: str, folder: str, record: Record) -> 
     date = datetime.strptime(record.run.started_utc, UTC_FORMAT).strftime("%Y-%m-%dT%H-%M-%S")
     for repetition in sorted({result["repetition"] for result in record.kind("result")}):
         stamp = f"{date}.{repetition:06d}"
-        files[f"{folder}/results_{stamp}.json"] = json_bytes(_results(evidence, row, record, repetition))
+        files[f"{folder}/results_{stamp}.json"] = json_file(_results(evidence, row, record, repetition))
         items = [item for item in record.kind("item") if item["repetition"] == repetition]
         for task in dict.fromkeys(item["task"] for item in items):
             lines = [line for item in items if item["task"] == task for line in _samples(item)]
-            files[f"{folder}/samples_{path_part(task)}_{stamp}.jsonl"] = json_lines_bytes(lines)
+            files[f"{folder}/samples_{path_part(task)}_{stamp}.jsonl"] = json_lines_file(lines)
     return files
 
 

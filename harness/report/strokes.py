@@ -28,20 +28,24 @@ def draw_estimate(axes: Axes, one: Estimate, y: float, look: Look) -> None:
 
 
 def draw_marker(axes: Axes, x: float, y: float, look: Look, alpha: float = 1.0) -> None:
+    """A variant's marker at a point in data coordinates."""
     axes.plot(x, y, look.marker, color=look.colour, fillstyle=look.fill, markersize=7, alpha=alpha, zorder=3)
 
 
 def write_beside(axes: Axes, words: str, x: float, y: float) -> None:
+    """Words to the right of a point in data coordinates."""
     axes.annotate(words, (x, y), (8, 0), textcoords="offset points", va="center")
 
 
 def add_footnote(figure: Figure, note: str) -> None:
+    """A note below the axes, in lines of at most 110 characters; nothing without words."""
     if note:
         lines = [textwrap.fill(line, 110) for line in note.splitlines()]
         figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8, color=INK)
 
 
 def interval_ends(one: Estimate) -> list[float]:
+    """The value of an estimate and the ends of its interval, if it has one."""
     return [end for end in (one.value, one.low, one.high) if end is not None]
 
 

@@ -67,6 +67,7 @@ def _settings(preset: Sampling) -> str:
 
 
 def known_limits(evidence: Evidence, link: Link) -> str:
+    """The known limits that concern the variants that were built; all of them where nothing was built."""
     built = evidence.records["build"].values()
     known = [
         one
@@ -85,6 +86,7 @@ def known_limits(evidence: Evidence, link: Link) -> str:
 
 
 def presets(evidence: Evidence, link: Link) -> str:
+    """The sampling presets of the tasks, with their source."""
     fields = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty")
     rows = [
         (f"`{name}`", *(f"{getattr(preset, field):g}" for field in fields), f"[Qwen]({_PRESETS_SOURCE})")
