@@ -27,7 +27,7 @@ from harness.suite.schema import Suite
 
 if TYPE_CHECKING:
     from harness.quantize.artifact import Artifact
-    from harness.quantize.layerwise import Calibration
+    from harness.quantize.layerwise import CalibrationInput
     from harness.quantize.recipes import Recipe
 
 _ENVIRONMENT = ("ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
@@ -95,7 +95,7 @@ class Job:
         return resolve.suite_source(self.suite)
 
     @cached_property
-    def calibration(self) -> Calibration | None:
+    def calibration(self) -> CalibrationInput | None:
         """The suite's calibration samples as token ids, read once a command; None where the suite has none."""
         wanted = self.suite.calibration
         if wanted is None:

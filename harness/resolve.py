@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from harness.model.census import RoleCount
     from harness.model.family import ModelConfig
     from harness.progress import Progress
-    from harness.quantize.layerwise import Calibration
+    from harness.quantize.layerwise import CalibrationInput
     from harness.quantize.plan import Plan
     from harness.quantize.recipes import Recipe
     from harness.suite import texts
@@ -124,17 +124,17 @@ def tokenized(suite: Suite, text: texts.Text) -> tuple[list[int], dict[str, Any]
     return ids, {**about, "token_ids_sha256": perplexity.token_ids_digest(ids), "num_tokens": len(ids)}
 
 
-def read_calibration(wanted: texts.Calibration, folder: Path, source: Path, progress: Progress) -> Calibration:
+def read_calibration(wanted: texts.Calibration, folder: Path, source: Path, progress: Progress) -> CalibrationInput:
     """The token ids of a calibration table whose relative paths start at `folder`, by the tokenizer of `source`."""
     from harness.quantize import samples
-    from harness.quantize.layerwise import Calibration
+    from harness.quantize.layerwise import CalibrationInput
 
     embedded: dict[str, Any] = {
         "train": partial(_demo_documents, "train"),
         "validation": partial(_demo_documents, "validation"),
     }
-    read = samples.read(wanted, source, folder, embedded, progress)
-    return Calibration(read, wanted.batch_tokens, round(wanted.hidden_memory_gb * 1e9))
+    read = samples.read_samples(wanted, source, folder, embedded, progress)
+    return CalibrationInput(read, wanted.batch_tokens, round(wanted.hidden_memory_gb * 1e9))
 
 
 def _demo_documents(split: corpus.Split) -> Iterator[str]:

@@ -8,7 +8,7 @@ from harness.demo import checkpoint_path, corpus
 from harness.measure.perplexity import tokenize
 from harness.quantize.artifact import Artifact
 from harness.quantize.build import build
-from harness.quantize.layerwise import Calibration
+from harness.quantize.layerwise import CalibrationInput
 from harness.quantize.recipes import RECIPES, Recipe
 from harness.quantize.samples import CalibrationSet
 
@@ -24,14 +24,14 @@ def demo_ids(model: str) -> list[int]:
 
 def demo_calibration(
     model: str = "dense", *, lengths: tuple[int, ...] = LENGTHS, batch_tokens: int = 256, start: int = 0
-) -> Calibration:
+) -> CalibrationInput:
     """Consecutive pieces of the corpus's validation text, the first at token `start`."""
     samples = []
     for length in lengths:
         samples.append(tuple(demo_ids(model)[start : start + length]))
         start += length
     read = CalibrationSet(tuple(samples), {"num_samples": len(samples)})
-    return Calibration(read, batch_tokens, hidden_bytes=10**8, device="cpu")
+    return CalibrationInput(read, batch_tokens, hidden_bytes=10**8, device="cpu")
 
 
 def recipe(name: str, scales: str | None = None, codes: str | None = None) -> Recipe:
@@ -42,7 +42,7 @@ def build_demo(
     out: Path,
     what: Recipe,
     model: str = "dense",
-    calibration: Calibration | None = None,
+    calibration: CalibrationInput | None = None,
     progress: Callable[[int, int, str], None] = lambda *_: None,
 ) -> Artifact:
     """`what` of an embedded model, calibrated where it needs that."""

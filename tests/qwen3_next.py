@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from harness.demo import checkpoint_path
-from harness.quantize.layerwise import Calibration
+from harness.quantize.layerwise import CalibrationInput
 from harness.quantize.samples import CalibrationSet
 
 VOCABULARY = 1024
@@ -51,6 +51,6 @@ def save_source(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def calibration() -> Calibration:
+def calibration() -> CalibrationInput:
     samples = tuple(tuple(window) for window in WINDOWS)
-    return Calibration(CalibrationSet(samples, {"num_samples": 2}), 64, hidden_bytes=10**8, device="cpu")
+    return CalibrationInput(CalibrationSet(samples, {"num_samples": 2}), 64, hidden_bytes=10**8, device="cpu")

@@ -30,7 +30,7 @@ from harness.formats.nvfp4 import NVFP4A16
 from harness.model.checkpoint import INDEX, open_checkpoint
 from harness.quantize.artifact import CALIBRATION, MANIFEST, Artifact
 from harness.quantize.build import build
-from harness.quantize.layerwise import Calibration
+from harness.quantize.layerwise import CalibrationInput
 from harness.quantize.recipes import RECIPES, Recipe
 from harness.quantize.samples import CalibrationSet
 from tests import kill_builds
@@ -526,11 +526,11 @@ def test_transformers_loads_an_artifact_and_its_logits_are_those_of_the_decoded_
 # Calibrated builds: layer by layer, and after any interruption the same bytes.
 
 
-def calibration(seed: int = 0, batch_tokens: int = 64) -> Calibration:
+def calibration(seed: int = 0, batch_tokens: int = 64) -> CalibrationInput:
     """Three samples of random token ids."""
     generator = torch.Generator().manual_seed(seed)
     samples = tuple(tuple(torch.randint(0, 290, (n,), generator=generator).tolist()) for n in (48, 40, 20))
-    return Calibration(CalibrationSet(samples, {"num_samples": 3}), batch_tokens, 10**6, "cpu")
+    return CalibrationInput(CalibrationSet(samples, {"num_samples": 3}), batch_tokens, 10**6, "cpu")
 
 
 CALIBRATED = RECIPES["w4a4-deltanet"].with_method("search", "gptq")
@@ -606,7 +606,7 @@ def test_memory_for_hidden_states_changes_no_byte(source: Path, calibrated: Arti
     assert build(source, CALIBRATED, tmp_path / "out", lambda *_: None, little).digest == calibrated.digest
 
 
-OTHERS: dict[str, tuple[Recipe, Calibration | None, str]] = {
+OTHERS: dict[str, tuple[Recipe, CalibrationInput | None, str]] = {
     "calibration set": (CALIBRATED, calibration(seed=1), "on another calibration set"),
     "batches": (CALIBRATED, calibration(batch_tokens=1), "on another calibration set"),
     "scales": (
@@ -628,7 +628,7 @@ OTHERS: dict[str, tuple[Recipe, Calibration | None, str]] = {
 @pytest.mark.parametrize(("recipe", "other", "words"), OTHERS.values(), ids=list(OTHERS))
 @pytest.mark.parametrize("finished", [False, True])
 def test_the_folder_of_another_build_is_refused_by_what_differs_and_left_alone(
-    dense_source: Path, tmp_path: Path, recipe: Recipe, other: Calibration | None, words: str, finished: bool
+    dense_source: Path, tmp_path: Path, recipe: Recipe, other: CalibrationInput | None, words: str, finished: bool
 ) -> None:
     if finished:
         build(dense_source, CALIBRATED, tmp_path / "out", lambda *_: None, calibration())

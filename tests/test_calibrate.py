@@ -6,7 +6,10 @@ into each module; experts, which transformers computes in one piece, are compute
 
 import gc
 import json
+import os
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +36,8 @@ from harness.formats.format import ABSMAX
 from harness.quantize import experts
 from harness.quantize.artifact import Artifact
 from harness.quantize.build import build
-from harness.quantize.recipes import RECIPES, ROUND_TO_NEAREST
+from harness.quantize.method import ROUND_TO_NEAREST
+from harness.quantize.recipes import RECIPES
 from tests.artifacts import load, quiet
 from tests.calibrated import build_demo, demo_calibration, demo_ids, recipe
 
@@ -360,3 +364,27 @@ def test_a_layer_leaves_memory_before_the_next_one_is_read(
     finally:
         gc.enable()
     assert list(taken) == list(range(8)) and all(taken.values())
+
+
+THREADS = """
+import sys
+from pathlib import Path
+import torch
+from tests.calibrated import build_demo, recipe
+
+assert torch.get_num_threads() == int(sys.argv[2])
+sys.stdout.write(build_demo(Path(sys.argv[1]), recipe("w4a4")).digest)
+"""
+
+
+def test_an_artifact_is_the_same_for_any_number_of_threads(built: Builder, tmp_path: Path) -> None:
+    threads = "1" if torch.get_num_threads() > 1 else "2"
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, str(tmp_path / "out"), threads],
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == built("dense", "w4a4", rtn=False).digest

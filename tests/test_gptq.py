@@ -1,6 +1,6 @@
 """GPTQ against a plain loop written from the paper's equations, against least squares, and against rounding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -272,3 +272,27 @@ def test_a_dead_column_stays_rounded_to_nearest_however_often_it_is_visited() ->
     x[:, :, 17] = 0
     found = decoded(gptq(NVFP4, w, w, scales, moments_of(x), DAMPING, 2), scales)
     torch.testing.assert_close(found[:, :, 17], nearest(w, scales)[:, :, 17])
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads; the old one is back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_targets_and_codes_do_not_depend_on_the_number_of_threads(threads: Callable[[int], None]) -> None:
+    """LAPACK factors 256 columns and more in other blocks where it has other threads, with other last digits."""
+    w, scales, x = problem(12, rows=16, width=512, tokens=600)
+    shift = 0.01 * moments_of(x)
+    found = []
+    for num in (1, 2, 3):
+        threads(num)
+        target = aimed(w, moments_of(x), shift, DAMPING)
+        found.append((target, gptq(NVFP4, w, target, scales, moments_of(x), DAMPING)))
+        assert torch.get_num_threads() == num
+    for target, rounded in found[1:]:
+        assert torch.equal(target, found[0][0])
+        assert torch.equal(rounded.codes, found[0][1].codes)
+        assert rounded.error == found[0][1].error

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from harness.demo import checkpoint_path, corpus
 from harness.errors import UserError
-from harness.quantize.samples import CalibrationSet, read, shuffled
+from harness.quantize.samples import CalibrationSet, read_samples, shuffled
 from harness.suite.texts import Calibration, DatasetSamples, DemoSamples, FileSamples, Samples
 
 DENSE = checkpoint_path("dense")
@@ -36,7 +36,7 @@ def documents() -> Iterator[str]:
 
 
 def taken(*sources: Samples, folder: Path = Path(), tokenizer: Path = DENSE) -> CalibrationSet:
-    return read(Calibration(sources), tokenizer, folder, {"train": documents}, lambda *_: None)
+    return read_samples(Calibration(sources), tokenizer, folder, {"train": documents}, lambda *_: None)
 
 
 def refusal(*sources: Samples, folder: Path = Path(), tokenizer: Path = DENSE) -> UserError:
@@ -312,7 +312,9 @@ def test_the_digest_knows_where_a_sample_ends() -> None:
 def test_progress_starts_at_none_and_ends_at_all() -> None:
     told: list[tuple[int, int]] = []
     sources = (DemoSamples(demo="train", samples=3, max_tokens=8), DemoSamples(demo="train", samples=2, max_tokens=9))
-    read(Calibration(sources), DENSE, Path(), {"train": documents}, lambda done, total, *_: told.append((done, total)))
+    read_samples(
+        Calibration(sources), DENSE, Path(), {"train": documents}, lambda done, total, *_: told.append((done, total))
+    )
     assert told == [(n, 5) for n in range(6)]
 
 

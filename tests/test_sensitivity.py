@@ -25,9 +25,9 @@ from harness.formats.table import FORMATS
 from harness.model.checkpoint import Checkpoint, open_checkpoint
 from harness.model.families.qwen35 import FAMILY
 from harness.model.source import census_of
-from harness.quantize.layerwise import Calibration
+from harness.quantize.layerwise import CalibrationInput
 from harness.quantize.samples import CalibrationSet
-from harness.quantize.sensitivity import Group, groups_by_layer, measure, measure_half
+from harness.quantize.sensitivity import FusedLayers, groups_by_layer, measure_half, measure_sensitivity
 from harness.record import store
 from tests.artifacts import quiet
 from tests.conftest import census, tiny_config
@@ -56,14 +56,14 @@ max_tokens = 32
 """
 
 
-def calibration(samples: Sequence[tuple[int, ...]] = SAMPLES, batch_tokens: int = 60) -> Calibration:
-    return Calibration(CalibrationSet(tuple(samples), {}), batch_tokens, 10**7, "cpu")
+def calibration(samples: Sequence[tuple[int, ...]] = SAMPLES, batch_tokens: int = 60) -> CalibrationInput:
+    return CalibrationInput(CalibrationSet(tuple(samples), {}), batch_tokens, 10**7, "cpu")
 
 
-def measured(source: Path, folder: Path, wanted: Calibration | None = None) -> dict[tuple[int, str, str], Any]:
+def measured(source: Path, folder: Path, wanted: CalibrationInput | None = None) -> dict[tuple[int, str, str], Any]:
     """Every sample by layer, role and format."""
     folder.mkdir(exist_ok=True)
-    found = list(measure(open_checkpoint(source), wanted or calibration(), folder, quiet))
+    found = list(measure_sensitivity(open_checkpoint(source), wanted or calibration(), folder, quiet))
     by_key = {(one["index"], one["role"], one["format"]): one for one in found}
     assert len(by_key) == len(found)
     return by_key
@@ -237,7 +237,9 @@ def test_padding_counts_for_nothing(demo: Any, tmp_path: Path) -> None:
 # -- What is left behind -----------------------------------------------------------------------------------------
 
 
-def parts_of(source: Path, folder: Path) -> tuple[TextModel, dict[int, list[Group]], list[Batch], list[HiddenStates]]:
+def parts_of(
+    source: Path, folder: Path
+) -> tuple[TextModel, dict[int, list[FusedLayers]], list[Batch], list[HiddenStates]]:
     checkpoint = open_checkpoint(source)
     model = TextModel(checkpoint, census_of(checkpoint).config, CPU, torch.float32)
     batches = batches_of(SAMPLES, 60)
@@ -276,7 +278,7 @@ def test_the_stream_is_that_of_the_plain_model_and_the_layers_are_left_alone(nam
 # -- Experts -----------------------------------------------------------------------------------------------------
 
 
-def moe_half(folder: Path) -> tuple[Half, list[Group], list[Batch], HiddenStates, HiddenStates]:
+def moe_half(folder: Path) -> tuple[Half, list[FusedLayers], list[Batch], HiddenStates, HiddenStates]:
     model, groups, batches, (hidden, added) = parts_of(checkpoint_path("moe"), folder)
     return model.layer(0)[1], groups[0], batches, hidden, added
 
@@ -300,7 +302,7 @@ def test_experts_that_no_token_reaches_give_no_nan(tmp_path: Path) -> None:
 def test_an_experts_error_equals_arithmetic_token_by_token(tmp_path: Path, form: Format) -> None:
     half, groups, batches, hidden, added = moe_half(tmp_path)
     assert half.experts is not None
-    module: Any = half.experts[1]
+    module: Any = half.experts.module
     with torch.inference_mode():
         normed = torch.cat([half.norm(hidden[n])[batch.valid] for n, batch in enumerate(batches)])
         chosen = half.body.gate(normed)[2]  # type: ignore[operator]

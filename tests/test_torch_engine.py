@@ -661,7 +661,7 @@ def test_our_own_decoding_of_a_dense_checkpoint_gives_the_logits_of_transformers
     quantization = parse(config.quantization_config, "here")
     del config.quantization_config
     for dtype in (torch.float32, torch.bfloat16):
-        ours, report = decoding.load(AutoModelForImageTextToText, config, quantization, artifact, dtype)
+        ours, report = decoding.load_decoded(AutoModelForImageTextToText, config, quantization, artifact, dtype)
         assert not report
         theirs = loading.load_model(artifact, str(dtype).removeprefix("torch."))
         assert theirs.model.language_model.layers[3].self_attn.q_proj.quantization_scheme is not None

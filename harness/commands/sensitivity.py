@@ -63,4 +63,6 @@ def _measured(job: Job) -> Record:
     run = replace(run, engine=sensitivity.computed_by(calibration).as_dict())
     job.artifacts.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=job.artifacts) as scratch:
-        return job.store(run, sensitivity.measure(open_checkpoint(source), calibration, Path(scratch), job.progress))
+        return job.store(
+            run, sensitivity.measure_sensitivity(open_checkpoint(source), calibration, Path(scratch), job.progress)
+        )

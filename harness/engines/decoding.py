@@ -50,7 +50,7 @@ class Report:
         return any(vars(self).values())
 
 
-def load(
+def load_decoded(
     auto_class: Any, config: Any, quantization: QuantizationConfig, folder: Path, dtype: torch.dtype
 ) -> tuple[Any, Report]:
     """The model of transformers configuration `config` with the weights of `folder`, decoded, and what does not fit.

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from harness.engines import decoding
 from harness.engines.decoding import Stored
 from harness.engines.process import DTYPES, out_of_memory
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.formats.config import QuantizationConfig, parse
 from harness.model.checkpoint import open_checkpoint
 from harness.model.families import family_of
@@ -79,7 +79,8 @@ def _configuration(folder: Path) -> tuple[Any, Any, Any, Family]:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise UserError(
-            f"{config_file} is no configuration that transformers {transformers.__version__} knows: {_line(error)}.",
+            f"{config_file} is no configuration that transformers {transformers.__version__} knows: "
+            f"{first_line(error)}.",
             "Check its model_type.",
         ) from None
     quantization = getattr(config, "quantization_config", None) or raw.get("quantization_config")
@@ -106,7 +107,7 @@ def _loading(folder: Path) -> Iterator[None]:
     except Exception as error:
         # Loading raises many types for a damaged checkpoint; each is about this folder.
         raise UserError(
-            f"The torch engine cannot load {folder}: {_line(error)}.", "Run `harness verify` on it."
+            f"The torch engine cannot load {folder}: {first_line(error)}.", "Run `harness verify` on it."
         ) from error
 
 
@@ -118,7 +119,7 @@ def _load_decoded(
     auto: Any, config: Any, quantization: Any, folder: Path, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
     """By the harness: compressed-tensors' arguments are read, its code is not run."""
-    model, report = decoding.load(auto, config, _parsed(config, quantization, folder), folder, dtype)
+    model, report = decoding.load_decoded(auto, config, _parsed(config, quantization, folder), folder, dtype)
     # What `from_pretrained` reads too: without it an answer would not end where the source's does.
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -170,9 +171,3 @@ def _refuse_partial(folder: Path, family: Family, report: dict[str, Any]) -> Non
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise UserError(f"{folder} {what} {', '.join(keys[:3])}{more}.", "Run `harness verify` on it.")
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error, without its full stop."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].strip().rstrip(".")[:300]

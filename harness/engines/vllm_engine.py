@@ -39,8 +39,8 @@ from harness.engines.protocol import (
     Start,
     Top,
 )
-from harness.engines.vllm_log import KERNEL_LINES, MEMORY_LINES, Log, first_line, kv_tokens, reason
-from harness.errors import UserError
+from harness.engines.vllm_log import KERNEL_LINES, MEMORY_LINES, Log, kv_tokens, reason
+from harness.errors import UserError, first_line
 from harness.formats.config import parse
 from harness.model.checkpoint import read_json
 from harness.model.families import family_of

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.errors import first_line
+
 _LOG_LINES = 40
 _LOGGING = "VLLM_LOGGING_CONFIG_PATH"
 KERNEL_LINES = re.compile(
@@ -86,11 +88,6 @@ class Log:
 def kv_tokens(log: str) -> int | None:
     found = re.findall(r"KV cache size: ([\d,]+) tokens", log)
     return int(found[-1].replace(",", "")) if found else None
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].strip().rstrip(".")[:300]
 
 
 def reason(error: BaseException, lines: Sequence[str]) -> str:

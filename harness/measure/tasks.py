@@ -31,7 +31,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
 from harness.engines.protocol import Engine
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.measure.answers import Journal, digest
 from harness.measure.lm import AnswerLog, Detail, EngineLM, Settings, Texts, rolling_window
 from harness.progress import Progress, silent
@@ -170,7 +170,7 @@ def _loaded_by_lm_eval(label: str, source: str | Path, revision: str | None) -> 
         if from_library or isinstance(error, ConnectionError | FileNotFoundError):
             raise _no_dataset(what, manager.task_index.get(name), revision, error) from error
         part = "template" if isinstance(error, TemplateError) else "configuration"
-        why = f"{_line(error)} ({said[-1]})" if said else _line(error)
+        why = f"{first_line(error)} ({said[-1]})" if said else first_line(error)
         raise UserError(
             f"{what} cannot be loaded: its {part} fails with {type(error).__name__}: {why}.",
             "Correct the task file." if isinstance(source, Path) else "Look at the task in lm-eval.",
@@ -209,7 +209,7 @@ def _no_dataset(what: str, entry: Any, revision: str | None, error: Exception) -
     arguments = [repr(path)] + ([repr(config["dataset_name"])] if config.get("dataset_name") else [])
     arguments += [f"revision={revision!r}"] if revision else []
     return UserError(
-        f"{what} needs the dataset {path}, which is not in the cache and cannot be fetched: {_line(error)}.",
+        f"{what} needs the dataset {path}, which is not in the cache and cannot be fetched: {first_line(error)}.",
         "On a machine with the network, fetch it once into the cache (HF_HOME) with "
         f'`python -c "import datasets; datasets.load_dataset({", ".join(arguments)})"`.',
     )
@@ -298,7 +298,7 @@ def _check_requests(loaded: ReadyTask, max_length: int, scored_extra: int) -> No
         except Exception as error:  # templates and functions of anyone
             raise UserError(
                 f"Task '{loaded.label}' cannot write its prompts: {name} fails with {type(error).__name__}: "
-                f"{_line(error)}.",
+                f"{first_line(error)}.",
                 "Correct the task, or leave chat and system out if it cannot be put that way.",
             ) from error
         for instance in task.instances:
@@ -421,9 +421,3 @@ def _results(found: Mapping[str, Any], repetition: int) -> Iterator[dict[str, An
                 "higher_is_better": higher.get(metric),
                 "num_items": int(found["n-samples"].get(name, {}).get("effective", metrics.get("sample_len", 0))),
             }
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error, without its full stop."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].strip().rstrip(".")[:300]

@@ -25,8 +25,6 @@ from harness.model.checkpoint import (
 from harness.model.family import Family
 from harness.model.source import census_of
 from harness.progress import Progress
-from harness.quantize import layerwise
-from harness.quantize.layerwise import Calibration
 from harness.quantize.plan import quantized
 from harness.quantize.recipes import Recipe
 
@@ -42,6 +40,8 @@ CALIBRATION = "harness-calibration.json"
 PROGRESS = "progress.json"
 LOCK = "lock"
 NEW_CONFIG = "config.json.new"
+SCRATCH = ("layer-*.safetensors*", "hidden-*")
+"""What only an unfinished build needs: the layers' quantized tensors, and hidden states (layerwise.py)."""
 
 _NOT_COPIED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".py", ".partial")
 _NOT_COPIED_NAMES = ("config.json", INDEX, "README.md", MANIFEST, CALIBRATION)
@@ -66,15 +66,16 @@ class Artifact:
 
 
 def identity_of(
-    checkpoint: Checkpoint, family: Family, recipe: Recipe, calibration: Calibration | None
+    checkpoint: Checkpoint, family: Family, recipe: Recipe, calibration: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What decides an artifact's bytes."""
+    """What decides an artifact's bytes, beside the kind of processor that calibrates it. `calibration` is the identity
+    of the samples and of how they go through the model."""
     return {
         "builder": VERSION,
         "recipe": recipe.name,
         "formats": {role: form.name for role, form in recipe.formats(family).items()},
         "method": vars(recipe.method),
-        "calibration": None if calibration is None else calibration.identity(),
+        "calibration": calibration,
         "source_fingerprint": checkpoint.fingerprint(),
         "copied": {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in copied_files(checkpoint.folder)
@@ -110,7 +111,9 @@ def commit_folder(out: Path) -> None:
     sync_folder(out.parent)
     for leftover in (PROGRESS, LOCK):
         (out / leftover).unlink(missing_ok=True)
-    layerwise.remove_scratch(out)
+    for pattern in SCRATCH:
+        for path in out.glob(pattern):
+            path.unlink()
     (out / NEW_CONFIG).replace(out / "config.json")
     sync_folder(out)
 
@@ -124,7 +127,7 @@ def altered(folder: Path, source: Path, recipe: Recipe, progress: Progress) -> l
     manifest = read_json(folder / MANIFEST)
     files = manifest["files"]
     digests = {name: written["digest"] for name, written in files.items()}
-    found = [] if manifest["digest"] == hashlib.sha256(json_bytes(digests)).hexdigest() else [MANIFEST]
+    found = [] if manifest["digest"] == hashlib.sha256(pretty_json(digests)).hexdigest() else [MANIFEST]
     for done, (name, written) in enumerate(files.items(), 1):
         path = folder / name
         new = [
@@ -155,7 +158,7 @@ def _file_digest(path: Path, tensors: Sequence[NewTensor]) -> str:
                 digest.update(piece)
                 left -= len(piece)
             digests[tensor.name] = digest.hexdigest()
-    return hashlib.sha256(json_bytes(digests)).hexdigest()
+    return hashlib.sha256(pretty_json(digests)).hexdigest()
 
 
 def difference_of_builds(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -190,5 +193,5 @@ def _iscopied(name: str) -> bool:
     return not (name.startswith(".") or name in _NOT_COPIED_NAMES or name.endswith(_NOT_COPIED_SUFFIXES))
 
 
-def json_bytes(value: Any) -> bytes:
+def pretty_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

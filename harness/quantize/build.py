@@ -29,7 +29,7 @@ import psutil
 import torch
 
 from harness import __version__
-from harness.errors import UserError
+from harness.errors import BadWeightError, UserError
 from harness.formats.config import quantization_config
 from harness.formats.format import Format
 from harness.formats.names import KEPT
@@ -63,13 +63,14 @@ from harness.quantize.artifact import (
     difference_of_builds,
     digest_of_existing,
     identity_of,
-    json_bytes,
     new_tensors,
+    pretty_json,
 )
-from harness.quantize.encode import WEIGHT_DTYPES, BadWeightError, Encoder, finite_amax, fused_groups, workers
-from harness.quantize.layerwise import Calibration
+from harness.quantize.encode import WEIGHT_DTYPES, Encoder, finite_amax, layers_that_share
+from harness.quantize.layerwise import CalibrationInput
 from harness.quantize.plan import Plan, check_memory, plan, quantized
 from harness.quantize.recipes import Recipe
+from harness.quantize.threads import workers
 
 
 @dataclass
@@ -84,7 +85,7 @@ class _Unfinished:
     def save(self) -> None:
         write_file(
             self.folder / PROGRESS,
-            json_bytes({"identity": self.identity, "layers": self.layers, "shards": self.shards}),
+            pretty_json({"identity": self.identity, "layers": self.layers, "shards": self.shards}),
         )
 
 
@@ -102,7 +103,7 @@ class _Meter:
 
 
 def build(
-    source: Path, recipe: Recipe, out: Path, progress: Progress, calibration: Calibration | None = None
+    source: Path, recipe: Recipe, out: Path, progress: Progress, calibration: CalibrationInput | None = None
 ) -> Artifact:
     """Builds `recipe` of the checkpoint in `source` into folder `out`, or finds it there.
 
@@ -127,7 +128,7 @@ def build(
     what = plan(config, tensors, recipe)
     formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
     _check_sources(checkpoint, formats)
-    identity = identity_of(checkpoint, family, recipe, calibration)
+    identity = identity_of(checkpoint, family, recipe, None if calibration is None else calibration.identity())
     if (found := digest_of_existing(out, identity, recipe)) is not None:
         return Artifact(named, found, reused=True, counts=what.counts)
     memory = None if calibration is None else layerwise.memory(calibration, config, recipe)
@@ -172,7 +173,7 @@ def build(
     )
 
 
-def _scratch_bytes(what: Plan, calibration: Calibration, width: int) -> int:
+def _scratch_bytes(what: Plan, calibration: CalibrationInput, width: int) -> int:
     """What a calibrated build has on the disk beside its output: the layers' tensors, and the hidden states."""
     layers = sum(count.output_bytes for count in what.counts if count.format != KEPT)
     return layers + layerwise.hidden_bytes(calibration, what.recipe, width)
@@ -234,7 +235,7 @@ def _write_shards(
     where calibration made them and else encoded on the way."""
     made = layerwise.read_layers(state.folder, len(state.layers)) if state.layers else None
     with workers() as pool:
-        encoder = Encoder(checkpoint, formats, fused_groups(tensors, formats), recipe.method.scales, pool)
+        encoder = Encoder(checkpoint, formats, layers_that_share(tensors, formats), recipe.method.scales, pool)
         for shard in checkpoint.shards:
             members = [tensor for tensor in tensors if checkpoint.tensors[tensor.name].shard == shard]
             if shard in state.shards:
@@ -251,7 +252,7 @@ def _write_shards(
                     else:
                         _encode(encoder, tensor, writer, meter)
                 digests = writer.close()
-            state.shards[shard] = hashlib.sha256(json_bytes(digests)).hexdigest()
+            state.shards[shard] = hashlib.sha256(pretty_json(digests)).hexdigest()
             state.save()
 
 
@@ -295,7 +296,7 @@ def _finish(
     state: _Unfinished,
     tensors: Sequence[SourceTensor],
     formats: Mapping[str, Format],
-    calibration: Calibration | None,
+    calibration: CalibrationInput | None,
 ) -> str:
     """Writes everything beside the shards, `config.json` under its temporary name; returns the artifact's digest."""
     folder = state.folder
@@ -316,10 +317,10 @@ def _finish(
         put(INDEX, index_json(weight_map, sum(output_bytes(tensor, formats.get(tensor.name)) for tensor in tensors)))
     if calibration is not None:
         layers = [{key: value for key, value in layer.items() if key != "seconds"} for layer in state.layers]
-        put(CALIBRATION, json_bytes({"calibration": calibration.samples.manifest, "layers": layers}))
+        put(CALIBRATION, pretty_json({"calibration": calibration.samples.manifest, "layers": layers}))
     quantization = quantization_config(recipe.targets(family), recipe.ignored(family))
-    put("config.json", json_bytes({**checkpoint.config, "quantization_config": quantization}), NEW_CONFIG)
-    digest = hashlib.sha256(json_bytes(digests)).hexdigest()
+    put("config.json", pretty_json({**checkpoint.config, "quantization_config": quantization}), NEW_CONFIG)
+    digest = hashlib.sha256(pretty_json(digests)).hexdigest()
     sizes = {name: (folder / (NEW_CONFIG if name == "config.json" else name)).stat().st_size for name in digests}
     manifest = {
         "schema": 1,
@@ -328,6 +329,6 @@ def _finish(
         "digest": digest,
         "files": {name: {"bytes": sizes[name], "digest": one} for name, one in digests.items()},
     }
-    write_file(folder / MANIFEST, json_bytes(manifest))
+    write_file(folder / MANIFEST, pretty_json(manifest))
     sync_folder(folder)
     return digest

@@ -27,7 +27,7 @@ from harness.engines.layers import Batch, Half, HiddenStates, TextModel, capture
 from harness.formats.format import Format, Rounding
 from harness.model.family import Linear
 from harness.quantize.experts import Emit, Experts
-from harness.quantize.recipes import Method
+from harness.quantize.method import Method
 from harness.quantize.sites import GroupReport, Site, quantize_matrices
 
 

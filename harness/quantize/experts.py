@@ -14,8 +14,8 @@ from torch.nn import functional
 from harness.engines.emulation import ExpertRounding, round_expert_inputs
 from harness.engines.layers import RoutedExperts
 from harness.formats.format import Format
+from harness.quantize.method import Method
 from harness.quantize.pieces import EXPERTS_TOGETHER
-from harness.quantize.recipes import Method
 from harness.quantize.sites import GroupReport, Site, merged, quantize_matrices
 
 Emit = Callable[[str, Tensor], None]

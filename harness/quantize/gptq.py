@@ -20,6 +20,8 @@ error worse (damping included).
 No row comes out worse than rounded to nearest: where it would, it is rounded to nearest, and counted.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +33,7 @@ from harness.quantize.pieces import ROUNDED_TOGETHER
 _PANEL = 128
 """Columns whose updates to the rest of the row are applied together."""
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 10.0
+_FACTOR_THREADS = 2
 
 
 class Grid(Protocol):
@@ -170,12 +173,29 @@ def _row_errors(difference: Tensor, moments: Tensor) -> Tensor:
 def _cholesky(moments: Tensor, damping: float) -> tuple[Tensor, float]:
     """The lower factor of `moments [n, in, in]` with damping, and the damping that it took."""
     while True:
-        factor, info = torch.linalg.cholesky_ex(_damped(moments, damping))
+        with _two_threads(moments.device):
+            factor, info = torch.linalg.cholesky_ex(_damped(moments, damping))
         if not info.any() and bool(torch.isfinite(factor).all()):
             return factor, damping
         if damping >= _MOST_DAMPING:
             raise ArithmeticError(f"the input moments have no Cholesky factor even with damping {damping:g}")
         damping = max(10 * damping, _LEAST_DAMPING)
+
+
+@contextmanager
+def _two_threads(device: torch.device) -> Iterator[None]:
+    """Lets LAPACK factor on two threads, whatever their number else: how it cuts a matrix of 256 columns and more into
+    blocks follows from that number, and the last digits of the factor from the blocks. It is the one operation of a
+    build whose result depends on the number of threads."""
+    before = torch.get_num_threads()
+    if device.type != "cpu" or before == _FACTOR_THREADS:
+        yield
+        return
+    torch.set_num_threads(_FACTOR_THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _damped(moments: Tensor, damping: float) -> Tensor:

@@ -25,13 +25,14 @@ from harness.model.family import Linear, ModelConfig
 from harness.progress import Progress
 from harness.quantize.calibrate import LayerReport, Streams, quantize_layer
 from harness.quantize.encode import finite_amax
+from harness.quantize.method import Method
 from harness.quantize.plan import CalibrationMemory, calibration_memory, quantized
-from harness.quantize.recipes import Method, Recipe
+from harness.quantize.recipes import Recipe
 from harness.quantize.samples import CalibrationSet
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationInput:
     """What goes through the model, and what it may take: tokens in a forward pass, bytes of hidden states in memory,
     the device."""
 
@@ -49,7 +50,7 @@ class Calibration:
         }
 
 
-def hidden_bytes(calibration: Calibration, recipe: Recipe | None, width: int) -> int:
+def hidden_bytes(calibration: CalibrationInput, recipe: Recipe | None, width: int) -> int:
     """What the hidden states take on the disk: both boundaries of a layer, of one stream or two."""
     dtype = compute_dtype(device_named(calibration.device))
     padded = sum(batch.ids.numel() for batch in batches_of(calibration.samples.samples, calibration.batch_tokens))
@@ -57,7 +58,7 @@ def hidden_bytes(calibration: Calibration, recipe: Recipe | None, width: int) ->
     return 2 * streams * padded * width * dtype.itemsize
 
 
-def memory(calibration: Calibration, config: ModelConfig, recipe: Recipe) -> CalibrationMemory:
+def memory(calibration: CalibrationInput, config: ModelConfig, recipe: Recipe) -> CalibrationMemory:
     """What the calibration will hold at once. On an accelerator all but the hidden states is held there."""
     return calibration_memory(
         config,
@@ -73,7 +74,7 @@ def layer_file(index: int) -> str:
     return f"layer-{index:05}.safetensors"
 
 
-def text_model(checkpoint: Checkpoint, config: ModelConfig, calibration: Calibration) -> TextModel:
+def text_model(checkpoint: Checkpoint, config: ModelConfig, calibration: CalibrationInput) -> TextModel:
     """The source as calibration runs it. Loads transformers' model classes, which takes seconds."""
     device = device_named(calibration.device)
     return TextModel(checkpoint, config, device, compute_dtype(device), finite_amax)
@@ -83,7 +84,7 @@ def quantize_layers(
     model: TextModel,
     tensors: Sequence[SourceTensor],
     recipe: Recipe,
-    calibration: Calibration,
+    calibration: CalibrationInput,
     folder: Path,
     finished: list[dict[str, Any]],
     save: Callable[[], None],
@@ -143,7 +144,12 @@ def quantize_layers(
 
 
 def _streams(
-    folder: Path, boundary: int, batches: Sequence[Batch], model: TextModel, method: Method, calibration: Calibration
+    folder: Path,
+    boundary: int,
+    batches: Sequence[Batch],
+    model: TextModel,
+    method: Method,
+    calibration: CalibrationInput,
 ) -> Streams:
     """The hidden states in front of layer `boundary`. A layer reads two boundaries: each has half of the memory."""
     names = ("quantized", "reference") if method.two_streams else ("quantized",)
@@ -164,10 +170,3 @@ def read_layers(folder: Path, num_layers: int) -> Checkpoint:
     files = tuple(layer_file(index) for index in range(num_layers))
     entries = [entry for file in files for entry in read_header(folder / file)]
     return Checkpoint(folder, {}, files, {entry.name: entry for entry in entries})
-
-
-def remove_scratch(folder: Path) -> None:
-    """Removes what only an unfinished build needs."""
-    for pattern in ("layer-*.safetensors*", "hidden-*"):
-        for path in folder.glob(pattern):
-            path.unlink()

@@ -10,17 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from harness.errors import UserError, did_you_mean
+from harness.errors import UserError, did_you_mean, first_line
 from harness.suite.texts import TEXT_FILE, DatasetSamples, DemoSamples, FileSamples, Samples
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST_CSV_FIELD = 2**31 - 1  # the module's own limit is 128 KiB, less than a long chat
 
 Row = Mapping[str, Any]
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Content:
         return f"{self.name}, {unit} {int(first) + index}"
 
 
-def open_source(source: Samples, base_folder: Path, demo_texts: Mapping[str, Callable[[], Iterator[str]]]) -> Content:
+def open_samples(source: Samples, base_folder: Path, demo_texts: Mapping[str, Callable[[], Iterator[str]]]) -> Content:
     """Finds a source, and checks that it has the columns it is to be read by."""
     match source:
         case DemoSamples(demo=demo):

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.progress import Progress
-from harness.quantize.rows import Content, Row, first_line, open_source
+from harness.quantize.rows import Content, Row, open_samples
 from harness.suite.texts import Calibration, DatasetSamples, DemoSamples, FileSamples, Samples
 from harness.suite.values import as_json
 
@@ -67,7 +67,7 @@ class CalibrationSet:
         return digest.hexdigest()
 
 
-def read(
+def read_samples(
     calibration: Calibration,
     tokenizer_folder: Path,
     base_folder: Path,
@@ -85,7 +85,7 @@ def read(
     if any(isinstance(one, FileSamples | DatasetSamples) and (one.messages or one.user) for one in calibration.sources):
         encoder.require_template()
     # All sources are opened before the first is tokenized: a misspelt column is not found after minutes of work.
-    opened = [open_source(source, base_folder, demo_texts) for source in calibration.sources]
+    opened = [open_samples(source, base_folder, demo_texts) for source in calibration.sources]
     total = sum(source.samples for source in calibration.sources)
     progress(0, total, "calibration samples")
     samples: list[tuple[int, ...]] = []

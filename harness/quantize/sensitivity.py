@@ -49,7 +49,7 @@ from harness.model.checkpoint import Checkpoint
 from harness.model.family import Family, Linear
 from harness.model.source import census_of
 from harness.progress import Progress
-from harness.quantize.layerwise import Calibration, text_model
+from harness.quantize.layerwise import CalibrationInput, text_model
 from harness.quantize.plan import check_widths
 from harness.quantize.sites import Site
 
@@ -58,7 +58,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Group:
+class FusedLayers:
     """Linear layers of one decoder layer that share a format because vLLM fuses them, or because they are experts.
 
     `role` is the name of what they are together: `self_attn.qkv_proj`, `mlp.down_proj`, `mlp.experts.w13`.
@@ -82,7 +82,7 @@ class Group:
         return sum(form.num_bytes(linear.out_features, linear.in_features) for linear in self.linears)
 
 
-def groups_by_layer(family: Family, tensors: Sequence[SourceTensor]) -> dict[int, list[Group]]:
+def groups_by_layer(family: Family, tensors: Sequence[SourceTensor]) -> dict[int, list[FusedLayers]]:
     """The groups of every decoder layer that a recipe may quantize, in the order of the checkpoint. `UserError` for a
     weight whose rows are no multiple of a format's block."""
     found: dict[int, dict[str, list[Linear]]] = {}
@@ -94,12 +94,12 @@ def groups_by_layer(family: Family, tensors: Sequence[SourceTensor]) -> dict[int
             check_widths(tensor, form)
         found.setdefault(layer, {}).setdefault(tensor.role.group, []).extend(tensor.linears)
     return {
-        layer: [Group(role, tuple(linears)) for role, linears in groups.items()]
+        layer: [FusedLayers(role, tuple(linears)) for role, linears in groups.items()]
         for layer, groups in sorted(found.items())
     }
 
 
-def computed_by(calibration: Calibration) -> EngineInfo:
+def computed_by(calibration: CalibrationInput) -> EngineInfo:
     """What runs the layers, for the record."""
     device = device_named(calibration.device)
     return EngineInfo(
@@ -111,8 +111,8 @@ def computed_by(calibration: Calibration) -> EngineInfo:
     )
 
 
-def measure(
-    checkpoint: Checkpoint, calibration: Calibration, folder: Path, progress: Progress
+def measure_sensitivity(
+    checkpoint: Checkpoint, calibration: CalibrationInput, folder: Path, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """One sample for every layer, group and format: `index` of the layer, `role`, `format`, `output_error`,
     `layer_error` (None where there is no output to compare with), `num_weights`, and `extra_bytes`, what the group
@@ -154,7 +154,7 @@ def measure(
 
 def measure_half(
     half: Half,
-    groups: Sequence[Group],
+    groups: Sequence[FusedLayers],
     batches: Sequence[Batch],
     hidden: HiddenStates,
     added: HiddenStates,
@@ -232,11 +232,11 @@ def _tokens(x: Tensor, valid: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])[valid.reshape(-1)]
 
 
-def _is_in(group: Group, half: Half) -> bool:
+def _is_in(group: FusedLayers, half: Half) -> bool:
     return half.experts is not None if group.is_experts else group.linears[0].module in half.linears
 
 
-def _stand(half: Half, group: Group) -> "_Linears | _Experts":
+def _stand(half: Half, group: FusedLayers) -> "_Linears | _Experts":
     return _Experts(half, group) if group.is_experts else _Linears(half, group)
 
 
@@ -252,7 +252,7 @@ _Compare = Callable[[Tensor, _Share], None]
 class _Linears:
     """A group of 2-D linear layers, which all read the same input."""
 
-    def __init__(self, half: Half, group: Group) -> None:
+    def __init__(self, half: Half, group: FusedLayers) -> None:
         self.group = group
         self._modules = [half.linears[linear.module] for linear in group.linears]
         self._sites = _sites()
@@ -296,7 +296,7 @@ class _Experts:
     errors are those of the tokens that are routed to it.
     """
 
-    def __init__(self, half: Half, group: Group) -> None:
+    def __init__(self, half: Half, group: FusedLayers) -> None:
         assert half.experts is not None
         self.group = group
         self._module, self._router, self._names = half.experts.module, half.experts.router, half.experts.names

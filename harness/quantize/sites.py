@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.errors import UserError
+from harness.errors import BadWeightError, UserError
 from harness.formats.format import Format, Rounding
 from harness.quantize import gptq
-from harness.quantize.encode import BadWeightError, by_rows
-from harness.quantize.recipes import Method
+from harness.quantize.method import Method
+from harness.quantize.threads import by_rows
 
 
 @dataclass

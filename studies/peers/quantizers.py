@@ -93,7 +93,7 @@ def write_calibration(tokenizer_folder: Path, folder: Path, num_samples: int, pr
     text = corpus.split_text("train", num_documents=_CALIBRATION_DOCUMENTS)
     (folder / "calibration.txt").write_bytes(text.encode())
     source = FileSamples(path="calibration.txt", samples=num_samples, max_tokens=contest.CALIBRATION_TOKENS, seed=0)
-    chosen = samples.read(Calibration((source,)), tokenizer_folder, folder, {}, progress)
+    chosen = samples.read_samples(Calibration((source,)), tokenizer_folder, folder, {}, progress)
     data = Data(folder / "calibration.toml", folder / "calibration.json", chosen.digest)
     lines = (f'path = "{source.path}"', f"samples = {source.samples}", f"max_tokens = {source.max_tokens}", "seed = 0")
     data.toml.write_text("\n".join(("[[sources]]", *lines, "")), encoding="utf-8")
