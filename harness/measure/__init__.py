@@ -1,1 +1,1 @@
-"""Measures: each asks an engine, and yields raw samples that `record` can store. No measure averages."""
+"""Measures: each asks an engine and yields raw samples, whose keys `record/samples.py` lists. No measure averages."""

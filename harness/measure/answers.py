@@ -1,4 +1,4 @@
-"""Answers that an engine has given, kept on the disk as they come: what was answered once is not asked again.
+"""Journals of an engine's answers, written to the disk as they come, so that no request is answered twice.
 
 A journal belongs to one checkpoint's content, one engine and one version of a task, which are its `identity`. The key
 of a request is the digest of everything that the answer depends on: token ids, stop texts, sampling, seed. So an
@@ -7,7 +7,7 @@ interrupted run goes on at the request that it was in, and no answer of another 
     {"identity": {...}}                                     the first line
     {"key": "<sha256>", "value": {...}}                     an answer, written as soon as it is known
 
-A line that a killed process left half written is dropped.
+A last line that a killed process left half written is dropped.
 """
 
 import fcntl

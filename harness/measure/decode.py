@@ -1,12 +1,12 @@
-"""Decode speed and prefill time of one engine start, and the memory it took.
+"""Decode speed and prefill time of one engine start, and the memory that it took.
 
 Decoding one token at batch 1 reads every weight once and computes little, so memory bandwidth bounds its speed. On the
 torch engine the weights are *decompressed*: there a 4-bit checkpoint decodes no faster than its source.
 
 Before anything is timed the model must be coherent: a state that decoding corrupts costs no time. The engine continues
-real text and then judges its own continuation as it judges a prompt. To a model whose decoding and prefill agree,
-greedy text is about as probable as real text or more. Where it is far less so, or real text is hardly more probable
-than chance, or nobody accepts what an MTP head drafts, the run is a finding and no speed.
+real text and then scores its own continuation as a prompt. If decoding and prefill agree, greedy text is about as
+probable as real text, or more. If it is far less probable, or real text is hardly more probable than chance, or the
+model accepts hardly any draft of an MTP head, the run is a failure and gives no speed.
 
 Prompts are real text, a different piece for each row of a batch: random tokens mislead speculative decoding and expert
 routing. Warm-ups are marked and kept, and every step time is kept, because the median of many hides one slow step.
@@ -27,17 +27,17 @@ VERSION = 2
 
 COHERENCE_TOKENS = 64
 _WORSE_NATS = 0.5
-"""What greedy text may cost more than real text, a token: the two are different texts, one easier than the other."""
+"""How much more than real text greedy text may cost per token: the two are different texts, and one is easier."""
 LEAST_ACCEPTANCE = 0.1
-"""An MTP head whose drafts are accepted less often was not loaded, or not trained."""
+"""The share of accepted drafts below which an MTP head was not loaded, or not trained."""
 _CHANCE_SHARE = 0.75
 """Real text that costs more than this share of ln(vocabulary) is no text to the model."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One thing that is timed: `batch` prompts of `prompt_tokens` and the `new_tokens` that follow each; of a prefill
-    only the first of them."""
+    """What is timed together: `batch` prompts of `prompt_tokens`, and the `new_tokens` that follow each; a prefill ends
+    with the first of them."""
 
     kind: Literal["prefill", "decode"]
     batch: int
@@ -51,10 +51,8 @@ class Shape:
 
 
 def prompts(ids: Sequence[int], batch: int, prompt_tokens: int) -> list[list[int]]:
-    """`batch` different pieces of the text, [batch][prompt_tokens], one after another from its beginning.
-
-    So batch 1 is the same prompt in every run. Pieces overlap only where the text is too short for all of them.
-    """
+    """`batch` different pieces of the text, [batch][prompt_tokens], one after another from its beginning, so that batch
+    1 has the same prompt in every run. Pieces overlap only where the text is too short for all of them."""
     if len(ids) < prompt_tokens + batch - 1:
         raise UserError(
             f"The text has {len(ids):,} tokens: too few for {batch} different prompts of {prompt_tokens:,}.",

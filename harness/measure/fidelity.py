@@ -12,8 +12,8 @@ Written as usual, Σ p (ln p - ln q), that miss enters at first order. So every 
 in float64: the two further terms add up to zero for exact distributions, and a miss enters at second order only.
 
 An engine that serves tells the k most probable tokens. Two such lists are compared over the tokens that both name, the
-token that really came, and one bucket for all others. Sums over coarser events never exceed those over finer ones (the
-log-sum inequality: Cover and Thomas, Elements of Information Theory, theorem 2.7.1), so that divergence is a lower
+token that really came, and one bucket for all others. A sum over coarser events never exceeds the sum over finer ones
+(the log-sum inequality: Cover and Thomas, Elements of Information Theory, theorem 2.7.1), so this divergence is a lower
 bound, and is called one.
 """
 
@@ -33,8 +33,8 @@ from harness.record.packed import pack_numbers
 VERSION = 2
 
 BAND_ENDS = (512, 4096, 32_768, 1 << 20)
-"""Predictions are summed by how many tokens stand before them: fewer than 512, fewer than 4,096 … An error that a
-recurrent state gathers grows from band to band."""
+"""Predictions are also summed in bands, by how many tokens stand before them: fewer than 512, fewer than 4,096 … An
+error that a recurrent state gathers grows from band to band."""
 
 _ROWS_ELEMENTS = 1 << 20  # log-probabilities widened at a time: 8 MB of float64 per temporary
 _REPEAT = "The run is not usable: repeat it."
@@ -43,7 +43,7 @@ _LEAST_TAIL = 1e-6
 
 
 class Predictor(Protocol):
-    """What gives distributions: every `Engine`, or anything that remembers one."""
+    """What gives distributions: an `Engine`, or what remembers an engine's."""
 
     def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
         """For each window of n token ids, in order, the natural-log probabilities [n - 1, vocabulary] of what
@@ -52,14 +52,15 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Compared:
-    """A variant beside its reference, each [n]: one value for every prediction."""
+    """A variant beside its reference: arrays [n] with a value for every prediction."""
 
     kl_nats: NDArray[np.float64]
     agreed: NDArray[np.bool_]
     """Whether both find the same token the likeliest."""
     log_prob: NDArray[np.float64]
-    """Of the token that came, by the variant, in nats."""
+    """The variant's ln p of the token that came, in nats."""
     reference_log_prob: NDArray[np.float64]
+    """The reference's."""
 
 
 def token_kl_nats(reference: NDArray[np.float32], variant: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -80,7 +81,7 @@ def token_kl_nats(reference: NDArray[np.float32], variant: NDArray[np.float32]) 
 
 
 def _terms(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What each event contributes to a divergence."""
+    """What each event contributes to a divergence, of the shape of both arguments."""
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):  # 0 · (-inf - x), replaced by its limit 0
         lost = np.where(p > 0, p * (log_p - log_q), 0.0)
@@ -89,7 +90,7 @@ def _terms(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np
 
 
 def compare_whole(reference: NDArray[np.float32], variant: NDArray[np.float32], actual: Sequence[int]) -> Compared:
-    """Two arrays of log-probabilities [n, vocabulary], and the n tokens that came."""
+    """The comparison of two arrays of log-probabilities [n, vocabulary], where the n tokens `actual` came."""
     rows = np.arange(len(reference))
     return Compared(
         token_kl_nats(reference, variant),
@@ -100,7 +101,8 @@ def compare_whole(reference: NDArray[np.float32], variant: NDArray[np.float32], 
 
 
 def compare_top(reference: Top, variant: Top, actual: Sequence[int]) -> Compared:
-    """The same from what two engines name at n places where `actual` came; the divergence is a lower bound."""
+    """The comparison of what two engines name at n places, where the n tokens `actual` came. Its divergence is a lower
+    bound."""
     both, log_q = _found(reference.ids, variant)
     is_actual = (reference.ids == np.asarray(actual)[:, None]) & both
     named_p, named_q = (np.where(both, one, -np.inf) for one in (reference.log_probs.astype(np.float64), log_q))
@@ -121,7 +123,7 @@ def compare_top(reference: Top, variant: Top, actual: Sequence[int]) -> Compared
 
 
 def _found(ids: NDArray[np.int32], top: Top) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Which of `ids` [n, k] `top` names at their place, and what log-probability it gives those."""
+    """Which of `ids` [n, k] `top` names at the same place, and their log-probabilities by `top`, both [n, k]."""
     # One sorted list for all places: an id beyond those of the places before.
     base = np.arange(len(ids))[:, None] * (1 + int(max(ids.max(initial=0), top.ids.max(initial=0))))
     order = np.argsort(top.ids, axis=1)
@@ -132,7 +134,7 @@ def _found(ids: NDArray[np.int32], top: Top) -> tuple[NDArray[np.bool_], NDArray
 
 
 def chunks_of(predictors: Sequence[Predictor], windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Chunk]:
-    """The distributions of several models, the reference first, a window at a time; all walk through the windows in
+    """The distributions of several models, the reference first, window by window. The models go through the windows in
     step, so that only one batch of each is in memory."""
     walks = zip_longest(*(one.log_probs(windows, batch_size) for one in predictors))
     for index, found in enumerate(walks):
@@ -142,8 +144,8 @@ def chunks_of(predictors: Sequence[Predictor], windows: Sequence[Sequence[int]],
 
 
 def side_by_side(*streams: Iterable[Chunk]) -> Iterator[Chunk]:
-    """The chunks of several passes over the same windows as those of one, with the models of all: cut where any of
-    them is."""
+    """The chunks of several passes over the same windows, put together as if one pass had all their models. A chunk
+    ends where a chunk of any pass ends."""
     walks = [iter(stream) for stream in streams]
     left: list[Chunk | None] = [None] * len(walks)
     while True:

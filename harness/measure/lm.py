@@ -1,4 +1,4 @@
-"""An engine as a model of lm-eval: its requests answered, and everything about them kept that lm-eval forgets.
+"""An engine as a model of lm-eval: it answers lm-eval's requests, and keeps what lm-eval forgets about the answers.
 
 Tokenization is lm-eval's own (`TemplateLM`), so a prompt has the ids that `lm_eval --model hf` gives it, and so are the
 rules by which a text is cut at its stops. Two things differ: a prompt that is too long is refused before a model is
@@ -39,7 +39,7 @@ Request = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Settings:
-    """How every request of a task is put."""
+    """What all requests of a task have in common."""
 
     thinking: bool | None
     seed: int
@@ -50,16 +50,16 @@ class Settings:
 
 @dataclass
 class Detail:
-    """What is known of the answer to a request, beyond what lm-eval is told."""
+    """What is known of the answer to a request beyond what lm-eval is told."""
 
     prompt_digest: str
     num_prompt_tokens: int
     num_tokens: int
     seconds: float
     log_prob: float | None = None
-    """In nats, of a continuation; a generated answer has none."""
+    """In nats, of a continuation; None for a generated answer."""
     finish_reason: str | None = None
-    """`stop` or `length`, of a generated answer."""
+    """`stop` or `length`; None for a continuation."""
     unclosed: bool = False
     empty: bool = False
 
@@ -114,7 +114,7 @@ class Texts:
 
 
 class EngineLM(TemplateLM):  # type: ignore[misc]
-    """Answers lm-eval's requests by an engine, or from the journal; without an engine it only measures lengths."""
+    """Answers lm-eval's requests from the journal, or by the engine. Without an engine it only measures lengths."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context, as in `lm_eval --model hf`."""
+        """The token before a text that has no context, as in `lm_eval --model hf`."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else cast(int, first)
 
@@ -153,7 +153,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return cast(list[int], self.tokenizer.encode(string, verbose=False, **special))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the model's template writes it; thinking is left to the template where nothing is said."""
+        """A conversation as the model's template writes it. The template decides about thinking where the suite does
+        not."""
         thinking = {} if self._settings.thinking is None else {"enable_thinking": self._settings.thinking}
         written = self.tokenizer.apply_chat_template(
             [dict(message) for message in chat_history],
@@ -172,7 +173,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     # -- Requests
 
     def lengths(self, instance: Instance) -> Iterator[tuple[int, int]]:
-        """(Tokens of the prompt, tokens that follow) of a request; a rolling one fits always."""
+        """The number of tokens of a request's prompt, and of what follows it; none for a rolling request, which always
+        fits."""
         if instance.request_type == "generate_until":
             prompt = self._prompt(instance, 0)
             yield len(prompt.token_ids), prompt.max_new_tokens
@@ -211,8 +213,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def rolling(self, text: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(Tokens that are only read, those that are predicted) of each window of a text, cut by lm-eval's own
-        functions; the first one reads `prefix_token_id`."""
+        """The windows of a text, cut by lm-eval's own functions: the tokens that are only read, and the tokens that are
+        predicted. The first window reads `prefix_token_id`."""
         windows = get_rolling_token_windows(
             token_list=self.tok_encode(text),
             prefix_token=self.prefix_token_id,
@@ -241,7 +243,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def _prompt(self, instance: Instance, again: int) -> Prompt:
-        """What a request asks of the engine; `again` counts the same request within one run."""
+        """What a request asks of the engine. `again` counts how often the run has made the same request before."""
         context, wishes = instance.args
         wishes = normalize_gen_kwargs(wishes, default_max_gen_toks=_DEFAULT_NEW_TOKENS)
         # A thought may hold what ends an answer: then only the end of the text stops the engine (as in lm-eval's vllm).
@@ -285,7 +287,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     def _scores(
         self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], places: Sequence[int]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The continuations of one context go to the engine together."""
+        """The answers to the pairs at `places`. The engine gets the continuations of one context together."""
         by_context: dict[tuple[int, ...], list[int]] = {}
         for place in places:
             by_context.setdefault(pairs[place][0], []).append(place)
@@ -333,7 +335,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
 
 class _Teller:
-    """Says how far a run is: items, tokens per second and answers that were cut off."""
+    """Tells how far a run is: items, tokens per second, and answers that were cut off."""
 
     def __init__(self, progress: Progress, name: str, done: int, total: int) -> None:
         self._progress, self._name, self._done, self._total = progress, name, done, total
@@ -342,7 +344,7 @@ class _Teller:
         self._tell("")
 
     def one(self, answer: Mapping[str, Any]) -> None:
-        """Another answer has come."""
+        """Counts an answer that has come."""
         self._done += 1
         self._seconds += answer["seconds"]
         note = f"{self._done:,} of {self._total:,}"
@@ -362,7 +364,7 @@ def _place(instance: Instance) -> Request:
 
 
 def _sampling(instance: Instance, wishes: Mapping[str, Any]) -> Sampling:
-    """The sampling that a task's generation_kwargs ask for; `UserError` for a wish that no engine here knows."""
+    """The sampling that a task's generation_kwargs ask for; `UserError` for a key that no engine knows."""
     known = {"until", "max_gen_toks", "do_sample"}
     if unknown := sorted(wishes.keys() - known - _SAMPLING):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Log-probabilities of a text's tokens, kept on the disk window by window: what was scored once is not scored again.
+"""Log-probabilities of a text's tokens, kept on the disk window by window, so that no window is scored twice.
 
 A file belongs to one `identity`: everything that the numbers depend on and that is known before an engine is started
 (the checkpoint's content, what is asked of the engine, packages, machine, token ids, windows, batch size). It holds
@@ -6,8 +6,8 @@ A file belongs to one `identity`: everything that the numbers depend on and that
     {"identity": {...}, "engine": {...}}        the engine that computed them, as a run's header describes it
     <float32, little-endian>                    ln P of tokens 1 … n - 1 of window 0, then of window 1 …
 
-so a run of which every window is there is recorded without starting an engine, and one that was interrupted goes on. A
-window that a killed process left half written is dropped.
+A run whose windows are all there is recorded without starting an engine, and an interrupted run goes on where it was.
+A window that a killed process left half written is dropped.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class LogProbs:
     ) -> None:
         self.path = folder / f"{name}-{digest(identity)[:16]}"
         self.engine: dict[str, Any] | None = None
-        """What computed the windows that are there; None where none is."""
+        """The engine that computed the stored windows; None where no window is stored."""
         self._identity = json.loads(json.dumps(dict(identity)))
         self._ends = list(accumulate((length - 1 for length in lengths), initial=0))  # numbers before each window
         self._fresh = fresh
@@ -53,7 +53,7 @@ class LogProbs:
         return self
 
     def _read_head(self) -> dict[str, Any] | None:
-        """The engine of the first line; None where that line is not of this identity."""
+        """The engine that the first line names; None where the line is of another identity."""
         self._stream.seek(0)
         line = self._stream.readline()
         try:
@@ -66,7 +66,7 @@ class LogProbs:
         return dict(head["engine"])
 
     def __len__(self) -> int:
-        """How many windows are there, from the first one on."""
+        """How many windows are stored, counted from the first one."""
         return self._num_windows
 
     def go_on(self, engine: Mapping[str, Any], num_windows: int) -> int:

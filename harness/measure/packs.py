@@ -1,12 +1,14 @@
 """Reference packs: what a source predicts, kept on the disk to compare a variant with it when the source is not loaded.
 
-A pack belongs to one source, one engine and one text, which are its `identity`, and is built once. One file:
+An engine that serves needs all memory for one model, so the source is gone when the variant is measured. A pack belongs
+to one source, one engine and one text, which are its `identity`, and is built once. It is one file:
 
     {"identity": {...}, "num": 64}                  a line of JSON
     ids, log_probs, actual of window 0              little-endian int32 [n - 1, k], float32 [n - 1, k], float32 [n - 1]
     ids, log_probs, actual of window 1 ...
 
-512 bytes a token at k = 64. It gets its name when it is whole; one that a crash cut is refused by its size.
+A token takes 512 bytes at k = 64. The file gets its name when it is whole; a file that was cut later is refused by its
+size.
 """
 
 import json
@@ -26,14 +28,14 @@ _ITEM = 4  # bytes of an id, and of a log-probability
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack on the disk; `num` tokens are named at each place. `reused`: it was there already."""
+    """A pack on the disk, which names `num` tokens at each place. `reused`: it was there before this command."""
 
     path: Path
     num: int
     reused: bool
 
     def tops(self, windows: Sequence[Sequence[int]]) -> Iterator[Top]:
-        """What it says of each of `windows`, those that it was built of, in order."""
+        """The predictions for each of `windows`, which must be the windows that the pack was built from, in order."""
         with self.path.open("rb") as stream:
             start = len(stream.readline())
             num_rows = sum(len(window) - 1 for window in windows)
@@ -49,7 +51,7 @@ class Pack:
 
 
 def pack_of(folder: Path, identity: Mapping[str, Any], predict: Callable[[], Iterable[Top]]) -> Pack:
-    """The pack of `identity` in `folder`: the one that lies there, or what `predict` gives now."""
+    """The pack of `identity` in `folder`. Where there is none, it is built from what `predict` gives."""
     path = folder / f"{digest(identity)[:16]}.pack"
     if (num := _num_named(path, identity)) is not None:
         return Pack(path, num, reused=True)
@@ -74,7 +76,7 @@ def pack_of(folder: Path, identity: Mapping[str, Any], predict: Callable[[], Ite
 
 
 def _num_named(path: Path, identity: Mapping[str, Any]) -> int | None:
-    """How many tokens the pack at `path` names at each place; None where there is none of this identity."""
+    """How many tokens the pack at `path` names at each place; None where no pack of this identity lies there."""
     try:
         with path.open("rb") as stream:
             header = json.loads(stream.readline())

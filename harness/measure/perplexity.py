@@ -152,7 +152,8 @@ def whole(protocol: Protocol) -> Protocol:
 
 
 def windows_digest(cut: Iterable[Window]) -> str:
-    """SHA-256 of where windows begin and how long they are, as little-endian 64-bit integers; whatever is scored."""
+    """SHA-256 of where windows begin and how long they are, as little-endian 64-bit integers. Which tokens count does
+    not matter."""
     spans = [(window.first_token, window.num_tokens) for window in cut]
     return hashlib.sha256(np.asarray(spans, dtype="<i8").tobytes()).hexdigest()
 
@@ -185,11 +186,11 @@ def extend(
     name: str,
     progress: Progress = silent,
 ) -> int:
-    """Scores what is missing of the first `num_windows` windows of `cut` into `stored`, and returns how many it had.
+    """Scores those of the first `num_windows` windows of `cut` that `stored` lacks, and returns how many it had.
 
-    `described` is the engine in a run's header. Only whole batches are kept and asked for, a few windows more than
-    `num_windows` if need be: an answer may depend, in its last bits, on those that it is computed with, and so it is
-    the same however often a run was interrupted.
+    `described` is the engine as a run's header describes it. Only whole batches are kept and asked for, if need be a
+    few windows more than `num_windows`: the last bits of an answer may depend on what is computed with it, and so the
+    answer is the same however often a run was interrupted.
     """
     ends = [0, *_batch_ends([window.num_tokens for window in cut], batch_size)]
     first = stored.go_on(described, max(end for end in ends if end <= len(stored)))
@@ -200,7 +201,7 @@ def extend(
 
 
 def _batch_ends(lengths: Iterable[int], batch_size: int) -> Iterator[int]:
-    """Where the batches end that an engine makes of windows: see `Engine.score`."""
+    """Where the batches end that an engine makes of windows of these lengths: see `Engine.score`."""
     end = 0
     for _, run in groupby(lengths):
         num = sum(1 for _ in run)
@@ -218,8 +219,8 @@ def score(
     name: str,
     progress: Progress = silent,
 ) -> Iterator[NDArray[np.float32]]:
-    """The log-probabilities [num_tokens - 1], in nats, of every token but the first of each window from `first` on, as
-    the engine computes them. `UserError` for too few of them, and for a value that is not finite."""
+    """The log-probabilities [num_tokens - 1], in nats, of every token but the first of each window, from window `first`
+    on. `UserError` where the engine gives too few of them, or a value that is not finite."""
     rows = engine.score([ids[w.first_token : w.first_token + w.num_tokens] for w in cut[first:]], batch_size)
     done = first
     progress(done, len(cut), name)

@@ -179,7 +179,7 @@ def _loaded_by_lm_eval(label: str, source: str | Path, revision: str | None) -> 
 
 @contextlib.contextmanager
 def _logged(said: list[str]) -> Iterator[None]:
-    """Keeps lm-eval's log off the terminal, and its errors in `said`: some say what the exception after them hides."""
+    """Keeps lm-eval's log off the terminal, and collects its errors in `said`: some say what an exception hides."""
 
     class Errors(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -196,7 +196,7 @@ def _logged(said: list[str]) -> Iterator[None]:
 
 
 def _at_revision(manager: TaskManager, name: str, revision: str) -> dict[str, Any]:
-    """A group of the one task or group, with its dataset pinned."""
+    """A group that holds only the named task or group, with its dataset pinned to `revision`."""
     given = (manager.task_index[name].cfg or {}).get("dataset_kwargs") or {}
     kind = "group" if name in manager.all_groups else "task"
     return {"group": _PINNED, "task": [{kind: name, "dataset_kwargs": {**given, "revision": revision}}]}
@@ -216,7 +216,7 @@ def _no_dataset(what: str, entry: Any, revision: str | None, error: Exception) -
 
 
 def _configure(label: str, name: str, task: Any, wanted: Task) -> None:
-    """What `lm_eval.simple_evaluate` does to a task for the same arguments."""
+    """Configures a task as `lm_eval.simple_evaluate` does for the same arguments; `UserError` where it cannot be."""
     if wanted.version is not None and wanted.version != task.VERSION:
         raise UserError(
             f"Task '{label}' is pinned to version {wanted.version:g}, and lm-eval {lm_eval.__version__} has "
@@ -267,12 +267,12 @@ def _config(task: Any) -> Any:
 
 
 def _source(value: object) -> str:
-    """A function by its name: its place in memory is another in every process."""
+    """The name of a function or of a value's type. Their `repr` holds an address, which differs in every process."""
     return getattr(value, "__qualname__", type(value).__name__)
 
 
 def _about(task: Any) -> dict[str, Any]:
-    """Version, dataset, and the commit of the dataset where it came from the hub: datasets names its cache by it."""
+    """Version, dataset and sizes of a task, and the dataset's commit on the hub, after which its cache is named."""
     config = task.config
     files = [file["filename"] for split in task.dataset.values() for file in getattr(split, "cache_files", ())]
     commits = {found.group(1) for file in files if (found := re.search(r"/([0-9a-f]{40})/[^/]*$", file))}
@@ -287,7 +287,7 @@ def _about(task: Any) -> dict[str, Any]:
 
 
 def _check_requests(loaded: ReadyTask, max_length: int, scored_extra: int) -> None:
-    """Writes all prompts once; `UserError` for a template that fails or a prompt that is too long."""
+    """Writes all prompts once. `UserError` for a template that fails, and for a prompt that is too long."""
     wanted = loaded.wanted
     model = EngineLM(loaded.texts, loaded.settings)
     for name, task in loaded.tasks.items():
@@ -332,7 +332,7 @@ def _build(task: Any, wanted: Task, model: EngineLM, limit: int | None) -> None:
 
 
 def _evaluated(loaded: ReadyTask, model: EngineLM, limit: int | None) -> Any:
-    """What `lm_eval.evaluate` says, with the seeds that `lm_eval.simple_evaluate` sets."""
+    """The results of `lm_eval.evaluate`, with the seeds that `lm_eval.simple_evaluate` sets."""
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     for task in loaded.tasks.values():
@@ -352,7 +352,7 @@ def _evaluated(loaded: ReadyTask, model: EngineLM, limit: int | None) -> Any:
 
 
 def _items(task: str, samples: Sequence[Mapping[str, Any]], log: AnswerLog) -> Iterator[dict[str, Any]]:
-    """One sample a document: lm-eval logs one for every filter."""
+    """A sample for each document. lm-eval logs a document once for every filter."""
     by_doc: dict[int, list[Mapping[str, Any]]] = {}
     for sample in samples:
         by_doc.setdefault(int(sample["doc_id"]), []).append(sample)
@@ -394,7 +394,7 @@ def _items(task: str, samples: Sequence[Mapping[str, Any]], log: AnswerLog) -> I
 
 
 def _score(value: Any) -> float | list[float] | None:
-    """A metric of one item as JSON: a number, or those that lm-eval aggregates together; None for anything else."""
+    """A metric of an item as JSON: a number, or the list of numbers that lm-eval aggregates; None for anything else."""
     if isinstance(value, bool | int | float | np.number | np.bool_):
         return float(value) if math.isfinite(value) else None
     numbers = [_score(one) for one in value] if isinstance(value, list | tuple) else []
@@ -403,7 +403,7 @@ def _score(value: Any) -> float | list[float] | None:
 
 
 def _results(found: Mapping[str, Any], repetition: int) -> Iterator[dict[str, Any]]:
-    """lm-eval's own figures, of every task and group."""
+    """A sample for each of lm-eval's own figures, of every task and group."""
     for name, metrics in {**found["results"], **found.get("groups", {})}.items():
         higher = found["higher_is_better"].get(name, {})
         for key, value in metrics.items():

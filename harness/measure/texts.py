@@ -21,9 +21,11 @@ def load_text(
     revision: str | None = None,
     as_lines: bool = False,
 ) -> str:
-    """The text of a UTF-8 file (`path`), or of `dataset` on the hub; exactly one of the two. `as_lines`: a row of the
-    dataset is a line, or several, whether it ends with a line feed or not, and an empty row is a line with one blank,
-    which makes a WikiText dataset the file that it was made of."""
+    """The text of a UTF-8 file (`path`) or of a `dataset` on the hub; exactly one of them must be given.
+
+    `as_lines`: every row of the dataset ends with a line feed, and an empty row becomes a line of one blank. This turns
+    a WikiText dataset back into the file that it was made from. `UserError` for a text that cannot be read or is empty.
+    """
     if (path is None) == (dataset is None):
         raise UserError("A text needs either a path or a dataset.", "Name exactly one of them in the suite.")
     if path is not None:

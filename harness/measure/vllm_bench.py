@@ -1,8 +1,8 @@
-"""What `vllm bench` wrote, as raw samples: a figure measured elsewhere keeps its observations and gets our intervals.
+"""The results of `vllm bench` as raw samples: speeds measured on another machine get the harness's own intervals.
 
-    vllm bench serve --save-result --save-detailed      one sample a request
-    vllm bench latency --output-json                    one a generation of a whole batch
-    vllm bench throughput --output-json                 one for everything
+    vllm bench serve --save-result --save-detailed      a sample per request
+    vllm bench latency --output-json                    a sample per generation of a whole batch
+    vllm bench throughput --output-json                 one sample in all
 
 A summary of `serve` without its requests is refused: medians leave nothing to make an interval from. Times between
 chunks are added up, since a chunk may carry several tokens; a request's own output length counts its tokens.
@@ -22,7 +22,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Imported:
-    """Which benchmark it was, the model's name there, its settings, and its raw samples."""
+    """A benchmark's name, the model's name in it, its settings, and its raw samples."""
 
     benchmark: str
     model: str
@@ -32,7 +32,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a latency run was asked for; its file does not say."""
+    """The batch of a latency run, which its file does not say."""
 
     batch: int
     prompt_tokens: int

@@ -1,4 +1,4 @@
-"""WikiText as lm-eval measures it: pages, detokenized, each read from its beginning; perplexity per original word.
+"""WikiText as lm-eval measures it: page by page, detokenized, as perplexity per word of the original page.
 
 The documents of lm-eval's task `wikitext` are pages. A page is written back into ordinary English
 (`wikitext_detokenizer`), made into tokens, and read after one end-of-text token in windows as long as the model takes;
@@ -23,11 +23,11 @@ class Documents:
 
     ids: list[int]
     windows: list[Window]
-    """Of all pages, in order; every token of a page is scored once."""
+    """The windows of all pages, in order; every token of a page is scored once."""
     num_words: list[int]
-    """Of each page before it was detokenized, as lm-eval counts them."""
+    """Words of each page before it was detokenized, as lm-eval counts them."""
     num_tokens: list[int]
-    """Of each page, without the one before it."""
+    """Tokens of each page, without the token that stands before it."""
 
 
 def pages(text: str) -> list[str]:
@@ -57,8 +57,8 @@ def pages(text: str) -> list[str]:
 
 
 def tokenize_pages(pages: Sequence[str], texts: Texts, window: int) -> Documents:
-    """The pages by a tokenizer, as `lm_eval --model hf` has them; `window`: the most tokens that are predicted in one
-    go (`lm.rolling_window`)."""
+    """The pages as token ids and windows, as `lm_eval --model hf` makes them. `window` is the most tokens that are
+    predicted together (`lm.rolling_window`)."""
     model = EngineLM(texts, Settings(thinking=None, seed=0, batch_size=1, window=window))
     ids: list[int] = []
     windows: list[Window] = []

@@ -1,4 +1,4 @@
-"""Baselines: which older runs a suite's new ones are watched against, and why they are the ones.
+"""Baselines: which older runs the new runs of a suite are watched against, and why those.
 
     results/baselines/<suite>.json
 
@@ -6,10 +6,10 @@
       {"utc": "...", "reason": "first baseline", "commit": "...", "records": {
         "ppl/wikitext2-512": {"w4a4": {"file": "<machine>/<file>.jsonl", "sha256": "..."}}}}]}
 
-A baseline holds no numbers: it names whole runs, by a path from the folder that `baselines/` lies in and by their
-digest, so that every comparison is made anew from raw observations. The last entry of the history is in force; those
-before it stay, each with the reason for which it was made. A run that is gone, cut or changed is an error and never
-left out.
+A baseline holds no numbers. It names whole runs, by their path from the folder that `baselines/` lies in and by their
+digest, so that every comparison is made anew from raw observations. The last entry of the history is in force; earlier
+entries stay, each with the reason for which it was made. A run that is gone, cut or changed is an error and never left
+out.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ Slots = Mapping[str, Mapping[str, Record]]
 
 
 def slot(record: Record) -> str:
-    """What a run measured, as a baseline calls it: the measure, of perplexity with its protocol, of tasks with the
-    task's name in the suite."""
+    """What a run measured, as a baseline calls it: the measure, followed by the protocol of a perplexity or by a task's
+    name in the suite."""
     key = {"ppl": "protocol", "tasks": "name"}.get(record.run.measure)
     return record.run.measure if key is None else f"{record.run.measure}/{(record.run.dataset or {}).get(key)}"
 
@@ -40,8 +40,8 @@ def path_of(folder: Path, suite: str) -> Path:
 
 
 def baseline_in_force(folder: Path, suite: str) -> dict[str, dict[str, Record]]:
-    """The baseline in force, every run of it read; empty where there is none. `UserError` for a file that is no
-    baseline, and for a run that is not there, not whole or not the one that it names."""
+    """The baseline of a suite that is in force, with every run read; empty where there is none. `UserError` for a file
+    that is no baseline, and for a run that is missing, not whole, or another than the baseline names."""
     path = path_of(folder, suite)
     history = _history(path, suite)
     if not history:
@@ -53,8 +53,8 @@ def baseline_in_force(folder: Path, suite: str) -> dict[str, dict[str, Record]]:
 
 
 def update(folder: Path, suite: str, records: Slots, *, reason: str, commit: str | None) -> Path:
-    """Puts a new baseline in force and keeps those before it: `records`, which must lie in `folder`, for a `reason`.
-    `commit` is the harness's."""
+    """Puts `records`, which must lie in `folder`, in force as the suite's baseline, for a `reason`, and keeps earlier
+    baselines. `commit` is the harness's. Returns the file."""
     path = path_of(folder, suite)
     if not reason.strip():
         raise UserError("A baseline is changed for a reason.", 'Give it: --reason "why the new numbers are right".')
@@ -79,7 +79,7 @@ def _entry(folder: Path, record: Record) -> dict[str, str]:
 
 
 def _record(path: Path, folder: Path, where: str, row: str, entry: Mapping[str, str]) -> Record:
-    """The run that `row` has under `where`."""
+    """The run that the baseline names for `row` under `where`."""
     file = folder / entry["file"]
     remedy = "Restore the file as it was committed, or make a new baseline: --update-baseline --reason."
     if not file.resolve().is_relative_to(folder.resolve()):
@@ -124,7 +124,7 @@ _ENTRY: dict[str, Callable[[object], bool]] = {
 
 
 def _history(path: Path, suite: str) -> list[dict[str, Any]]:
-    """Every baseline that the suite has had; none where there is no file."""
+    """Every baseline that the suite has had, the oldest first; none where there is no file."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -73,14 +73,14 @@ COMPARABLE: dict[str, tuple[str, ...]] = {
     "verify": ("measure_version",),
 }
 
-# Of those, what may differ between a run and an older one that it is watched against: a new release of the engine, a
-# new driver or another machine is what a regression comes from, so it must not hide one.
+# The keys among them that may differ between a run and an older run that it is watched against: a regression comes from
+# a new release of the engine, a new driver or another machine, so these must not hide it.
 WATCHED = ("session_id", "machine", "engine.version", "engine.device", "engine.effective")
 
 
 def incomparable(a: Record, b: Record, *, over_time: bool = False) -> list[str]:
     """The header keys that forbid comparing two runs; empty if their numbers may stand side by side. `over_time`: one
-    is the baseline of the other, and what is `WATCHED` may differ."""
+    run is the baseline of the other, so that `WATCHED` keys may differ."""
     if a.run.measure != b.run.measure:
         return ["measure"]
     keys = [key for key in COMPARABLE[a.run.measure] if not (over_time and _is_watched(key))]

@@ -1,7 +1,7 @@
-"""Many numbers in little text: a value per token of a whole text would make records of tens of megabytes.
+"""Many numbers in little text: a number per token of a whole text, written out, would take tens of megabytes.
 
-What is kept is the logarithm of a number that is never negative, to a step of 1/512 of a power of two: 0.07 % of the
-value, and exact zero. Two bytes each, in base64.
+A number is 0 or greater. What is kept is its logarithm in steps of 1/512 of a power of two, that is to 0.07 % of the
+number, or an exact zero: two bytes each, in base64.
 """
 
 import base64
@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _STEPS = 512
-"""Per power of two."""
+"""Steps per power of two."""
 _LEAST = -64
-"""The power of two of the smallest value; what is less becomes zero."""
+"""The power of two of the smallest number; anything less becomes zero."""
 
 
 def pack_numbers(values: ArrayLike) -> str:
-    """Numbers [n], none negative beyond rounding or above 2^63, as text of 8n/3 characters."""
+    """Numbers [n], from 0 (or less by rounding) to 2^63, as text of 8n/3 characters."""
     array = np.asarray(values, np.float64)
     is_zero = array <= 2.0**_LEAST
     logs = np.log2(np.where(is_zero, 1.0, array))
@@ -26,7 +26,7 @@ def pack_numbers(values: ArrayLike) -> str:
 
 
 def unpack_numbers(text: str) -> NDArray[np.float64]:
-    """The numbers [n] of `pack`'s text; `ValueError` for any other."""
+    """The numbers [n] in a text of `pack_numbers`; `ValueError` for any other text."""
     try:
         codes = np.frombuffer(base64.b64decode(text, validate=True), dtype="<u2")
     except binascii.Error as error:

@@ -70,7 +70,7 @@ def machine() -> dict[str, Any]:
 
 
 def packages(names: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """The versions of the installed ones among `names`, and the harness's own."""
+    """The versions of those packages among `names` that are installed, and the harness's own."""
     versions = {"harness": harness.__version__}
     for name in names:
         try:
@@ -81,10 +81,10 @@ def packages(names: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def git(folder: Path) -> dict[str, Any] | None:
-    """{commit, dirty} of the checkout that tracks `folder`; None if none does.
+    """{commit, dirty} of the checkout that tracks `folder`; None where no checkout does.
 
-    A package installed into a virtual environment may lie inside somebody's unrelated checkout, which does not track
-    it. `dirty` is about the tracked files in `folder`: fresh results and rewritten reports change no number.
+    A package in a virtual environment may lie inside an unrelated checkout, which does not track it. `dirty` tells
+    whether tracked files in `folder` differ from the commit: fresh results and rewritten reports change no number.
     """
     commit = _output("git", "-C", str(folder), "rev-parse", "--verify", "HEAD")
     if commit is None or _output("git", "-C", str(folder), "ls-files", "--error-unmatch", ".") is None:

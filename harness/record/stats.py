@@ -33,10 +33,10 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, its 95 % interval (None where the data allow none), from `num` units, by `method`.
+    """A value from `num` units, with its 95 % interval by `method`. A bound is None where the data allow no interval.
 
-    `degrees` are the degrees of freedom of the standard error: None for `num` - 1, as of independent units, fewer where
-    units belong together.
+    `degrees` are the degrees of freedom of the standard error: None means `num` - 1, as for independent units; they are
+    fewer where units belong together.
     """
 
     value: float

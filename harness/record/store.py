@@ -2,10 +2,10 @@
 
     results/<machine>/<utc>-<measure>-<suite>-<variant>-<run_id>.jsonl
 
-Only raw observations are stored (`record/schema.py` lists them). Means, intervals and ratios are computed when a file
-is read, so a better statistic needs no new measurement. The file is written under a temporary name and renamed after
-its last line has reached the disk: a killed process leaves no `.jsonl` behind, and a file that was cut by anything else
-lacks its end line (or the newline after it) and is skipped by name, never averaged.
+Only raw observations are stored; `record/schema.py` says which. Means, intervals and ratios are computed when a file is
+read, so a better statistic needs no new measurement. A file is written under a temporary name and renamed when its last
+line has reached the disk: a killed process leaves no `.jsonl` behind. A file that was cut in another way lacks its end
+line, or the newline after it; it is named, and never averaged.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ from harness.record.run import SCHEMA, UTC_FORMAT, End, Json, Record, Run, Skipp
 from harness.record.samples import SAMPLES, sample_problem
 from harness.record.schema import END, header_of
 
-# The times that a run's samples took of the run itself, one after the other. (Answers that are used again bring their
-# own seconds with them, and a build is over when its run begins.)
+# The times in a measure's samples that passed during the run, one after the other. (Answers that are used again bring
+# the seconds of an earlier run with them, and a build is over when its run begins.)
 _CLOCKED = {"bench": ("prefill_seconds", "step_seconds")}
 _CLOCK_TOLERANCE_SECONDS = 2.0  # a run begins and ends at whole seconds
 
 
 class RunWriter:
-    """Write one run: `with RunWriter(results_dir, run, expected=581) as writer: writer.sample({...})`.
+    """Writes one run: `with RunWriter(results_dir, run, expected=581) as writer: writer.sample({...})`.
 
-    `expected` is how many samples the measure would give without a limit (None: as many as come). `finish` makes
-    the file appear. Without it, Ctrl-C keeps what was done as "interrupted", any other exception as "failed";
-    both are kept for the curious and never reported.
+    `expected` is how many samples the measure would give without a limit (None: as many as come). The file appears when
+    `finish` is called. If the block ends before that, Ctrl-C keeps what was done as "interrupted", and any other
+    exception as "failed"; neither is ever reported.
     """
 
     def __init__(self, results_dir: Path, run: Run, expected: int | None = None) -> None:
@@ -59,8 +59,8 @@ class RunWriter:
         return self
 
     def sample(self, sample: Mapping[str, Any]) -> None:
-        """Add one raw observation of a kind in `SAMPLES`, with its keys and no others. `ValueError` for any other
-        sample, `UserError` for a number that is not finite."""
+        """Adds a raw observation of a kind in `SAMPLES`, with the keys of that kind and no others. `ValueError` for any
+        other sample, `UserError` for a number that is not finite."""
         line = self._line(f"sample {self._num_samples} ({sample.get('kind')})", {"type": "sample", **sample})
         if wrong := sample_problem(self._run.measure, sample, exact=True):
             raise ValueError(wrong)
@@ -68,8 +68,8 @@ class RunWriter:
         self._num_samples += 1
 
     def finish(self, status: Status = "complete", num_missing: int = 0) -> Path:
-        """Write the end line, flush it to the disk, and give the file its name. `num_missing`: samples that a limit
-        left out, where their number was not known from the start."""
+        """Writes the end line, flushes the file to the disk, and gives it its name. `num_missing`: how many samples a
+        limit left out, where their number was not known from the start."""
         expected = self._num_samples + num_missing if self._expected is None else self._expected
         coverage = {"expected": expected, "done": self._num_samples}
         end = End(status=status, num_samples=self._num_samples, coverage=coverage, ended_utc=utc_now())
@@ -115,7 +115,7 @@ class _UnusableError(Exception):
 
 
 def read(path: Path) -> Record:
-    """Read one run, whatever its status. A file that is not a whole run is a `UserError`."""
+    """The run in a file, whatever its status. `UserError` for a file that is not a whole run."""
     try:
         return _parse(path)
     except _UnusableError as error:
@@ -123,7 +123,7 @@ def read(path: Path) -> Record:
 
 
 def read_all(results_dir: Path) -> tuple[list[Record], list[Skipped]]:
-    """Every complete run under a results folder in the order of its file name, and what was skipped and why."""
+    """Every complete run under a folder of results, in the order of file names, and every file that is not used."""
     records: list[Record] = []
     skipped: list[Skipped] = []
     for path in sorted(results_dir.glob("*/*.jsonl"), key=lambda path: (path.name, path.parent.name)):
@@ -202,7 +202,7 @@ def _check_top(number: int, keys: Keys, values: Json) -> None:
 
 
 def _clock_jump(record: Record) -> str | None:
-    """What the times of a run say that cannot be; None for times that can."""
+    """What is impossible about the times of a run; None for times that can be."""
     started, ended = record.run.started_utc, record.end.ended_utc
     try:
         lasted = (datetime.strptime(ended, UTC_FORMAT) - datetime.strptime(started, UTC_FORMAT)).total_seconds()
