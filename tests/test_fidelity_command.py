@@ -50,7 +50,7 @@ def test_one_pass_gives_what_plain_engines_give_to_the_last_bit(suite: Suite, pl
     windows = disjoint_windows(work.ids, WINDOW)[:LIMIT]
     engines = [open_engine("torch", model.folder, dtype="float32", device="cpu") for model in work.models[:2]]
     chunks = divergence.chunks_of(engines, windows, 2)
-    wanted = [sample for _, sample in divergence.measure(chunks, windows, ["nvfp4a16"])]
+    wanted = [sample for _, sample in divergence.fidelity_samples(chunks, windows, ["nvfp4a16"])]
     found = measured.records["nvfp4a16"].kind("window")
     keys = ("kl_codes", "num_agreed", "num_scored", "index")
     assert [[one[key] for key in keys] for one in found] == [[one[key] for key in keys] for one in wanted]
