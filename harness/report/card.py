@@ -2,7 +2,7 @@
 
 `render` is a pure function from a suite, records and the pages to fill to the bytes of every file; `stale` and
 `write` compare those with a folder. Nothing in the output depends on when or where it is rendered, so a card is
-out of date exactly if its bytes differ (figures: if their data differ, see `plots`).
+out of date exactly if its bytes differ (figures: if their data differ, see `figure_data`).
 
 A page may hold blocks:
 

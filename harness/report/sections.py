@@ -15,6 +15,7 @@ from harness.suite.schema import Suite
 
 
 def size_section(evidence: Evidence, link: Link) -> str:
+    """The bytes of each variant before and after, and by role what was quantized."""
     totals = evidence.tables["totals"]
     return paragraphs(
         None if not totals else table(evidence, link, totals),
@@ -46,6 +47,7 @@ def _roles(evidence: Evidence, link: Link) -> str:
 
 
 def method_section(evidence: Evidence, link: Link) -> str:
+    """How scales and codes were chosen, and the calibration data."""
     frame, sources = evidence.tables["method"], evidence.tables["calibration"]
     return paragraphs(
         None if not frame else table(evidence, link, frame),
@@ -61,6 +63,7 @@ def method_section(evidence: Evidence, link: Link) -> str:
 
 
 def roundtrip_section(evidence: Evidence, link: Link) -> str:
+    """The error of decoded weights by role, and what `harness verify` found."""
     frame, findings = evidence.tables["roundtrip"], evidence.tables["findings"]
     clean = [name for name, record in evidence.records["verify"].items() if not record.kind("finding")]
     return paragraphs(
@@ -74,6 +77,7 @@ def roundtrip_section(evidence: Evidence, link: Link) -> str:
 
 
 def sensitivity_section(evidence: Evidence, link: Link) -> str:
+    """The layer error of each format by group of linear layers, with what it says in words."""
     frame = evidence.tables["sensitivity"]
     if not frame:
         return paragraphs(no_record(evidence, "sensitivity"))
@@ -91,6 +95,7 @@ def sensitivity_section(evidence: Evidence, link: Link) -> str:
 
 
 def perplexity_section(evidence: Evidence, link: Link) -> str:
+    """The perplexity of each row by each protocol, with its difference from the source."""
     if evidence.suite.ppl is None:
         return "The suite measures no perplexity."
     frame = evidence.tables["perplexity"]
@@ -129,6 +134,7 @@ def _rows_of_perplexity(suite: Suite) -> list[str]:
 
 
 def fidelity_section(evidence: Evidence, link: Link) -> str:
+    """The divergence from the source, beside the source's divergence from itself."""
     if evidence.suite.fidelity is None:
         return "The suite measures no fidelity."
     frame, bands = evidence.tables["fidelity"], evidence.tables["bands"]
@@ -151,6 +157,7 @@ def fidelity_section(evidence: Evidence, link: Link) -> str:
 
 
 def tasks_section(evidence: Evidence, link: Link) -> str:
+    """The scores of each row in each task, and the audit of generated answers."""
     if not evidence.suite.tasks:
         return "The suite has no tasks."
     missing = [
@@ -181,6 +188,7 @@ def tasks_section(evidence: Evidence, link: Link) -> str:
 
 
 def decode_section(evidence: Evidence, link: Link) -> str:
+    """Decode speeds for one user, by depth, by batch size and in setups, and the kernels that ran."""
     frame = evidence.tables["decode"]
     if not frame:
         return paragraphs(no_record(evidence, "bench"))
@@ -204,16 +212,19 @@ def decode_section(evidence: Evidence, link: Link) -> str:
 
 
 def prefill_section(evidence: Evidence, link: Link) -> str:
+    """Prefill speeds."""
     frame = evidence.tables["prefill"]
     return paragraphs(None if not frame else table(evidence, link, frame), no_record(evidence, "bench"))
 
 
 def memory_section(evidence: Evidence, link: Link) -> str:
+    """The memory that the engine held."""
     frame = evidence.tables["memory"]
     return paragraphs(None if not frame else table(evidence, link, frame), no_record(evidence, "bench"))
 
 
 def served_section(evidence: Evidence, link: Link) -> str:
+    """Speeds that `vllm bench` measured on another machine."""
     frame = evidence.tables["served"]
     if not frame:
         return "No record yet: `harness import` takes what `vllm bench` wrote on another machine."
@@ -224,10 +235,12 @@ def served_section(evidence: Evidence, link: Link) -> str:
 
 
 def overview_section(evidence: Evidence, link: Link) -> str:
+    """The figure of sizes, losses and decode steps."""
     return image(evidence, link, "overview") or ""
 
 
 def reproduce_section(evidence: Evidence, link: Link) -> str:
+    """The commands that made the runs, by commit."""
     by_commit: dict[str, dict[str, None]] = {}
     for record in sorted(evidence.chosen, key=lambda record: record.run.started_utc):
         git = record.run.git
@@ -245,6 +258,7 @@ def reproduce_section(evidence: Evidence, link: Link) -> str:
 
 
 def runs_section(evidence: Evidence, link: Link) -> str:
+    """Where every number comes from: runs, engines, machines, packages."""
     frame = evidence.tables["runs"]
     if not frame:
         return "No record yet."
