@@ -17,14 +17,11 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the source and its recipe, or a suite and its variants."""
-    parser.add_argument(
-        "source", metavar="SOURCE", nargs="?", help="build from this checkpoint: a folder, a hub id or demo:dense"
-    )
-    parser.add_argument("--recipe", metavar="NAME", help="with SOURCE: the recipe to build by")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="with SOURCE: the new folder")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="with SOURCE: a TOML file that names calibration samples"
-    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", nargs="?", help="build from this checkpoint: a folder, a hub id or demo:dense")
+    add("--recipe", metavar="NAME", help="with SOURCE: the recipe to build by")
+    add("--out", type=Path, metavar="DIR", help="with SOURCE: the new folder")
+    add("--calibration", type=Path, metavar="FILE", help="with SOURCE: a TOML file that names calibration samples")
     add_method(parser)
     add_variants(parser)
     add_job(parser)

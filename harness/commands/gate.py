@@ -18,27 +18,24 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the suite, the new records, the baselines, and where verdicts are written."""
+    add = parser.add_argument
     add_suite(parser)
     add_results(parser)
-    parser.add_argument(
+    add(
         "--baselines",
         type=Path,
         metavar="DIR",
         help="the folder whose baselines/ names the records to compare with (default: results)",
     )
-    parser.add_argument(
-        "--junit", type=path_or_none, metavar="FILE", help="write the verdicts as JUnit XML, a test case for each rule"
-    )
-    parser.add_argument(
+    add("--junit", type=path_or_none, metavar="FILE", help="write the verdicts as JUnit XML, a test case for each rule")
+    add(
         "--step-summary",
         type=path_or_none,
         metavar="FILE",
         help='append the verdicts as Markdown, for example to "$GITHUB_STEP_SUMMARY"',
     )
-    parser.add_argument(
-        "--update-baseline", action="store_true", help="judge nothing; make the newest records the baseline"
-    )
-    parser.add_argument("--reason", metavar="TEXT", help="with --update-baseline: why, which the baseline keeps")
+    add("--update-baseline", action="store_true", help="judge nothing; make the newest records the baseline")
+    add("--reason", metavar="TEXT", help="with --update-baseline: why, which the baseline keeps")
     add_json(parser)
 
 

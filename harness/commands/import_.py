@@ -21,22 +21,17 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the file, and what it does not say: the variant, the machine, vLLM's release, the size of a batch."""
-    parser.add_argument(
-        "file", metavar="FILE", type=Path, help="the JSON that vllm bench serve, latency or throughput wrote"
-    )
-    parser.add_argument("--variant", metavar="NAME", required=True, help="the variant that was measured")
-    parser.add_argument("--machine", metavar="NAME", required=True, help="a name for the machine that measured it")
-    parser.add_argument(
-        "--vllm-version", metavar="X", default="unknown", help="vLLM's release on that machine (default: unknown)"
-    )
+    add = parser.add_argument
+    add("file", metavar="FILE", type=Path, help="the JSON that vllm bench serve, latency or throughput wrote")
+    add("--variant", metavar="NAME", required=True, help="the variant that was measured")
+    add("--machine", metavar="NAME", required=True, help="a name for the machine that measured it")
+    add("--vllm-version", metavar="X", default="unknown", help="vLLM's release on that machine (default: unknown)")
     for name, what in (
         ("--batch", "requests in a batch"),
         ("--prompt-tokens", "tokens of a prompt"),
         ("--new-tokens", "generated tokens of a request"),
     ):
-        parser.add_argument(
-            name, type=whole_number, metavar="N", help=f"{what}, for a file of vllm bench latency, which lacks it"
-        )
+        add(name, type=whole_number, metavar="N", help=f"{what}, for a file of vllm bench latency, which lacks it")
     add_job(parser)
 
 

@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of every measure."""
+    add = parser.add_argument
     add_variants(parser)
     add_job(parser)
-    parser.add_argument("--engine", metavar="NAME", help="the engine (default: the suite's)")
-    parser.add_argument("--dtype", metavar="TYPE", help="the type of activations (default: the suite's)")
-    parser.add_argument(
-        "--limit", type=whole_number, metavar="N", help="measure only the first N windows, repetitions or documents"
-    )
+    add("--engine", metavar="NAME", help="the engine (default: the suite's)")
+    add("--dtype", metavar="TYPE", help="the type of activations (default: the suite's)")
+    add("--limit", type=whole_number, metavar="N", help="measure only the first N windows, repetitions or documents")
 
 
 def add_fresh(parser: argparse.ArgumentParser) -> None:

@@ -44,24 +44,17 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
 
 def add_artifacts(parser: argparse.ArgumentParser) -> None:
     """Adds `--artifacts`, the folder of everything that is built."""
-    parser.add_argument(
-        "--artifacts",
-        type=Path,
-        default=Path("artifacts"),
-        metavar="DIR",
-        help="the folder of the built variants (default: artifacts)",
-    )
+    _add_folder(parser, "artifacts", "the built variants")
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
     """Adds `--results`, the folder of the records."""
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=Path("results"),
-        metavar="DIR",
-        help="the folder of the records (default: results)",
-    )
+    _add_folder(parser, "results", "the records")
+
+
+def _add_folder(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    text = f"the folder of {what} (default: {name})"
+    parser.add_argument(f"--{name}", type=Path, default=Path(name), metavar="DIR", help=text)
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:
@@ -74,10 +67,9 @@ def add_job(parser: argparse.ArgumentParser) -> None:
 
 def add_method(parser: argparse.ArgumentParser) -> None:
     """Adds how scales and codes are chosen."""
-    parser.add_argument(
-        "--scales", metavar="METHOD", help="choose scales by absmax, search or weighted-search, not as the recipe says"
-    )
-    parser.add_argument("--codes", metavar="METHOD", help="choose codes by rtn or gptq, not as the recipe says")
+    add = parser.add_argument
+    add("--scales", metavar="METHOD", help="choose scales by absmax, search or weighted-search, not as the recipe says")
+    add("--codes", metavar="METHOD", help="choose codes by rtn or gptq, not as the recipe says")
 
 
 # -- Values --------------------------------------------------------------------------------------------------------

@@ -19,28 +19,27 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the model, the recipe, and what calibration and the ceiling of speed depend on."""
-    parser.add_argument("source", metavar="SOURCE", help="a checkpoint folder, a config.json, a hub id or demo:dense")
-    parser.add_argument("--revision", metavar="REV", help="the branch, tag or commit of a hub id")
-    parser.add_argument("--recipe", metavar="NAME", help="the recipe to plan (default: none, every tensor is kept)")
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a checkpoint folder, a config.json, a hub id or demo:dense")
+    add("--revision", metavar="REV", help="the branch, tag or commit of a hub id")
+    add("--recipe", metavar="NAME", help="the recipe to plan (default: none, every tensor is kept)")
     add_method(parser)
-    parser.add_argument(
+    add(
         "--batch-tokens",
         type=whole_number,
         default=8192,
         metavar="N",
         help="tokens in one forward pass of calibration (default: 8192)",
     )
-    parser.add_argument(
+    add(
         "--hidden-gb",
         type=positive_number,
         default=4.0,
         metavar="GB",
         help="memory for calibration's hidden states; the rest lies on disk (default: 4)",
     )
-    parser.add_argument(
-        "--memory-gb", type=positive_number, metavar="GB", help="refuse a calibration that needs more memory than this"
-    )
-    parser.add_argument(
+    add("--memory-gb", type=positive_number, metavar="GB", help="refuse a calibration that needs more memory than this")
+    add(
         "--bandwidth-gbs",
         type=positive_number,
         metavar="GB/S",

@@ -196,12 +196,7 @@ def _runs(
 
 
 def _runs_alike(
-    job: Job,
-    model: Model,
-    readings: Sequence[_Reading],
-    start: Callable[[], Engine],
-    limit: int | None,
-    fresh: bool,
+    job: Job, model: Model, readings: Sequence[_Reading], start: Callable[[], Engine], limit: int | None, fresh: bool
 ) -> Iterator[tuple[str, Record]]:
     """The runs of one model by protocols that read the same; `start` gives the engine, which may not be needed."""
     from harness.measure import perplexity

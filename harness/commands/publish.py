@@ -15,20 +15,13 @@ from harness.commands.output import format_table, print_json, stored_records
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the variant, the repository, and how far to go."""
-    parser.add_argument("--variant", metavar="NAME", required=True, help="the variant to publish")
-    parser.add_argument(
-        "--repo", metavar="OWNER/NAME", required=True, help="the repository; a missing one is made, and made private"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="the folder to assemble (default: publish/SUITE/VARIANT)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="upload nothing (an upload needs HF_TOKEN)")
-    parser.add_argument(
-        "--public", action="store_true", help="make a missing repository public, or upload to a public one"
-    )
-    parser.add_argument(
-        "--allow-inconclusive", action="store_true", help="publish although the gate cannot tell or cannot compare"
-    )
+    add = parser.add_argument
+    add("--variant", metavar="NAME", required=True, help="the variant to publish")
+    add("--repo", metavar="OWNER/NAME", required=True, help="the repository; a missing one is made, and made private")
+    add("--out", type=Path, metavar="DIR", help="the folder to assemble (default: publish/SUITE/VARIANT)")
+    add("--dry-run", action="store_true", help="upload nothing (an upload needs HF_TOKEN)")
+    add("--public", action="store_true", help="make a missing repository public, or upload to a public one")
+    add("--allow-inconclusive", action="store_true", help="publish although the gate cannot tell or cannot compare")
     add_job(parser)
 
 

@@ -13,12 +13,11 @@ from harness.commands.output import format_table, print_findings, print_json, pr
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the checkpoint, the new folder, and what may be taken from where."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint to mend, which is only read")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the new folder")
-    parser.add_argument(
-        "--source", metavar="SOURCE", help="the 16-bit checkpoint that missing tensors and tokenizer files come from"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=Path, help="the checkpoint to mend, which is only read")
+    add("out", metavar="OUT", type=Path, help="the new folder")
+    add("--source", metavar="SOURCE", help="the 16-bit checkpoint that missing tensors and tokenizer files come from")
+    add(
         "--max-error",
         type=positive_number,
         metavar="X",

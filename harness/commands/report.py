@@ -14,13 +14,12 @@ from harness.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the pages, the suite and its records, and whether to write."""
-    parser.add_argument(
-        "pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (default: README.md if it exists)"
-    )
+    add = parser.add_argument
+    add("pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (default: README.md if it exists)")
     add_suite(parser)
     add_results(parser)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is stale")
-    parser.add_argument("--overwrite", action="store_true", help="also replace marked tables that were edited by hand")
+    add("--check", action="store_true", help="write nothing; exit 1 if a file is stale")
+    add("--overwrite", action="store_true", help="also replace marked tables that were edited by hand")
     add_json(parser)
 
 

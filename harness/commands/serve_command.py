@@ -6,38 +6,28 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from harness.commands.options import (
-    add_artifacts,
-    add_json,
-    add_suite,
-    load_suite,
-    positive_number,
-    whole_number,
-)
+from harness.commands.options import add_artifacts, add_json, add_suite, load_suite, positive_number, whole_number
 from harness.commands.output import format_table, print_json
 from harness.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the variant and the GPUs that serve it."""
+    add = parser.add_argument
     from harness.serve import OVERHEAD_GB, USERS, UTILIZATION
 
     add_suite(parser)
-    parser.add_argument("--variant", metavar="NAME", required=True, help="the variant to serve")
-    parser.add_argument(
-        "--gpu-memory", type=positive_number, metavar="GIB", required=True, help="the memory of one GPU, in GiB"
-    )
-    parser.add_argument(
-        "--gpus", type=whole_number, default=1, metavar="N", help="how many GPUs share every layer (default: 1)"
-    )
-    parser.add_argument(
+    add("--variant", metavar="NAME", required=True, help="the variant to serve")
+    add("--gpu-memory", type=positive_number, metavar="GIB", required=True, help="the memory of one GPU, in GiB")
+    add("--gpus", type=whole_number, default=1, metavar="N", help="how many GPUs share every layer (default: 1)")
+    add(
         "--utilization",
         type=positive_number,
         default=UTILIZATION,
         metavar="SHARE",
         help=f"the share of the GPU's memory that vLLM may take (default: {UTILIZATION:g})",
     )
-    parser.add_argument(
+    add(
         "--users",
         type=whole_number,
         default=USERS,
@@ -45,16 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how many requests run at the same time (default: {USERS})",
     )
     with_images, without = OVERHEAD_GB[True], OVERHEAD_GB[False]
-    parser.add_argument(
+    add(
         "--overhead-gb",
         type=positive_number,
         metavar="GB",
         help=f"the memory that vLLM keeps for itself (default: {with_images:g}, without images {without:g})",
     )
-    parser.add_argument(
-        "--mtp", type=whole_number, default=0, metavar="K", help="speculate K tokens with the MTP head (default: none)"
-    )
-    parser.add_argument("--no-images", action="store_true", help="serve text only, without the vision tower")
+    add("--mtp", type=whole_number, default=0, metavar="K", help="speculate K tokens with the MTP head (default: none)")
+    add("--no-images", action="store_true", help="serve text only, without the vision tower")
     add_artifacts(parser)
     add_json(parser)
 

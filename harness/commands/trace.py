@@ -13,10 +13,9 @@ from harness.commands.output import print_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the card, and the suite that it was written for."""
-    parser.add_argument("card", metavar="CARD", type=Path, help="the card, for example reports/demo/README.md")
-    parser.add_argument(
-        "--suite", metavar="FILE", help="the card's suite (default: the suite that the card's newest record keeps)"
-    )
+    add = parser.add_argument
+    add("card", metavar="CARD", type=Path, help="the card, for example reports/demo/README.md")
+    add("--suite", metavar="FILE", help="the card's suite (default: the suite that the card's newest record keeps)")
     add_json(parser)
 
 

@@ -19,12 +19,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the folder and its source, or a suite and its variants."""
-    parser.add_argument(
-        "folder", metavar="DIR", nargs="?", type=Path, help="the checkpoint to check (default: the suite's variants)"
-    )
-    parser.add_argument(
-        "--source", metavar="SOURCE", help="with DIR: the 16-bit checkpoint that it was made from, to compare with"
-    )
+    add = parser.add_argument
+    add("folder", metavar="DIR", nargs="?", type=Path, help="the checkpoint to check (default: the suite's variants)")
+    add("--source", metavar="SOURCE", help="with DIR: the 16-bit checkpoint that it was made from, to compare with")
     add_variants(parser)
     add_job(parser)
 

@@ -198,8 +198,7 @@ def _document(path: Path, what: str, option: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"{path}: the {what} cannot be read ({error.strerror}).",
-            f"Give the path of a TOML file with {option}.",
+            f"{path}: the {what} cannot be read ({error.strerror}).", f"Give the path of a TOML file with {option}."
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the {what} is not UTF-8 text.", "Save it as UTF-8.") from error
