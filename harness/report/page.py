@@ -71,7 +71,7 @@ def page(title: str, markdown: str, images: Mapping[str, bytes]) -> bytes:
 
 def comparable(data: bytes) -> bytes:
     """A page without the drawings inside its figures, whose bytes differ between builds of the drawing library: two
-    pages say the same if this is equal. Every figure keeps the digest of its data (see `figure_data`) and its caption."""
+    pages say the same if this is equal. Every figure keeps its caption and the digest of its data (`figure_data`)."""
     return _DRAWING.sub(rb"\1", data)
 
 

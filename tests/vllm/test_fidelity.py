@@ -59,7 +59,9 @@ def test_a_variant_in_vllm_is_compared_with_a_pack_and_its_divergence_is_above_t
     windows = disjoint_windows(fidelity_work(job, ["w4a4"]).ids, 256)[:LIMIT]
     engines = [open_engine("torch", one, dtype="bfloat16") for one in (source, folder)]
     chunks = divergence.chunks_of(engines, windows, 4)
-    whole = sum(sample["kl_nats"] for _, sample in divergence.fidelity_samples(chunks, windows, ["w4a4"])) / (255 * LIMIT)
+    whole = sum(sample["kl_nats"] for _, sample in divergence.fidelity_samples(chunks, windows, ["w4a4"])) / (
+        255 * LIMIT
+    )
     assert kl["w4a4"] == pytest.approx(whole, rel=0.15), "32 named tokens and the rest tell most of it"
 
 
