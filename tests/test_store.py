@@ -131,6 +131,25 @@ def test_nan_and_infinity_are_refused_with_the_samples_number(tmp_path: Path, va
     assert "failed" in only_skipped(tmp_path)
 
 
+@pytest.mark.parametrize("value", [1e16, -1.0])
+def test_a_number_out_of_bounds_is_the_users_error_and_names_measure_variant_and_key(
+    tmp_path: Path, value: float
+) -> None:
+    with pytest.raises(UserError) as error, RunWriter(tmp_path, make_run()) as writer:
+        writer.sample(WINDOWS[0])
+        writer.sample({**WINDOWS[1], "nll_nats": value})
+    assert str(error.value.problem) == (
+        "ppl of variant 'source': sample 1 (window) holds a number out of bounds in 'nll_nats'."
+    )
+    assert "look at the model" in error.value.remedy
+    assert "failed" in only_skipped(tmp_path)
+
+
+def test_a_number_out_of_bounds_beside_a_bug_of_the_harness_is_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nll_nats"), RunWriter(tmp_path, make_run()) as writer:
+        writer.sample({**WINDOWS[0], "nll_nats": 1e16, "unknown": 1})
+
+
 @pytest.mark.parametrize(
     "sample",
     [
@@ -201,10 +220,19 @@ def test_the_samples_of_a_task_are_read_back_as_they_were_written(tmp_path: Path
     assert list(read(store(tmp_path, samples, measure="tasks")).samples) == samples
 
 
-@pytest.mark.parametrize("steps", [[], [0.1, 0.0], [0.1, -0.1], [0.1, None], 0.1])
-def test_a_clock_that_jumps_is_refused(tmp_path: Path, steps: object) -> None:
+@pytest.mark.parametrize(
+    ("steps", "error", "words"),
+    [
+        ([], ValueError, "no good 'step_seconds'"),
+        ([0.1, None], ValueError, "no good 'step_seconds'"),
+        (0.1, ValueError, "no good 'step_seconds'"),
+        ([0.1, 0.0], UserError, "out of bounds in 'step_seconds'"),
+        ([0.1, -0.1], UserError, "out of bounds in 'step_seconds'"),
+    ],
+)
+def test_a_clock_that_jumps_is_refused(tmp_path: Path, steps: object, error: type[Exception], words: str) -> None:
     sample = {**decodes(0.01)[0], "step_seconds": steps}
-    with pytest.raises(ValueError, match="no good 'step_seconds'"), RunWriter(tmp_path, make_run("bench")) as writer:
+    with pytest.raises(error, match=words), RunWriter(tmp_path, make_run("bench")) as writer:
         writer.sample(sample)
 
 

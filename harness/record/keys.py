@@ -112,6 +112,18 @@ class Keys(dict[str, Key]):
                 return f"{name}.{found}"
         return None
 
+    def without_bounds(self) -> "Keys":
+        """The same keys, whose numbers may be of any size; counts keep their bounds."""
+        numbers = ("number", "numbers", "named numbers", "scores")
+        return Keys(
+            {
+                name: replace(key, low=-math.inf, high=math.inf)
+                if key.form in numbers
+                else replace(key, keys=key.keys and key.keys.without_bounds())
+                for name, key in self.items()
+            }
+        )
+
 
 def optional(**keys: Key) -> dict[str, Key]:
     """The keys as such that may be missing."""

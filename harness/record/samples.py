@@ -294,13 +294,15 @@ SAMPLES: Mapping[str, Mapping[str, Keys]] = {
 }
 
 
-def sample_problem(measure: str, sample: Mapping[str, Any], *, exact: bool) -> str | None:
-    """What keeps a sample from being one of `SAMPLES`, or None. `exact`: it may have no other keys."""
+def sample_problem(measure: str, sample: Mapping[str, Any], *, exact: bool, bounded: bool = True) -> str | None:
+    """What keeps a sample from being one of `SAMPLES`, or None. `exact`: it may have no other keys; not `bounded`: its
+    numbers may be of any size."""
     kinds, kind = SAMPLES[measure], sample.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         return f"a sample of {measure} cannot be of the kind {kind!r}"
-    if wrong := kinds[kind].problem(sample):
+    keys = kinds[kind] if bounded else kinds[kind].without_bounds()
+    if wrong := keys.problem(sample):
         return f"a {kind} sample has no good '{wrong}'"
-    if exact and (surplus := kinds[kind].unknown({key: value for key, value in sample.items() if key != "kind"})):
+    if exact and (surplus := keys.unknown({key: value for key, value in sample.items() if key != "kind"})):
         return f"a {kind} sample has '{surplus}', which record/samples.py does not list"
     return None

@@ -59,10 +59,14 @@ class RunWriter:
         return self
 
     def sample(self, sample: Mapping[str, Any]) -> None:
-        """Adds a raw observation of a kind in `SAMPLES`, with the keys of that kind and no others. `ValueError` for any
-        other sample, `UserError` for a number that is not finite."""
-        line = self._line(f"sample {self._num_samples} ({sample.get('kind')})", {"type": "sample", **sample})
-        if wrong := sample_problem(self._run.measure, sample, exact=True):
+        """Adds a raw observation of a kind in `SAMPLES`, with the keys of that kind and no others. `UserError` for a
+        number that is not finite or out of its bounds, `ValueError` for any other fault."""
+        measure, what = self._run.measure, f"sample {self._num_samples} ({sample.get('kind')})"
+        line = self._line(what, {"type": "sample", **sample})
+        if wrong := sample_problem(measure, sample, exact=True):
+            if sample_problem(measure, sample, exact=True, bounded=False) is None:
+                key = SAMPLES[measure][sample["kind"]].problem(sample)
+                raise self._bad_number(f"{what} holds a number out of bounds in '{key}'")
             raise ValueError(wrong)
         self._open_stream().write(line)
         self._num_samples += 1
@@ -103,11 +107,13 @@ class RunWriter:
         try:
             return json.dumps(values, allow_nan=False, separators=(",", ":")) + "\n"
         except ValueError as error:
-            run = self._run
-            raise UserError(
-                f"{run.measure} of variant '{run.variant['name']}': {what} holds NaN or an infinity.",
-                "The run is not stored as complete; look at the model or the engine that made the number.",
-            ) from error
+            raise self._bad_number(f"{what} holds NaN or an infinity") from error
+
+    def _bad_number(self, fault: str) -> UserError:
+        return UserError(
+            f"{self._run.measure} of variant '{self._run.variant['name']}': {fault}.",
+            "The run is not stored as complete; look at the model or the engine that made the number.",
+        )
 
 
 class _UnusableError(Exception):
