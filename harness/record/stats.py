@@ -14,12 +14,14 @@ section 3.2 (the quantile test that `scipy.stats.quantile_test` inverts). Others
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
+
+from harness.record.roots import root_between
 
 LEVEL = 0.95
 RESAMPLES = 9999
@@ -321,8 +323,6 @@ def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
         raise ValueError("flips must not be negative, nor more than the items")
     value = (num_won - num_lost) / num
 
-    from scipy.optimize import brentq  # a heavy import that most commands do not need
-
     def score(difference: float, bound: float) -> float:
         # The share of lost items that is most likely under this difference: the root of a quadratic (Tango, section 2).
         b = (2 * num - num_won + num_lost) * difference - num_won - num_lost
@@ -332,8 +332,8 @@ def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
         return num * (value - difference) - bound * math.sqrt(max(0.0, variance))
 
     # Without flips the value itself solves the equation too, so the search keeps off it.
-    low = -1.0 if num_lost == num else float(brentq(score, -1, value - 1e-12, args=(_Z,)))
-    high = 1.0 if num_won == num else float(brentq(score, value + 1e-12, 1, args=(-_Z,)))
+    low = -1.0 if num_lost == num else root_between(partial(score, bound=_Z), -1.0, value - 1e-12)
+    high = 1.0 if num_won == num else root_between(partial(score, bound=-_Z), value + 1e-12, 1.0)
     method = "paired shares, Tango's score interval"
     return Estimate(value, low, high, num, method, _implied_error(low, high, num))
 
