@@ -1,8 +1,7 @@
 """One command over one suite: its models, engines, runs and failures.
 
-The rooms below do not know each other: the builder knows no suite, a measure does not know where its samples go. A job
-puts them together: it builds the variants that are missing, opens one engine at a time, and stores each run as a
-record.
+The builder knows no suite, and a measure does not know where its samples go. A job puts them together: it builds the
+variants that are missing, opens one engine at a time, and stores each run as a record.
 """
 
 from __future__ import annotations
@@ -190,8 +189,8 @@ class Job:
             yield engine
 
     def computed_by(self, model: Model) -> dict[str, Any]:
-        """What decides the numbers that the engine gives of a model, known before the engine is started: the identity
-        of what is kept of them."""
+        """What decides the numbers that the engine gives of a model, known before it starts: the identity of what is
+        kept of them."""
         from harness.model.checkpoint import open_checkpoint
 
         engine, machine = self.suite.engine, provenance.machine()
@@ -220,6 +219,8 @@ class Job:
         dataset: dict[str, Any] | None = None,
     ) -> Run:
         """The header of a run of this command: what was measured, on what, by what."""
+        from harness.model.sources import fetched_revision
+
         built = self.suite.variants.get(model.variant)
         return Run(
             measure=measure,
@@ -233,7 +234,7 @@ class Job:
                 "setup": model.setup,
                 "artifact_digest": model.digest,
                 "source_digest": fingerprint(self.source),
-                "source_revision": _fetched_revision(self.source),
+                "source_revision": fetched_revision(self.source),
             },
             engine=None if engine is None else self._engine_header(engine),
             dataset=dataset,
@@ -299,7 +300,6 @@ class Job:
         except EngineDied as error:
             with RunWriter(self.results, run) as writer:
                 _write_failure(writer, error)
-            error.recorded = True
             raise
 
 
@@ -310,7 +310,6 @@ def failure_in(writer: RunWriter) -> Iterator[None]:
         yield
     except EngineDied as error:
         _write_failure(writer, error)
-        error.recorded = True
         raise
 
 
@@ -318,6 +317,7 @@ def _write_failure(writer: RunWriter, error: EngineDied) -> None:
     """Ends a run with what its engine said as it died."""
     writer.sample({"kind": "failure", "reason": error.problem, "log": list(error.log)})
     writer.finish("failed")
+    error.recorded = True
 
 
 @cache
@@ -326,9 +326,3 @@ def fingerprint(source: Path) -> str:
     from harness.model.checkpoint import open_checkpoint
 
     return open_checkpoint(source).fingerprint()
-
-
-def _fetched_revision(source: Path) -> str | None:
-    from harness.model.sources import fetched_revision
-
-    return fetched_revision(source)

@@ -74,8 +74,7 @@ def size(
     images: bool = True,
     num_gpus: int = 1,
 ) -> Sizing:
-    """The sizing of a variant on `num_gpus` GPUs of `gpu_gib` GiB that share every layer. `UserError` where it
-    does not fit."""
+    """The sizing on `num_gpus` GPUs of `gpu_gib` GiB that share every layer; `UserError` where it does not fit."""
     weights = footprint.weight_bytes - (0 if images else footprint.visual_bytes)
     overhead = round((OVERHEAD_GB[images] if overhead_gb is None else overhead_gb) * 1e9) * num_gpus
     total = round(gpu_gib * GIB * utilization) * num_gpus
@@ -134,8 +133,7 @@ def vllm_line(model: str, given: Sequence[str]) -> str:
 
 
 def docker_bash(model: str, given: Sequence[str]) -> str:
-    """`docker run …` for bash. A checkpoint's folder is mounted, read-only; for a hub id it is the cache of
-    downloads."""
+    """`docker run …` for bash. Mounts a checkpoint's folder, read-only, or for a hub id the cache of downloads."""
     if is_hub_id(model):
         return _broken(_docker(f"~/{_CACHE}:{CONTAINER_CACHE}", model, given, shlex.quote), " \\")
     return _broken(_docker(f'"$(realpath {shlex.quote(model)})":{_MOUNT}:ro', _MOUNT, given, shlex.quote), " \\")

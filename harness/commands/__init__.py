@@ -44,12 +44,11 @@ class Command(Protocol):
 
     def run(self, options: argparse.Namespace, given: Sequence[str]) -> int:
         """Runs the subcommand and returns its exit code."""
-        raise NotImplementedError
+        ...
 
 
 def command_named(name: str) -> Command:
-    """The module of a subcommand: `serve-command` is in `serve_command.py`; `import`, a word of Python, in
-    `import_.py`."""
+    """The module of a subcommand: `serve_command.py` of `serve-command`, and `import_.py` of `import`."""
     module = "import_" if name == "import" else name.replace("-", "_")
     command: Command = importlib.import_module(f"{__name__}.{module}")
     return command

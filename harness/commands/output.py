@@ -23,8 +23,7 @@ _MOST_FINDINGS = 20
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Draws one bar per description on stderr, beginning with the first progress that is told; draws nothing where
-    stderr is no terminal."""
+    """Draws one bar per description on stderr, from the first progress on; nothing where stderr is no terminal."""
     with ExitStack() as stack:
         bars: list[Any] = []
         tasks: dict[str, Any] = {}

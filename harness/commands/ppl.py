@@ -1,5 +1,4 @@
-"""`harness ppl`: the suite's text cut by every protocol, checked before any model is loaded, then every model over the
-windows that are missing.
+"""`harness ppl`: the suite's text cut by every protocol, then every model over the windows that are missing.
 
 A run is one protocol on one model. Protocols that cut the text alike read the same log-probabilities, which lie beside
 the artifacts: a second protocol needs no model, and a command that was interrupted goes on at the window it was in.
@@ -42,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """Measures the suite's models by its protocols and prints a table of them, beside the source's stored runs where
-    this command did not measure the source."""
+    """Measures the suite's models and prints their perplexities, beside stored ones of a source not measured now."""
     with measuring_job(options, given) as job:
         models, readings = _prepared(job, options.variant)
         print_models(options, models)

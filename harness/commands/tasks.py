@@ -1,5 +1,4 @@
-"""`harness tasks`: the suite's tasks, checked before any model is loaded, then every model through all of them while
-it is in memory.
+"""`harness tasks`: every model through all of the suite's tasks while it is in memory.
 
 A run is one task on one model, so a task that is added later needs only its own runs. Answers lie in journals beside
 the artifacts; a command that was interrupted finds them there and goes on.
@@ -34,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """Puts the suite's models to its tasks and prints their scores, beside the source's stored runs where this command
-    did not run the source."""
+    """Puts the suite's models to its tasks and prints their scores, beside stored ones of a source not run now."""
     with measuring_job(options, given) as job:
         work = _prepared(job, options.variant, options.task)
         print_models(options, work.models)

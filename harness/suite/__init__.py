@@ -51,12 +51,8 @@
     kind = "near-lossless"              # what the card says of a variant, if the records support it
     variant = "nvfp4a16"
 
-* `names` and `metrics`: what rows of tables are called, and what a gate rule and a claim can be about.
-* `schema`, `rules` and `texts`: every key, as a field of a frozen dataclass. A key is documented, typed, defaulted and
-  checked there and nowhere else; `values` has the kinds of values, each with its sentence for a person.
-* `reader`: pydantic validates a TOML document against these classes; the reader turns the first error into a sentence.
-* `load`: reads a file, and checks what one table says of another.
-* `json_schema`: the same classes as a JSON Schema, for editors.
+A key is documented, typed, defaulted and checked as a field in `schema`, `rules` or `texts`, and nowhere else; `load`
+checks what one table says of another.
 
 A suite file never inherits from another one, and no number hides in code: `Suite.resolved` writes every default out,
 and every run's header holds the resolved suite with its digest.

@@ -1,13 +1,11 @@
 """What a suite file may say as JSON Schema, by which editors complete, explain and check keys while they are typed.
 
-The dataclasses of the schema say everything; pydantic writes it down. What it leaves out is the string under a field,
-which is read from the source.
+pydantic writes it from the dataclasses of the schema, without the string under a field, which is read from the source.
 """
 
 import ast
 import inspect
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -51,13 +49,9 @@ def _documents() -> dict[tuple[str, str], str]:
     """The string under every field, by the names of its class and of the field."""
     found = {}
     for module in (schema, rules, texts):
-        for table in (node for node in _tree(module).body if isinstance(node, ast.ClassDef)):
+        for table in (node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)):
             for declared, under in zip(table.body, table.body[1:], strict=False):
                 match declared, under:
                     case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(said))):
                         found[table.name, key] = inspect.cleandoc(said).replace("\n", " ")
     return found
-
-
-def _tree(module: ModuleType) -> ast.Module:
-    return ast.parse(inspect.getsource(module))

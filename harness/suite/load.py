@@ -16,8 +16,7 @@ from harness.suite.texts import Calibration
 
 
 def narrowed(suite: Suite, variant: str) -> Suite:
-    """The suite with one of its variants alone beside the source, without rules and claims that another variant is
-    part of."""
+    """The suite with one variant alone beside the source, without rules and claims that another variant is part of."""
     alone = dataclasses.replace(suite, variants={variant: suite.variants[variant]})
     rows = alone.rows()
     bench = suite.bench

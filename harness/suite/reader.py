@@ -1,7 +1,5 @@
-"""Turns a TOML document into the classes of the schema, or refuses it with one sentence.
-
-pydantic validates; the first thing that it finds wrong is told with its place (`gate[2].variant`) and a remedy. Unknown
-keys are told first: a misspelt key explains why another one is missing.
+"""Turns a TOML document into the classes of the schema, or refuses it with one sentence: the first thing that pydantic
+finds wrong, with its place (`gate[2].variant`) and a remedy.
 """
 
 import json
@@ -33,23 +31,25 @@ _WANTED = {
     "float_type": float,
     "bool_type": bool,
     "tuple_type": list,
-    "dict_type": dict,
-    "mapping_type": dict,
-    "dataclass_type": dict,
 }
-"""By pydantic's type of error: what the key takes."""
+"""By pydantic's type of error: what the key takes, which is a table for all other types."""
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # each takes some 40 ms to make
 
 
 def read_table(table: type[T], document: Mapping[str, Any], file: Path, what: str) -> T:
     """The document as an instance of `table`, a class of the schema. `file` and `what` it holds ("suite") are for the
     `UserError` of a document that the class does not allow."""
+
+    def refuse(value: Any) -> Any:
+        raise UserError(f"{file}: {value} is a date or a time, and no key takes one.", f"Correct it in the {what}.")
+
     try:
         # As JSON, whose lists are tuples to pydantic and whose tables are dataclasses, in its strict mode too.
-        read: T = _adapter(table).validate_json(json.dumps(document, default=_refused(file, what)))
+        read: T = _adapter(table).validate_json(json.dumps(document, default=refuse))
         return read
     except ValidationError as error:
         problems = error.errors(include_url=False)
+    # Unknown keys are told first: a misspelt key explains why another one is missing.
     unknown = (one for one in problems if one["type"] == "unexpected_keyword_argument")
     raise _refusal(table, next(unknown, problems[0]), file, what)
 
@@ -58,13 +58,6 @@ def _adapter(table: type) -> TypeAdapter[Any]:
     if table not in _ADAPTERS:
         _ADAPTERS[table] = TypeAdapter(table)
     return _ADAPTERS[table]
-
-
-def _refused(file: Path, what: str) -> typing.Callable[[Any], Any]:
-    def refuse(value: Any) -> Any:
-        raise UserError(f"{file}: {value} is a date or a time, and no key takes one.", f"Correct it in the {what}.")
-
-    return refuse
 
 
 def _refusal(table: type, problem: Mapping[str, Any], file: Path, what: str) -> UserError:

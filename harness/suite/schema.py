@@ -316,8 +316,7 @@ class Suite(SuiteFile):
     folder: Path = Path()
 
     def vllm_options(self, setup: str | None = None) -> dict[str, Any]:
-        """What is asked of vLLM, by option: the suite's own options, and over them those of a setup. Options that are
-        None are left out."""
+        """What is asked of vLLM, by option, without None: the suite's own options, and over them those of a setup."""
         over = VllmOptions() if setup is None else self.setups[setup]
         return {
             name: value

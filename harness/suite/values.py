@@ -1,8 +1,5 @@
-"""The kinds of values that keys of a suite have.
-
-A `Check` belongs to the type of a key, as `Annotated` metadata that pydantic understands. It has two readers: a person,
-who gets its sentence, and an editor, which gets its JSON Schema keywords.
-"""
+"""The kinds of values that keys of a suite have: types with a `Check`, as `Annotated` metadata that pydantic
+understands."""
 
 import dataclasses
 import re
@@ -28,8 +25,8 @@ ADDED = {"added": True}
 class Check:
     """What a value must be beyond its type.
 
-    `problem` returns what is wrong with a value, to be read after its key ("must be ..."), or None. `keywords` are the
-    JSON Schema keywords that say the same, as far as JSON Schema can say it.
+    `problem` returns what is wrong with a value, to be read after its key ("must be ..."), or None; the JSON Schema
+    `keywords` say the same to an editor, as far as they can.
     """
 
     problem: Callable[[Any], str | None]
