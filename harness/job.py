@@ -189,8 +189,7 @@ class Job:
             yield engine
 
     def computed_by(self, model: Model) -> dict[str, Any]:
-        """What decides the numbers that the engine gives of a model, known before it starts: the identity of what is
-        kept of them."""
+        """The identity of the numbers that the engine gives of a model: what decides them, known before it starts."""
         from harness.model.checkpoint import open_checkpoint
 
         engine, machine = self.suite.engine, provenance.machine()
@@ -265,8 +264,7 @@ class Job:
         return replace(engine.info, effective=effective).as_dict()
 
     def store(self, run: Run, samples: Iterable[dict[str, Any]], *, expected: int | None = None) -> Record:
-        """Writes a run with its samples, of which `expected` are expected, and reads it back. What an engine says as it
-        dies is kept in the record."""
+        """The record of a run, written with its samples (`expected` of them), or with what an engine says as it dies."""
         with RunWriter(self.results, run, expected=expected) as writer, failure_in(writer):
             for sample in samples:
                 writer.sample(sample)

@@ -55,10 +55,8 @@ def _tables(job: Job, records: Mapping[str, Record]) -> list[Any]:
 
 
 def _prepared(job: Job, names: Sequence[str] | None) -> Work:
-    """The source and the variants that speed is measured of, built where missing, and the text's token ids.
-
-    `UserError` for a suite that cannot be measured, before anything is built for it.
-    """
+    """The source and the variants that speed is measured of, built where missing, and the text's token ids. `UserError`
+    for a suite that cannot be measured, before anything is built for it."""
     from harness.job import Work
     from harness.measure import decode
     from harness.resolve import check_engine, check_lengths, chosen_setups, chosen_variants
@@ -78,8 +76,7 @@ def _prepared(job: Job, names: Sequence[str] | None) -> Work:
 
 
 def _prepared_server(job: Job, variant: str) -> tuple[Job, Work]:
-    """The job and the work of measuring a server, which serves `variant` by its owner's word: nothing is built, and it
-    is not started anew."""
+    """The job and the work of measuring a running server, which serves `variant` by its owner's word."""
     from harness.job import Model, Work
     from harness.resolve import chosen_variants
     from harness.suite.schema import EngineOptions
@@ -91,8 +88,7 @@ def _prepared_server(job: Job, variant: str) -> tuple[Job, Work]:
 
 
 def _text(job: Job) -> tuple[Bench, list[int], dict[str, Any]]:
-    """The suite's [bench] table, and the token ids of its text. `UserError` for a text that is too short for what is
-    timed, or for what is checked before."""
+    """The suite's [bench] table, and the token ids of its text; `UserError` for a text that is too short."""
     from harness.measure import decode
     from harness.resolve import required, tokenized
 

@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """Prints the folder's files and what stands against publishing them, then uploads; returns 1 for findings, 3 where
-    the gate cannot tell."""
+    """Assembles, tells and uploads the folder; returns 1 for findings, 3 where the gate cannot tell."""
     from harness.publication import upload
 
     upload.check_repo(options.repo)

@@ -67,8 +67,7 @@ class _Work:
 
 
 def _prepared(job: Job, variants: Sequence[str] | None, named_tasks: Sequence[str] | None) -> _Work:
-    """The tasks of the suite, or the named ones, ready to run, and the models, built where missing. `UserError` for
-    anything wrong with a task, before a variant is built for it."""
+    """The chosen tasks, ready to run, and the models, built where missing; before that `UserError` for a wrong task."""
     from harness.resolve import check_engine, chosen_setups, chosen_variants, max_length
 
     suite = job.suite

@@ -148,8 +148,7 @@ class _Artifact:
 
 
 def _artifact(job: Job, variant: str) -> _Artifact:
-    """The artifact of a variant by the manifest of its build; `UserError` where it is not built, or was built from
-    another source or by another recipe."""
+    """The artifact of a variant by its manifest; `UserError` for none, or one of another source or recipe."""
     folder, source = job.artifact(variant), job.source
     if not (folder / MANIFEST).is_file() or not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no built artifact of '{variant}'.", "Build it: run `nox -s build`.")
@@ -195,8 +194,7 @@ def _check_files(job: Job, artifact: _Artifact, variant: str) -> None:
 
 
 def _check_records(artifact: _Artifact, variant: str, evidence: Evidence) -> None:
-    """`UserError` for a card about another artifact, or another source. A run whose owner only says of what it is has
-    no digest."""
+    """`UserError` for a card about another artifact or source. A run known by its owner's word has no digest."""
     cited = [record for record in evidence.chosen if row_parts(record.run.variant["name"])[0] == variant]
     if not cited:
         raise UserError(f"There is no record of '{variant}' to make a card of.", "Measure it: run `nox -s ppl bench`.")
@@ -276,8 +274,7 @@ def _check_out(out: Path) -> None:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, which is gone again unless it was put in its place, as are the folders above that were
-    made for it."""
+    """A new folder beside `out`. If it is not put in its place, it goes again, with the folders made above it."""
     made = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     above = [folder for folder in out.parents if not folder.exists()]
     made.mkdir(parents=True)

@@ -14,8 +14,6 @@ from harness.errors import UserError
 
 TOKEN = "HF_TOKEN"
 """The variable that holds the token; it is read from the environment and kept nowhere."""
-
-
 _PATIENCE_SECONDS = 120.0  # for an answer of the Hub, which by itself would be waited for without end
 _LONGEST_REASON = 400
 
@@ -80,9 +78,7 @@ def upload_folder(
         private = bool(api.repo_info(repo).private)
         if not private and not public:
             raise UserError(f"The repository '{repo}' is public.", "Give --public to publish there, or another --repo.")
-        operations = [
-            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files
-        ]
+        operations = [huggingface_hub.CommitOperationAdd(name, folder / name) for name in files]
         commit = api.create_commit(repo, operations, commit_message=message)
         entries = api.list_repo_tree(repo, recursive=True, revision=commit.oid)
         sizes = {one.path: one.size for one in entries if isinstance(one, huggingface_hub.RepoFile)}

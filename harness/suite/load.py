@@ -57,10 +57,8 @@ def load(path: Path) -> Suite:
 
 
 def restored(resolved: Mapping[str, Any], where: str) -> Suite:
-    """The suite that `Suite.resolved` wrote out, for example into the header of a run; its folder is not known.
-
-    `where` the resolved suite stands is for the `UserError` if another version of the harness wrote it.
-    """
+    """The suite that `Suite.resolved` wrote out, for example into a run's header; its folder is not known. `where` it
+    stands is for the `UserError` if another version of the harness wrote it."""
 
     def stated(value: Any) -> Any:
         """The value without keys that are left open, which a TOML file cannot say: null and empty lists."""
@@ -185,8 +183,7 @@ def _check_option(where: str, entry: Rule | Claim, about: str, option: str | Non
 
 
 def load_calibration(path: Path) -> tuple[Calibration, Path]:
-    """The calibration set in a file that holds what a suite's [calibration] table does, and the folder that its
-    relative paths start at."""
+    """A file's calibration set, written like a suite's [calibration] table, and the folder of its relative paths."""
     document = _document(path, "calibration set", "--calibration")
     return read_table(Calibration, document, path, "calibration set"), path.parent
 

@@ -24,8 +24,6 @@ def row_parts(row: str) -> tuple[str, str | None]:
 
 
 def is_hub_id(name: object) -> bool:
-    """Whether a name is `owner/name` as the Hub takes it (`validate_repo_id` of huggingface_hub).
-
-    The owner is required: a data set's name without an owner may be a kind of local files, such as `json`.
-    """
+    """Whether a name is `owner/name` as the Hub takes it (`validate_repo_id` of huggingface_hub). Without its owner, a
+    data set's name may be a kind of local files, such as `json`."""
     return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None

@@ -331,10 +331,8 @@ class Suite(SuiteFile):
         return models + tuple(row_name(name, setup) for setup in self.setups for name in models)
 
     def resolved(self) -> dict[str, Any]:
-        """Everything that the file says and every default that it leaves open, as JSON values.
-
-        Paths stay as they are written, so two people with the same suite have the same digest.
-        """
+        """Everything that the file says and every default that it leaves open, as JSON values. Paths stay as they are
+        written, so two people with the same suite have the same digest."""
         everything: dict[str, Any] = as_json(self)
         del everything["folder"]
         return everything
