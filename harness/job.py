@@ -264,7 +264,7 @@ class Job:
         return replace(engine.info, effective=effective).as_dict()
 
     def store(self, run: Run, samples: Iterable[dict[str, Any]], *, expected: int | None = None) -> Record:
-        """The record of a run, written with its samples (`expected` of them), or with what an engine says as it dies."""
+        """The record of a run, written with its samples (`expected` of them) or with what a dying engine says."""
         with RunWriter(self.results, run, expected=expected) as writer, failure_in(writer):
             for sample in samples:
                 writer.sample(sample)
