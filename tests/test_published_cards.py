@@ -403,9 +403,7 @@ def test_the_9b_cards_caches_are_reproduced_under_the_setups_that_they_are_of(pu
 
 def test_the_calibration_sets_of_the_cards_are_reproduced(published: CardOf) -> None:
     sources = build_tables.calibration_table(published(W4A4_9B).measured["build"])
-    shown = [
-        [tables.cell_text(key, row[key]) for key in ("num_samples", "max_tokens")] for _, row in sources.iterrows()
-    ]
+    shown = [[tables.cell_text(key, row[key]) for key in ("num_samples", "max_tokens")] for row in sources.rows]
     assert shown == [["256", "8,192"]] * 4
     method = build_tables.method_table(published(W4A4_35B).measured["build"])
     assert cell(method, "num_tokens", variant="w4a4-rtn") == "524,288" == f"{256 * 2048:,}"
