@@ -1,16 +1,12 @@
 """A quantized checkpoint as a 16-bit model, decoded by the harness.
 
-transformers reads compressed-tensors checkpoints itself, but not every one: release 5.19 has no place for the
-`weight_global_scale` of experts, whose layers on disk (`experts.3.gate_proj`, one matrix each) are slices of two 3-D
-parameters in its model class (`experts.gate_up_proj [E, 2I, H]`, `experts.down_proj [E, H, I]`). Here the model class
-is built empty from its configuration, and filled piece by piece: a **place** is a parameter, or a slice of one,
-together with the module on disk that it is decoded from. All names, shapes and dtypes are checked before the first
-weight is read. Nothing is held twice but the piece in hand, so loading takes the memory of the finished model. A single
-module is filled in the same way, so a model can also be checked as a whole and loaded one layer at a time.
+transformers 5.19 has no place for the `weight_global_scale` of experts, whose layers on disk (`experts.3.gate_proj`)
+are slices of two 3-D parameters in its model class (`experts.gate_up_proj [E, 2I, H]`, `experts.down_proj [E, H, I]`).
+Here the class is built empty and filled piece by piece: a **place** is a parameter, or a slice of one, together with
+the module on disk that it is decoded from. All names, shapes and dtypes are checked before the first weight is read.
 
-The arithmetic is that of transformers on a dense checkpoint, so that the numbers of dense and MoE models mean the
-same: NVFP4 is decoded to BF16, and widened where the model computes in float32; FP8 is decoded into the model's dtype.
-Where a format quantizes activations too, `emulation` rounds them on every call.
+The arithmetic is that of transformers on a dense checkpoint: NVFP4 is decoded to BF16, and widened where the model
+computes in float32; FP8 is decoded into the model's dtype; `emulation` rounds activations.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

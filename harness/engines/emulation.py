@@ -1,13 +1,9 @@
 """Quantized activations in transformers modules: what a W4A4 or W8A8 kernel does to a layer's input.
 
-Weights are decoded once and multiplied as 16-bit numbers, but the input of a layer whose format quantizes
-activations goes through that format on every call. For a linear layer that is a hook before its forward. The routed
-experts of an MoE layer are two 3-D parameters in transformers and no linear layers: they get a forward of their own
-that rounds the input of each expert, and the input of its down projection, as vLLM's fused kernels do.
-
-transformers computes unrounded experts in one of several ways (`config._experts_implementation`: one after another,
-or one grouped matrix product over all of them), chosen when the module is called. A forward set on the module itself
-comes before that choice, so rounded experts are computed here whatever the configuration says.
+A linear layer rounds its input in a hook before its forward. The routed experts of a layer are two 3-D parameters in
+transformers, so they get a forward of their own, which rounds the input of each expert and of its down projection as
+vLLM's fused kernels do. It stands on the module itself, and so comes before transformers' choice between its own ways
+to compute experts (`config._experts_implementation`).
 """
 
 import weakref

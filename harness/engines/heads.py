@@ -1,8 +1,7 @@
 """From the last hidden states to log-probabilities, for the engines that run transformers' models.
 
-Logits are computed in float32. BF16 logits step by 1/8 between 16 and 32, which is noise of the size of the effects
-measured here; an unquantized `lm_head` is widened. Another number of rows in one product may sum in another order, so
-the torch and the streamed engine take the same.
+Logits are computed in float32: BF16 logits step by 1/8 between 16 and 32, as much as the effects measured here. Another
+number of rows in one product may sum in another order, so the torch and the streamed engine take the same.
 """
 
 from collections.abc import Iterator, Sequence

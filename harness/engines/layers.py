@@ -1,16 +1,11 @@
 """A model one decoder layer at a time: what calibration and scoring need when the model is larger than memory.
 
-The layers are transformers' own modules, made from the configuration and filled from the shards; what is missing is
-only the loop around them. A decoder layer is taken as its two halves, each a norm and a body with a residual
-connection around both (`Qwen3_5DecoderLayer.forward` in transformers' modeling_qwen3_5.py, for one):
+The layers are transformers' own modules, filled from the shards. A decoder layer is taken as its two halves, each a
+norm and a body with a residual connection around both (`Qwen3_5DecoderLayer.forward` in modeling_qwen3_5.py, for one):
 
     hidden + body(norm(hidden))         body: attention or DeltaNet, then MLP or mixture of experts
 
 so that the second half can be looked at with the first one already changed, without running it again.
-
-Hidden states of all samples lie in files beside the build, one file a layer boundary: they are read and written one
-batch at a time and kept in memory only up to a budget. (Memory-mapped pages would count as resident, and a killed
-build continues from the last boundary on the disk.)
 """
 
 import contextlib
@@ -67,6 +62,11 @@ class Batch:
     def num_tokens(self) -> int:
         """The tokens that are not padding."""
         return int(self.valid.sum())
+
+
+def unpadded(x: Tensor, valid: Tensor) -> Tensor:
+    """The rows `[tokens, width]` of `x [batch, time, width]` (or already flat) that are not padding."""
+    return x.reshape(-1, x.shape[-1])[valid.reshape(-1)]
 
 
 def batches_of(samples: Sequence[Sequence[int]], max_tokens: int) -> list[Batch]:
@@ -275,12 +275,12 @@ class HiddenStates:
     def __init__(
         self, path: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype, device: torch.device, memory: int
     ) -> None:
-        self._path, self._width, self._dtype, self._device = path, width, dtype, device
+        self._path, self._dtype, self._device = path, dtype, device
         self._shapes = [(*batch.ids.shape, width) for batch in batches]
         sizes = [batch.ids.numel() * width * dtype.itemsize for batch in batches]
         self._offsets = [sum(sizes[:index]) for index in range(len(sizes))]
         self._kept: dict[int, Tensor] = {}
-        self._memory = memory
+        self._memory = memory  # left, in bytes
         with _writing(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
@@ -319,13 +319,10 @@ class HiddenStates:
         """Returns once everything written is on the disk."""
         os.fdatasync(self._file)
 
-    def close(self, *, remove: bool = False) -> None:
-        """Closes the file, and removes it if that is wanted."""
+    def close(self) -> None:
+        """Closes the file, and frees what is in memory."""
         self._kept.clear()
         os.close(self._file)
-        if remove:
-            with contextlib.suppress(FileNotFoundError):
-                self._path.unlink()
 
 
 @contextlib.contextmanager

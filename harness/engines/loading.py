@@ -29,9 +29,14 @@ from harness.model.family import Family
 def load_model(folder: Path, dtype: str = "bfloat16", device: torch.device | str = "cpu") -> Any:
     """The transformers model of `folder` on `device`, every one of its weights read from the file and decoded where it
     is quantized, computing in `dtype` (a key of `DTYPES`). `UserError` for a folder that is not a whole checkpoint."""
-    model = _load(folder, DTYPES[dtype])
+    auto, config, quantization, family = _configuration(folder)
+    is_moe = bool(getattr(config.get_text_config(), "num_experts", 0))
+    load = _load_decoded if quantization is not None and is_moe else _load_by_transformers
+    with _loading(folder):
+        model, report = load(auto, config, quantization, folder, DTYPES[dtype])
+    _refuse_partial(folder, family, report)
     with out_of_memory(f"Loading {folder}", "Use a machine with more memory."):
-        model = model.to(device)
+        model = model.eval().to(device)
         if dtype == "float32":
             # Widens what the decompressor wrote as BF16. Never the other way: the rotary frequencies and the
             # global scales are float32 in a BF16 model too, and must stay so.
@@ -43,9 +48,7 @@ def load_empty(folder: Path, dtype: str) -> tuple[Any, Stored]:
     """The transformers model of `folder` on the meta device, where its weights take no memory, and what its modules are
     filled from. `UserError` as in `load_model`, as far as names, shapes and types of tensors show it."""
     auto, config, quantization, family = _configuration(folder)
-    stored_as = QuantizationConfig((), (), False)
-    if quantization is not None:
-        stored_as = _parsed(config, quantization, folder)
+    stored_as = QuantizationConfig((), (), False) if quantization is None else _parsed(config, quantization, folder)
     with _loading(folder):
         stored = Stored(open_checkpoint(folder), stored_as)
         with torch.device("meta"):
@@ -53,15 +56,6 @@ def load_empty(folder: Path, dtype: str) -> tuple[Any, Stored]:
         report = stored.prepare(model)
     _refuse_partial(folder, family, vars(report))
     return model.eval(), stored
-
-
-def _load(folder: Path, dtype: torch.dtype) -> Any:
-    auto, config, quantization, family = _configuration(folder)
-    load = _load_decoded if quantization is not None and _is_moe(config) else _load_by_transformers
-    with _loading(folder):
-        model, report = load(auto, config, quantization, folder, dtype)
-    _refuse_partial(folder, family, report)
-    return model.eval()
 
 
 def _configuration(folder: Path) -> tuple[Any, Any, Any, Family]:
@@ -109,10 +103,6 @@ def _loading(folder: Path) -> Iterator[None]:
         raise UserError(
             f"The torch engine cannot load {folder}: {first_line(error)}.", "Run `harness verify` on it."
         ) from error
-
-
-def _is_moe(config: Any) -> bool:
-    return bool(getattr(config.get_text_config(), "num_experts", 0))
 
 
 def _load_decoded(

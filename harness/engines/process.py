@@ -59,9 +59,5 @@ def _reset_peak_memory(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> Memory:
     """The peaks since `prepare_process`."""
     vram = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Memory(_peak_rss_bytes(), vram)
-
-
-def _peak_rss_bytes() -> int:
-    # Kilobytes everywhere but on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, vram)

@@ -1,20 +1,14 @@
 """What a measure may ask of an engine, and what an engine must say about itself.
 
-An engine holds one checkpoint in memory and answers questions about token ids: how probable was each token (`score`),
-how probable was every token that could have stood there (`log_probs`), what comes next and how long did it take
-(`decode`), how probable is each of some continuations (`choices`), and what does it answer (`generate`). Everything
-goes in and out as token ids: a tokenizer's version changes perplexity more than a quantization does, so text is
-tokenized once, elsewhere. Only where a text stops an answer does an engine look at the text itself.
-
-All calls are batch-first, and `decode` returns the engine's own clock readings, because a batching engine such as
-vLLM schedules the work itself and knows its token times better than a caller with a stopwatch. `EngineInfo` separates
-what was *requested* from what is in *effect*, and names the kernel that computed each kind of layer: a 4-bit
-checkpoint served by a weight-only kernel is a different measurement, and nothing in the numbers shows it.
+An engine holds one checkpoint in memory and answers questions about token ids, batch by batch. Text is tokenized once,
+elsewhere: a tokenizer's version changes perplexity more than a quantization does. `decode` returns the engine's own
+times, because a batching engine knows them better than a caller with a stopwatch. `EngineInfo` tells what was
+*requested* from what is in *effect*: a 4-bit checkpoint on a weight-only kernel is a different measurement.
 """
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -97,18 +91,10 @@ class EngineInfo:
     """What these settings cost or fail to do, a sentence each."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, for the results file."""
-        return {
-            "name": self.name,
-            "version": self.version,
-            "device": self.device,
-            "dtype": self.dtype,
-            "requested": dict(self.requested),
-            "effective": dict(self.effective),
-            "kernels": dict(self.kernels),
-            "served_as": self.served_as,
-            "warnings": list(self.warnings),
-        }
+        """Plain dicts, for the results file; without `can_score`, which the measures ask."""
+        found = asdict(self) | {"warnings": list(self.warnings)}
+        del found["can_score"]
+        return found
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """A running OpenAI-compatible server as an engine: what a user of it waits for, over loopback or a network.
 
-Times are this process's own clock: from a request's first byte out to the chunks that come back, so the network and the
-server's scheduling are in them. Prompts are token ids, which vLLM and llama.cpp take; tokens are counted by the
-server's `usage`, since a chunk may carry several. vLLM also says which tokens it wrote and how probable a prompt was;
-a server that does not can be timed, and its text is not judged.
+Times are this process's own clock, so the network and the server's scheduling are in them. Prompts are token ids, which
+vLLM and llama.cpp take; tokens are counted by the server's `usage`, since a chunk may carry several. A server that does
+not say which tokens it wrote, as vLLM does, can be timed, and its text is not judged.
 """
 
 import contextlib
@@ -147,10 +146,7 @@ class ServerEngine(Engine):
         ids: list[int] = []
         count, first, last = None, None, 0.0
         started = time.perf_counter()
-        with (
-            self._complaining(),
-            self._client.stream("POST", f"{self._url}/v1/completions", json=body) as response,
-        ):
+        with self._complaining(), self._client.stream("POST", f"{self._url}/v1/completions", json=body) as response:
             if response.status_code != httpx2.codes.OK:
                 response.read()
                 raise self._refusal(response)

@@ -2,24 +2,19 @@
 
     hidden states ─▶ layer 0 of each model ─▶ hidden states ─▶ layer 1 of each model ─▶ … ─▶ heads ─▶ predictions
 
-In memory there is one decoder layer of one model at a time, and all batches go through it before the next is read.
-What goes in and comes out lies in files (`layers.HiddenStates`), two a model by turns, so that those in front of a
-layer are untouched while it is worked on: a pass that was killed goes on at the layer it was in. At the end the heads
-of all models are in memory, one for all that store the same, and every position is predicted by each of them.
+One decoder layer of one model is in memory at a time, and all batches go through it before the next is read. What goes
+in and comes out lies in files (`layers.HiddenStates`), two a model by turns, so a pass that was killed goes on at the
+layer it was in. At the end all heads are in memory, one for all models that store the same.
 
-**The same numbers as the torch engine.** Each model is transformers' own class, built from the configuration on the
-meta device, where weights take no memory. Its own forward runs, with the one layer that is in memory in its place and
-nothing in the places of the others, so positions, masks and the implementations of attention and of experts are those
-of the whole model; batches and the rows of a product with the head are the torch engine's too. Weights are filled in,
-and activations rounded, by `decoding`. In float32 the log-probabilities are those of the torch engine to the last bit.
-In bfloat16 they are so too, but for dense variants that round activations: those the torch engine leaves to
-compressed-tensors, which computes an activation's scale in bfloat16, where the kernels and `decoding` do in float32,
-and a few activations round to the other side. It moves predictions about as far as bfloat16 itself does (on the
-embedded W4A4 model either is 0.0014 nats a token from the torch engine in bfloat16).
+**The same numbers as the torch engine.** transformers' own class runs, built on the meta device, with the one layer in
+its place and nothing in the places of the others; batches and the rows of a product with the head are the torch
+engine's. In float32 the log-probabilities are equal to the last bit. In bfloat16 they are too, but for dense variants
+that round activations: the torch engine leaves those to compressed-tensors, which computes an activation's scale in
+bfloat16, where the kernels and `decoding` do in float32. That moves predictions about as far as bfloat16 itself does
+(on the embedded W4A4 model either is 0.0014 nats a token from the torch engine in bfloat16).
 
-Memory: the largest layer (or the distinct heads, in float32, if those are larger), `hidden_bytes` of hidden states, one
-batch's activations, and `torch_answers.LOGITS_BYTES` a model for predictions. Disk: two hidden states of every token
-and model, in the type that is computed in.
+Memory: the largest layer (or the distinct heads, in float32), `hidden_bytes` of hidden states, one batch's activations,
+and `torch_answers.LOGITS_BYTES` a model. Disk: two hidden states of every token and model.
 """
 
 import contextlib
@@ -45,7 +40,7 @@ from harness.engines.process import DTYPES, out_of_memory, peak_memory, prepare_
 from harness.engines.protocol import ENGINES, Chunk, EngineInfo, Memory
 from harness.engines.scratch import Scratch
 from harness.errors import UserError
-from harness.progress import Progress
+from harness.progress import Progress, silent
 
 HIDDEN_BYTES = 4 * 10**9
 """Hidden states in memory, unless a caller says otherwise; the others are read from the disk."""
@@ -60,7 +55,7 @@ def log_probs(
     device: str,
     scratch: Path,
     hidden_bytes: int = HIDDEN_BYTES,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[Chunk]:
     """What the models in `folders` predict: see `Streamed` and its `log_probs`."""
     streamed = Streamed(folders, dtype=dtype, device=device)
@@ -107,7 +102,7 @@ class Streamed:
         *,
         scratch: Path,
         hidden_bytes: int = HIDDEN_BYTES,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> Iterator[Chunk]:
         """The predictions of all models, window by window and in order of position: n - 1 for a window of n tokens, and
         one chunk of no rows where n is 1. A chunk's rows are at most those whose logits the torch engine computes at
@@ -132,7 +127,7 @@ class Streamed:
             "batch_size": batch_size,
             "engine_version": ENGINES["streamed"].version,
         }
-        return self._pass(batches, Scratch(scratch, identity), hidden_bytes, progress or (lambda *_: None))
+        return self._pass(batches, Scratch(scratch, identity), hidden_bytes, progress)
 
     def memory(self) -> Memory:
         """The peaks of this process since the models were opened."""

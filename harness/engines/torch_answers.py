@@ -1,13 +1,12 @@
 """Batches of unequal texts on a transformers model: continuations scored, prompts answered.
 
-**Padding on the left is exact.** A hybrid model reads a batch of unequal contexts with padding in front, where the
-attention mask hides it: transformers zeroes the hidden states of masked positions before every DeltaNet layer, so its
-convolution sees the zeros that it starts from anyway, nothing is written to its state, and decay leaves a state of
-zeros at zero. Behind a text padding would change its state; it is harmless only where nothing is read afterwards, and
-that is how the tails of continuations are batched. Results differ from those of single texts by rounding alone.
+**Padding on the left is exact.** transformers zeroes the hidden states of masked positions before every DeltaNet layer,
+so its convolution sees the zeros that it starts from anyway, nothing is written to its state, and a state of zeros
+stays zero. Behind a text padding would change the state, so only the tails of continuations are padded there, after
+which nothing is read. Results differ from those of single texts by rounding alone.
 
-**What is shared is computed once.** The options of a choice follow one context: it is read once, its cache and states
-are copied to as many rows as it has options, and an option of one token costs nothing more.
+**What is shared is computed once.** The context of a choice is read once and its cache and states are copied for each
+option; an option of one token costs nothing more.
 """
 
 import copy
@@ -153,11 +152,7 @@ class _Read:
         positions = self.lengths[:, None] + torch.arange(num_tokens, device=ids.device)
         self.lengths = self.lengths + num_tokens
         states: torch.Tensor = self.trunk(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state
         self.hidden = states[:, -1]
         return states

@@ -1,21 +1,12 @@
-"""The torch engine: transformers' own model class on a CPU or one accelerator.
+"""The torch engine: transformers' own model class on a CPU or one accelerator. It is the reference, slow and readable.
 
-It is the reference: slow, readable, and the only engine that needs nothing but torch. Dense checkpoints are loaded by
-transformers' compressed-tensors integration, so what is measured here is what any user of `from_pretrained` gets.
-That integration drops scales of experts, so quantized mixture-of-experts checkpoints are decoded by `decoding`.
+compressed-tensors has no 4-bit matrix product: packed weights are decompressed to BF16, by default at the first forward
+pass. This engine asks for `dequantize=True`, the same arithmetic at the end of loading: no first measurement pays for
+it, the resident bytes can be counted, and the weights can be widened to float32 afterwards. The quantization scheme
+stays on the module, so the *activations* of a W4A4 checkpoint are still quantized and decoded on every call. NVFP4
+here shows what quantization loses, never what it gains in speed: a decode step reads the decompressed weights.
 
-**What happens to quantized weights.** compressed-tensors has no 4-bit matrix product. With its default the packed
-weights are decompressed to BF16 by a hook on the first forward pass, once; with `dequantize=True` the same code
-runs at the end of loading. The arithmetic is identical; this engine asks for the second, because then no
-first measurement pays for it, the resident bytes can be counted, and float32 is possible (the decompressor writes
-BF16 whatever dtype was asked for, and a float32 activation times a BF16 weight is an error in torch: the weights are
-widened after it). Either way the quantization scheme stays on the module, so the *activations* of a W4A4
-checkpoint are still quantized and decoded on every call. So NVFP4 here shows what quantization loses, never
-what it gains in speed: a decode step reads the decompressed weights.
-
-**Logits are computed in float32.** BF16 logits step by 1/8 between 16 and 32, which is noise of the size of the
-effects measured here; an unquantized `lm_head` is widened for `score` and `log_probs`. `decode` uses the
-model's own head.
+`score` and `log_probs` compute logits in float32 (see `heads`); `decode` uses the model's own head.
 """
 
 import contextlib

@@ -1,10 +1,8 @@
 """A vLLM plugin: NVFP4 and FP8 on vLLM's CPU backend, so that every variant loads there as it loads on a GPU.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). Its CPU backend has no NVFP4
-kernel, neither for linear layers nor for fused experts, and computes FP8 with a channel scale in an emulation that
-takes minutes a batch. On a CPU the plugin puts its own compressed-tensors configuration in the place of vLLM's, by
-vLLM's own door for that (`register_quantization_config`); on any other platform it does nothing. Nothing of vLLM is
-edited.
+kernel, and computes FP8 with a channel scale in an emulation that takes minutes a batch. On a CPU the plugin puts its
+own compressed-tensors configuration in the place of vLLM's; on any other platform it does nothing.
 """
 
 

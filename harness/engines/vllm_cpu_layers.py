@@ -1,12 +1,9 @@
 """compressed-tensors layers for vLLM's CPU backend: weights decoded once, activations rounded on every call.
 
-Loading stays vLLM's: parameters, fused layers and warnings about unequal scales come from its own classes, so a
-checkpoint that would go wrong on a GPU goes wrong here in the same way. Only the last step differs: in place of a GPU
-kernel's layout the weights become plain matrices by the formats' equations, and a layer whose format quantizes
-activations rounds them by the same equations before the product. What comes out is the format's arithmetic; the speed
-is that of the unquantized model or less.
-
-Written against vLLM 0.32 (`model_executor/layers/quantization/compressed_tensors`).
+Loading stays vLLM's, so a checkpoint that would go wrong on a GPU goes wrong here in the same way. Only the last step
+differs: the weights become plain matrices by the formats' equations, and a layer whose format quantizes activations
+rounds them before the product. Speed is that of the unquantized model or less. Written against vLLM 0.32
+(`model_executor/layers/quantization/compressed_tensors`).
 """
 
 from collections.abc import Callable

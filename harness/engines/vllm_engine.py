@@ -1,12 +1,8 @@
 """The vLLM engine: what a server with this checkpoint would do, asked in token ids. The only importer of vllm.
 
-vLLM runs as it does behind its own server (`AsyncLLM`): the model lives in processes of its own, tensor, pipeline and
-data parallelism and their executor are vLLM's, and a crash there is an error here. Times are the engine process's own
-stamps (scheduled, first token, last token), so neither this process nor its event loop is part of a speed.
-
-*What actually ran* is asked for, not assumed: `vllm_worker` looks at the layers of the loaded model, and vLLM's log is
-kept, since it names the kernels. A checkpoint with 4-bit activations that a weight-only kernel serves is another model
-than its card says: `EngineInfo.served_as` says so, and every table shows it.
+vLLM runs as it does behind its own server (`AsyncLLM`), in processes of its own, and a crash there is an error here.
+Times are the engine process's own stamps (scheduled, first token, last token). *What actually ran* is asked for, not
+assumed: `vllm_worker` looks at the layers of the loaded model, and vLLM's log names the kernels.
 """
 
 import asyncio
@@ -135,28 +131,15 @@ class VllmEngine(Engine):
                 )
 
     def _prompt_logprobs(self, batch: Sequence[Sequence[int]], num: int) -> list[Any]:
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=num, flat_logprobs=True, detokenize=False
-        )
-        return self._generate(batch, params)
+        return self._generate(batch, _greedy(1, prompt_logprobs=num, flat_logprobs=True))
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
         """Greedy continuation, by vLLM's scheduler; the steps come as one time, since it stamps only the ends."""
         if num_tokens < 1 or len({len(prompt) for prompt in prompts}) != 1:
             raise ValueError("decode needs num_tokens >= 1 and prompts of one length")
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            # No min_tokens: it forbids the end of text, where ignore_eos only goes on after it.
-            max_tokens=num_tokens,
-            temperature=0.0,
-            ignore_eos=True,
-            detokenize=False,
-        )
         before = _drafts()
-        outputs = self._generate(prompts, params)
+        # No min_tokens: it forbids the end of text, where ignore_eos only goes on after it.
+        outputs = self._generate(prompts, _greedy(num_tokens, ignore_eos=True))
         tokens = tuple(tuple(output.outputs[0].token_ids) for output in outputs)
         stamps = [output.metrics for output in outputs]
         first = max(one.first_token_ts for one in stamps)
@@ -177,9 +160,7 @@ class VllmEngine(Engine):
 
     def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
         """See `protocol`. Every option is a prompt of its own: vLLM has no other way to ask for its probability."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, flat_logprobs=True, detokenize=False)
+        params = _greedy(1, prompt_logprobs=1, flat_logprobs=True)
         options = [(place, number) for place, choice in enumerate(choices) for number in range(len(choice.options))]
         # Neighbours share a context, so that the options of one choice are known together.
         requests = [(choices[place].context + choices[place].options[number], params) for place, number in options]
@@ -331,6 +312,13 @@ class VllmEngine(Engine):
             served_as=_served_as(folder, layers),
             warnings=tuple(vllm_options.warnings(start.options, release)),
         )
+
+
+def _greedy(num_tokens: int, **more: Any) -> Any:
+    """vLLM's parameters for the `num_tokens` most probable tokens, without their text."""
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=num_tokens, temperature=0.0, detokenize=False, **more)
 
 
 def _sampling_params(prompt: Prompt) -> Any:

@@ -6,7 +6,6 @@ One table. An option that a release has no argument for is refused by name: drop
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +19,27 @@ OLDEST: Release = (0, 19)
 NEWEST: Release = (0, 33)
 
 
-@dataclass(frozen=True)
-class Argument:
-    """A field of vLLM's `EngineArgs`, with the releases that have it: from `since` to before `until`."""
-
-    name: str
-    since: Release = OLDEST
-    until: Release | None = None
-
-    def exists_in(self, release: Release) -> bool:
-        return self.since <= release and (self.until is None or release < self.until)
-
-
-ARGUMENTS: dict[str, tuple[Argument, ...]] = {
-    "tensor_parallel": (Argument("tensor_parallel_size"),),
-    "pipeline_parallel": (Argument("pipeline_parallel_size"),),
-    "data_parallel": (Argument("data_parallel_size"),),
-    "executor": (Argument("distributed_executor_backend"),),
-    "max_model_len": (Argument("max_model_len"),),
-    "max_num_seqs": (Argument("max_num_seqs"),),
-    "max_num_batched_tokens": (Argument("max_num_batched_tokens"),),
-    "gpu_memory_utilization": (Argument("gpu_memory_utilization"),),
-    "kv_cache_gb": (Argument("kv_cache_memory_bytes"),),
-    "kv_cache_dtype": (Argument("kv_cache_dtype"),),
-    "enforce_eager": (Argument("enforce_eager"),),
-    "prefix_caching": (Argument("enable_prefix_caching"),),
-    "text_only": (Argument("language_model_only"),),
-    "speculative_tokens": (Argument("speculative_config"),),
-    "emulate": (Argument("linear_backend", since=(0, 22)), Argument("moe_backend", since=(0, 22))),
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "tensor_parallel": ("tensor_parallel_size",),
+    "pipeline_parallel": ("pipeline_parallel_size",),
+    "data_parallel": ("data_parallel_size",),
+    "executor": ("distributed_executor_backend",),
+    "max_model_len": ("max_model_len",),
+    "max_num_seqs": ("max_num_seqs",),
+    "max_num_batched_tokens": ("max_num_batched_tokens",),
+    "gpu_memory_utilization": ("gpu_memory_utilization",),
+    "kv_cache_gb": ("kv_cache_memory_bytes",),
+    "kv_cache_dtype": ("kv_cache_dtype",),
+    "enforce_eager": ("enforce_eager",),
+    "prefix_caching": ("enable_prefix_caching",),
+    "text_only": ("language_model_only",),
+    "speculative_tokens": ("speculative_config",),
+    "emulate": ("linear_backend", "moe_backend"),
 }
-"""Option of a suite's [engine.vllm] -> the arguments that it becomes, all of them."""
+"""Option of a suite's [engine.vllm] -> the fields of vLLM's `EngineArgs` that it becomes, all of them."""
+
+_SINCE: dict[str, Release] = {"linear_backend": (0, 22), "moe_backend": (0, 22)}
+"""The first release that has an argument; the others are as old as `OLDEST`."""
 
 _SCORED_TOKENS = 2048
 """Tokens in one forward pass while scoring: vLLM keeps the logits of all of them."""
@@ -84,12 +74,13 @@ def arguments(options: Mapping[str, Any], release: Release) -> dict[str, Any]:
         if value is None or (option in ("emulate", "speculative_tokens") and not value):
             continue
         for argument in ARGUMENTS[option]:
-            if not argument.exists_in(release):
+            since = _SINCE.get(argument, OLDEST)
+            if release < since:
                 raise UserError(
-                    f"vLLM {release[0]}.{release[1]} has no {argument.name}, which option '{option}' needs.",
-                    f"Leave the option out, or use vLLM {argument.since[0]}.{argument.since[1]} or newer.",
+                    f"vLLM {release[0]}.{release[1]} has no {argument}, which option '{option}' needs.",
+                    f"Leave the option out, or use vLLM {since[0]}.{since[1]} or newer.",
                 )
-            found[argument.name] = _value(option, value)
+            found[argument] = _value(option, value)
     return found
 
 

@@ -1,7 +1,6 @@
 """Questions that the harness asks inside vLLM's worker processes (`worker_extension_cls`, called by `collective_rpc`).
 
-vLLM mixes this class into its own worker, so that `self` is one. Answers are plain values: they cross a process
-boundary. Nothing of the model is changed.
+vLLM mixes this class into its own worker. Answers are plain values, since they cross a process boundary.
 """
 
 import hashlib

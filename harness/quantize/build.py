@@ -1,18 +1,12 @@
-"""Builds an artifact: a source checkpoint in, a compressed-tensors checkpoint out, as a stream.
-
-No model class is loaded. Shards are taken one by one and tensors in pieces of a few megabytes; the output has
-the source's shards under the source's names, so a build needs memory for a piece, not for a model.
+"""Builds an artifact: a source checkpoint in, a compressed-tensors checkpoint out, as a stream of pieces.
 
     source shards ─▶ largest magnitude per fused group ─▶ scales and codes ─▶ <out>.partial/ ─▶ rename to <out>
 
-The layers that vLLM fuses into one matrix share one global scale, chosen from all of them before any block
-scale, even where they lie in different shards. Everything not quantized is copied byte for byte: vision tower,
-MTP head, embeddings, norms, and the tokenizer and configuration files; `config.json` gains
-`quantization_config` and nothing else.
+The layers that vLLM fuses into one matrix share one global scale, even where they lie in different shards. Everything
+not quantized is copied byte for byte; `config.json` gains `quantization_config` and nothing else.
 
-The same source and recipe give the same bytes. A build that is interrupted or killed leaves `<out>.partial`,
-which holds no `config.json` and so is no checkpoint; the same command continues it at the shard it was in. A
-finished folder takes its name first, and `config.json` appears in it last, in one rename.
+The same source and recipe give the same bytes. A build that is killed leaves `<out>.partial`, which holds no
+`config.json` and so is no checkpoint; the same command continues it at the shard it was in.
 """
 
 import fcntl
@@ -144,14 +138,7 @@ def build(
             model = layerwise.text_model(checkpoint, config, calibration)
             started = time.perf_counter()
             layerwise.quantize_layers(
-                model,
-                tensors,
-                recipe,
-                calibration,
-                unfinished,
-                state.layers,
-                state.save,
-                progress,
+                model, tensors, recipe, calibration, unfinished, state.layers, state.save, progress
             )
             seconds["calibrate"] = time.perf_counter() - started
         started = time.perf_counter()

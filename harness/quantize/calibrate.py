@@ -1,18 +1,15 @@
 """Calibration: what the inputs of a layer are like, and the layer's scales and codes from that.
 
-One decoder layer is in memory, taken as its two halves (engines/layers.py). The hidden states that go in have passed
-through everything quantized so far, activations rounded as the kernels will round them, so every scale is chosen for
-the inputs that the layer will really see.
-
-The layers that vLLM fuses read the same input, so they are one *site*: one set of statistics, one input scale. In a
-half, the sites that read the normed hidden states come first, the projections behind them second. For each:
+One decoder layer is in memory, as two halves (engines/layers.py). The hidden states that go in have passed through
+everything quantized so far, so every scale is chosen for the inputs that the layer will really see. The layers that
+vLLM fuses read the same input and are one *site*. In a half, the sites that read the normed hidden states come first,
+the projections behind them second. For each:
 
     amax      the largest input, from which input_global_scale follows          every W4A4 site
     moments   H = X̂ᵀX̂ [in, in] of the rounded inputs, its diagonal where that is enough    gptq, weighted-search
     shift     X̂ᵀ(X - X̂) [in, in] against the inputs X that the unquantized model sees     gptq
 
-GPTQ needs a second stream of hidden states, those of the unquantized model; plain rounding gets by with one stream,
-one pass over each half, and no moments. The experts of a mixture have a module of their own.
+GPTQ needs the unquantized model's hidden states too; plain rounding needs one pass over each half, and no moments.
 """
 
 import time
@@ -23,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.engines.emulation import round_inputs
-from harness.engines.layers import Batch, Half, HiddenStates, TextModel, captured
+from harness.engines.layers import Batch, Half, HiddenStates, TextModel, captured, unpadded
 from harness.formats.format import Format, Rounding
 from harness.model.family import Linear
 from harness.quantize.experts import Emit, Experts
@@ -183,10 +180,12 @@ class _HalfPass:
                         self.after.reference[number] = output
             for name, site in sites.items():
                 reference = others[name]
-                site.accumulate(_tokens(inputs[name], valid), None if reference is None else _tokens(reference, valid))
+                site.accumulate(
+                    unpadded(inputs[name], valid), None if reference is None else unpadded(reference, valid)
+                )
             if experts is not None:
                 experts.take_moments(
-                    first, _tokens(normed, valid), _tokens(other_normed, valid) if other_normed is not None else None
+                    first, unpadded(normed, valid), unpadded(other_normed, valid) if other_normed is not None else None
                 )
 
     def _quantize_group(self, name: str, members: Sequence[Linear], site: Site) -> None:
@@ -232,7 +231,7 @@ class _HalfPass:
             current[:] = [batch.valid.to(hidden.device)]
             normed = self.half.norm(hidden)
             if experts is not None:
-                experts.see(_tokens(normed, current[0]))
+                experts.see(unpadded(normed, current[0]))
             self.after.quantized[number] = hidden + self.half.forward(normed)
             if not reference_done and self.before.reference is not None and self.after.reference is not None:
                 self.after.reference[number] = self.reference(self.before.reference[number])
@@ -248,7 +247,7 @@ def _observed(site: Site, current: list[Tensor]) -> Rounding | None:
         return None
 
     def rounded(x: Tensor) -> Tensor:
-        site.observe(_tokens(x, current[0]))
+        site.observe(unpadded(x, current[0]))
         return rounding(x)
 
     return rounded
@@ -264,8 +263,3 @@ def _once(rounding: Rounding) -> Rounding:
         return last[1]
 
     return rounded
-
-
-def _tokens(x: Tensor, valid: Tensor) -> Tensor:
-    """The rows `[tokens, in]` of `x [batch, time, in]` (or already flat) that are not padding."""
-    return x.reshape(-1, x.shape[-1])[valid.view(-1)]

@@ -47,8 +47,8 @@ class Experts:
         rounding = self._input.rounding()
         x = x if rounding is None else rounding(x)
         for expert in range(self._num):
-            other = None if reference is None else _inner(self._reference, expert, reference)
-            self._inner.accumulate(_inner(self._module, expert, x), other, expert)
+            other = None if reference is None else down_input(self._reference, expert, reference)
+            self._inner.accumulate(down_input(self._module, expert, x), other, expert)
 
     def quantize(self, first: bool, method: Method, emit: Emit) -> GroupReport | None:
         """Quantizes gate and up projections (`first`) or down projections of all experts."""
@@ -98,7 +98,7 @@ class Experts:
         rounding = self._input.rounding()
         x = x if rounding is None else rounding(x)
         for expert in range(self._num):
-            self._inner.observe(_inner(self._module, expert, x), expert)
+            self._inner.observe(down_input(self._module, expert, x), expert)
 
     def emit_input_scales(self, emit: Emit) -> None:
         """Emits every expert's scales of activations, where the format has them."""
@@ -111,7 +111,7 @@ class Experts:
                 emit(f"{self._routed.name}.{expert}.{shard}.{self._input.form.input_scale_name}", scale)
 
 
-def _inner(experts: Any, expert: int, x: Tensor) -> Tensor:
+def down_input(experts: Any, expert: int, x: Tensor) -> Tensor:
     """What expert number `expert` gives its down projection for `x [tokens, H]`: `[tokens, I]`."""
     gate, up = functional.linear(x, experts.gate_up_proj[expert].to(x.dtype)).chunk(2, dim=-1)
     inner: Tensor = experts.act_fn(gate) * up

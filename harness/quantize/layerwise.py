@@ -4,14 +4,12 @@
                                └▶ layer-00000.safetensors    └▶ layer-00001.safetensors
 
 The files of the layers hold the quantized tensors; the build puts them into the source's shards afterwards. Hidden
-states alternate between two files, so that those in front of a layer are untouched while it is worked on: a build that
-is killed anywhere continues at the layer it was in and ends with the same bytes.
+states alternate between two files, so a build that is killed continues at the layer it was in, with the same bytes.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from harness.model.census import SourceTensor
 from harness.model.checkpoint import Checkpoint, NewTensor, new_shard, read_header
 from harness.model.family import Linear, ModelConfig
 from harness.progress import Progress
-from harness.quantize.calibrate import LayerReport, Streams, quantize_layer
+from harness.quantize.calibrate import Streams, quantize_layer
 from harness.quantize.encode import finite_amax
 from harness.quantize.method import Method
 from harness.quantize.plan import CalibrationMemory, calibration_memory, quantized
@@ -134,7 +132,7 @@ def quantize_layers(
             for stream in after:
                 stream.sync()
             report.seconds["total"] = time.perf_counter() - started
-            finished.append(_as_json(report))
+            finished.append(asdict(report))
             save()
             for stream in before:
                 stream.close()
@@ -159,10 +157,6 @@ def _streams(
         for name in names
     ]
     return Streams(made[0], made[1] if method.two_streams else None)
-
-
-def _as_json(report: LayerReport) -> dict[str, Any]:
-    return dataclasses.asdict(report)
 
 
 def read_layers(folder: Path, num_layers: int) -> Checkpoint:

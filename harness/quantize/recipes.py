@@ -1,8 +1,7 @@
 """The variants: which blocks are stored in which format, and how their scales and codes are chosen.
 
-A recipe is a frozen constant and names blocks of a decoder layer (`model/family.py`), so one recipe serves dense and
-MoE models of every family: a block that a model lacks is absent from its plan. The family says what of a block can be
-quantized.
+A recipe names blocks of a decoder layer (`model/family.py`), so one recipe serves dense and MoE models of every family.
+The family says what of a block can be quantized.
 """
 
 from collections.abc import Iterable
@@ -79,17 +78,9 @@ RECIPES = {
             ((NVFP4A16, _MAIN),),
         ),
         Recipe(
-            "a16",
-            "NVFP4 weights, calibrated, 16-bit activations; attention and MLP",
-            ((NVFP4A16, _MAIN),),
-            CALIBRATED,
+            "a16", "NVFP4 weights, calibrated, 16-bit activations; attention and MLP", ((NVFP4A16, _MAIN),), CALIBRATED
         ),
-        Recipe(
-            "w4a4",
-            "NVFP4 weights and activations; attention and MLP",
-            ((NVFP4, _MAIN),),
-            CALIBRATED,
-        ),
+        Recipe("w4a4", "NVFP4 weights and activations; attention and MLP", ((NVFP4, _MAIN),), CALIBRATED),
         Recipe(
             "w4a4-experts",
             "NVFP4 weights and activations; attention and routed experts (MLP in dense models); shared expert kept",

@@ -186,10 +186,8 @@ def _parquet_rows(file: BinaryIO, name: str, wanted: Sequence[str]) -> Sequence[
 
 def _open_dataset(source: DatasetSamples) -> Content:
     name = "/".join(part for part in (source.dataset, source.config, source.split) if part)
-    try:
-        import datasets  # type: ignore[import-untyped]
-    except ImportError:
-        raise UserError("Reading from the hub needs `datasets`.", "Run `pip install datasets`.") from None
+    import datasets  # type: ignore[import-untyped]
+
     try:
         rows = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
     except Exception as error:

@@ -1,19 +1,13 @@
-"""Calibration samples: from the sources that a suite names to lists of token ids.
+"""Calibration samples: from the sources that a suite names to lists of token ids, the same on every machine.
 
-Calibration watches what flows through a model, so what is run through it belongs to the artifact as much as the
-weights do. Three habits of calibration scripts make it impossible to repeat, and are avoided here:
-
-* Rows are chosen by `shuffled`, integer arithmetic over the one stream that Python guarantees for a seed, not by a
-  shuffle whose result depends on a library's version.
+* `shuffled` chooses rows by integer arithmetic over the one stream that Python guarantees for a seed.
 * A chat becomes text by the model's own template and ids by its `tokenizer.json`, without special tokens beside those
-  that the template writes: no second <bos>, no class of tokenizer that another release picks differently.
-* The manifest says of every source which rows were taken, and of every sample the SHA-256 of its ids. Two artifacts
-  with the same digest were calibrated on the same tokens, in the same order.
+  that the template writes.
+* The manifest says which rows of every source were taken, and the SHA-256 of every sample's ids.
 
 A *row* of a table makes one sample, cut after `max_tokens`; empty rows are passed over. A *text* (a .txt file, or a
-part of the embedded corpus) is tokenized as a whole and cut into windows of `max_tokens`, which are chosen like rows.
-
-Nothing is skipped quietly: a source that cannot give what is asked of it is refused before any weight is read.
+part of the embedded corpus) is tokenized as a whole and cut into windows of `max_tokens`, which are chosen like rows. A
+source that cannot give what is asked of it is refused before any weight is read.
 """
 
 import hashlib

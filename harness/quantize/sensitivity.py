@@ -1,22 +1,15 @@
 """Sensitivity: what storing one group of layers in a format does to what its half of a decoder layer adds.
 
-    format          NVFP4A16   NVFP4 (W4A4)   FP8_DYNAMIC
     output_error    |Δy|² / |y|²              at the group's own output y, over all calibration tokens
     layer_error     |Δf(x)|² / |f(x)|²        at what the half adds to the residual stream, hidden + f(x)
 
 A *group* is what vLLM fuses (q, k and v; gate and up; …) or a projection that stands alone; all routed experts of a
-layer are one. Everything else keeps its 16 bits: the hidden states are those of the source, and one group at a time is
-in another format. Weights are rounded to nearest under absolute-maximum scales, and so are the inputs where the format
-rounds them: with one scale from all calibration tokens in NVFP4, as calibration would choose it, and token by token in
-FP8.
+layer are one. Everything else keeps its 16 bits. Weights are rounded to nearest under absolute-maximum scales, and so
+are the inputs where the format rounds them: with one scale from all calibration tokens in NVFP4, token by token in FP8.
 
 The two errors differ where the half forgives or amplifies: an error in q and k goes through a softmax, one in
-DeltaNet's projections through a recurrent state, one in an output projection arrives as it is. Both are shares of
-energy, so 0.01 is a tenth of the norm; errors of independent groups add up. What an error at the end of a half does to
-the loss is not in it: that is what perplexity and divergence are for.
-
-One layer is in memory, as in calibration, and every half runs once for each group and format. On an accelerator the
-half computes in bfloat16, whose own noise (about 4e-6 in these units) is the least that can be told.
+DeltaNet's projections through a recurrent state. Both are shares of energy, so 0.01 is a tenth of the norm, and errors
+of independent groups add up. On an accelerator the half computes in bfloat16, whose own noise is about 4e-6.
 """
 
 import contextlib
@@ -39,6 +32,7 @@ from harness.engines.layers import (
     captured,
     compute_dtype,
     device_named,
+    unpadded,
 )
 from harness.engines.protocol import EngineInfo
 from harness.formats.format import Format
@@ -49,6 +43,7 @@ from harness.model.checkpoint import Checkpoint
 from harness.model.family import Family, Linear
 from harness.model.source import census_of
 from harness.progress import Progress
+from harness.quantize.experts import down_input
 from harness.quantize.layerwise import CalibrationInput, text_model
 from harness.quantize.plan import check_widths
 from harness.quantize.sites import Site
@@ -173,8 +168,8 @@ def measure_half(
         with captured({stand.group.role: stand.reader for stand in mine}) as inputs:
             exact = half.forward(normed)
         for stand in mine:
-            stand.observe(_tokens(inputs[stand.group.role], valid))
-        energy += _energy(_tokens(exact, valid))
+            stand.observe(unpadded(inputs[stand.group.role], valid))
+        energy += _energy(unpadded(exact, valid))
         added[number] = exact
         advance(batch.num_tokens)
     samples = []
@@ -187,8 +182,8 @@ def measure_half(
                     valid = batch.valid.to(normed.device)
                     with captured({"input": stand.reader}) as inputs:
                         changed = half.forward(normed)
-                    error += _energy(_tokens(changed.float() - added[number].float(), valid))
-                    compare(_tokens(inputs["input"], valid), own)
+                    error += _energy(unpadded(changed.float() - added[number].float(), valid))
+                    compare(unpadded(inputs["input"], valid), own)
                     advance(batch.num_tokens)
             samples.append(
                 {
@@ -225,11 +220,6 @@ class _Share:
 def _energy(x: Tensor) -> float:
     """|x|², summed in float64: a float32 sum over millions of tokens would lose the small ones."""
     return float(x.float().square().sum(dtype=torch.float64))
-
-
-def _tokens(x: Tensor, valid: Tensor) -> Tensor:
-    """The rows `[tokens, width]` of `x [batch, time, width]` (or already flat) that are not padding."""
-    return x.reshape(-1, x.shape[-1])[valid.reshape(-1)]
 
 
 def _is_in(group: FusedLayers, half: Half) -> bool:
@@ -312,15 +302,9 @@ class _Experts:
     def observe(self, x: Tensor) -> None:
         """Takes inputs `[tokens, H]` of all experts into account for the scales of the formats that store one."""
         for expert in range(1 if self._first else self._num):
-            inner = x if self._first else self._inner(x, expert)
+            inner = x if self._first else down_input(self._module, expert, x)
             for site in self._sites.values():
                 site.observe(inner, expert)
-
-    def _inner(self, x: Tensor, expert: int) -> Tensor:
-        """What the down projection of an expert reads for `x [tokens, H]`: `[tokens, I]`."""
-        gate, up = functional.linear(x, self._module.gate_up_proj[expert].to(x.dtype)).chunk(2, dim=-1)
-        inner: Tensor = self._module.act_fn(gate) * up
-        return inner
 
     @contextlib.contextmanager
     def stored_in(self, form: Format) -> Iterator[_Compare]:
@@ -337,7 +321,7 @@ class _Experts:
             for expert in torch.unique(chosen).tolist():
                 read = x[(chosen == expert).any(-1)]
                 if not self._first:
-                    read = self._inner(read, expert)
+                    read = down_input(self._module, expert, read)
                 rounding = roundings[expert]
                 rounded = read if rounding is None else rounding(read)
                 share.add(

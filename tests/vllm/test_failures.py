@@ -55,7 +55,7 @@ starts = 1
 
 def test_this_release_has_every_argument_of_the_table() -> None:
     fields = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    assert {argument.name for arguments in ARGUMENTS.values() for argument in arguments} <= fields
+    assert {argument for arguments in ARGUMENTS.values() for argument in arguments} <= fields
 
 
 @pytest.mark.usefixtures("alone")
