@@ -129,10 +129,7 @@ def read_calibration(wanted: texts.Calibration, folder: Path, source: Path, prog
     from harness.quantize import samples
     from harness.quantize.layerwise import CalibrationInput
 
-    embedded: dict[str, Any] = {
-        "train": partial(_demo_documents, "train"),
-        "validation": partial(_demo_documents, "validation"),
-    }
+    embedded = {"train": partial(_demo_documents, "train"), "validation": partial(_demo_documents, "validation")}
     read = samples.read_samples(wanted, source, folder, embedded, progress)
     return CalibrationInput(read, wanted.batch_tokens, round(wanted.hidden_memory_gb * 1e9))
 

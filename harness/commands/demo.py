@@ -14,21 +14,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `synthesize` and its configuration, folder and size."""
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
     text = "Write a checkpoint of random weights in a configuration's true shapes."
-    synthesize = kinds.add_parser("synthesize", help=text, description=text)
-    synthesize.add_argument("config", type=Path, metavar="CONFIG", help="the config.json of the model")
-    synthesize.add_argument("out", type=Path, metavar="OUT", help="the new folder")
-    synthesize.add_argument(
-        "--layers", type=whole_number, metavar="N", help="how many layers to write (default: as in CONFIG)"
-    )
-    synthesize.add_argument(
+    add = kinds.add_parser("synthesize", help=text, description=text).add_argument
+    add("config", type=Path, metavar="CONFIG", help="the config.json of the model")
+    add("out", type=Path, metavar="OUT", help="the new folder")
+    add("--layers", type=whole_number, metavar="N", help="how many layers to write (default: as in CONFIG)")
+    add(
         "--vocabulary",
         type=whole_number,
         metavar="N",
         help="how many tokens the vocabulary has (default: as in CONFIG)",
     )
-    synthesize.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the seed of the random weights (default: 0)"
-    )
+    add("--seed", type=int, default=0, metavar="N", help="the seed of the random weights (default: 0)")
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

@@ -26,12 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variant", metavar="NAME", required=True, help="the variant that was measured")
     add("--machine", metavar="NAME", required=True, help="a name for the machine that measured it")
     add("--vllm-version", metavar="X", default="unknown", help="vLLM's release on that machine (default: unknown)")
-    for name, what in (
-        ("--batch", "requests in a batch"),
-        ("--prompt-tokens", "tokens of a prompt"),
-        ("--new-tokens", "generated tokens of a request"),
-    ):
-        add(name, type=whole_number, metavar="N", help=f"{what}, for a file of vllm bench latency, which lacks it")
+    lacking = "for a file of vllm bench latency, which lacks it"
+    add("--batch", type=whole_number, metavar="N", help=f"requests in a batch, {lacking}")
+    add("--prompt-tokens", type=whole_number, metavar="N", help=f"tokens of a prompt, {lacking}")
+    add("--new-tokens", type=whole_number, metavar="N", help=f"generated tokens of a request, {lacking}")
     add_job(parser)
 
 

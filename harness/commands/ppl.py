@@ -63,12 +63,9 @@ class _Reading:
 
     protocol: Protocol
     ids: Sequence[int]
-    cut: list[Window]
-    """All windows of the text, those whose log-probabilities are kept."""
-    windows: list[Window]
-    """The windows that the protocol scores: the first of `cut`, or all."""
-    dataset: dict[str, Any]
-    """What a run's header says of the text."""
+    cut: list[Window]  # all windows of the text, those whose log-probabilities are kept
+    windows: list[Window]  # the windows that the protocol scores: the first of `cut`, or all
+    dataset: dict[str, Any]  # what a run's header says of the text
 
     @property
     def what_is_read(self) -> tuple[str, str]:

@@ -12,10 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `schema`, and which file it is about."""
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
     text = "Print what a suite file may say as a JSON Schema, by which editors complete, explain and check its keys."
-    schema = kinds.add_parser("schema", help=text, description=text)
-    schema.add_argument(
-        "--calibration", action="store_true", help="print that of the files that `harness build --calibration` takes"
-    )
+    add = kinds.add_parser("schema", help=text, description=text).add_argument
+    add("--calibration", action="store_true", help="print that of the files that `harness build --calibration` takes")
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
