@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from harness.audit.findings import REFUSED, UNINITIALISED, Finding
-from harness.audit.matching import Meant, matches
-from harness.formats.config import Group, QuantizationConfig
+from harness.audit.matching import Meant
+from harness.formats.config import Group, QuantizationConfig, matches
 from harness.formats.format import Format
 from harness.formats.table import input_scale_names, packed_names
 from harness.model.checkpoint import TensorEntry

@@ -16,23 +16,17 @@ tests is that of 0.17 to 0.26):
 * Routers and shared-expert gates are 16-bit whatever the configuration says (`Role.always_16_bit`).
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from harness.audit.findings import REFUSED, Finding
-from harness.formats.config import Group, QuantizationConfig
+from harness.formats.config import Group, QuantizationConfig, matches
 from harness.model.family import Family, Linear, ModelConfig, expected_tensors
 
 Meant = tuple[Linear, Group | None]
 """A linear layer and the group that the configuration gives it by the checkpoint's own names, None for 16-bit."""
 
 _16_BIT = "16-bit"
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether an entry of `targets` or `ignore` names module `name`: exactly, or as `re:` from its start."""
-    return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else name == pattern
 
 
 @dataclass

@@ -49,12 +49,9 @@ class Report:
 def load_decoded(
     auto_class: Any, config: Any, quantization: QuantizationConfig, folder: Path, dtype: torch.dtype
 ) -> tuple[Any, Report]:
-    """The model of transformers configuration `config` with the weights of `folder`, decoded, and what does not fit.
-
-    `auto_class` is transformers' `AutoModelFor…`. Where the report is not empty, no weight was read. Raises
-    `UserError` for a module in a format that the harness does not know, and for an expert whose gate and up
-    projections round their common input differently.
-    """
+    """The model (of class `auto_class`) with the weights of `folder`, decoded, and what does not fit; where anything
+    does not, no weight was read. `UserError` for a module in a format that the harness does not know, and for an expert
+    whose gate and up projections round their common input differently."""
     model = empty_model(auto_class, config, dtype)
     stored = Stored(open_checkpoint(folder), quantization)
     report = stored.prepare(model)
@@ -179,10 +176,8 @@ class _Need:
 
 @dataclass(frozen=True)
 class _Place:
-    """`target`, a parameter or a slice of one, is decoded from module `module`, or copied where `form` is None.
-
-    `owner` is the model's module that computes with it. `expert` is the expert and the projection that a slice is of.
-    """
+    """`target`, a parameter or a slice of one (`expert`: which expert's which projection), is decoded from `module` on
+    the disk, or copied where `form` is None. `owner` is the model's module that computes with it."""
 
     target: Tensor
     owner: str
@@ -225,8 +220,7 @@ def _check(places: Iterable[_Place], on_disk: Mapping[str, TensorEntry], aliases
             report.mismatched_keys.append((need.name,))
         elif found.dtype not in need.dtypes:
             report.error_msgs.append(f"{need.name} is {found.dtype}, not {' or '.join(need.dtypes)}")
-    surplus = on_disk.keys() - needed - aliases
-    report.unexpected_keys.extend(surplus)
+    report.unexpected_keys.extend(on_disk.keys() - needed - aliases)
     return report
 
 

@@ -3,7 +3,6 @@
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,8 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights and buffers; tied tensors count once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(model)}.values())
+    distinct = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
 def _bytes_per_token(family: Family, trunk: Any, head: Any) -> int:
@@ -165,8 +165,3 @@ def _bytes_per_token(family: Family, trunk: Any, head: Any) -> int:
             size = 0
         total += size
     return total
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()

@@ -45,10 +45,9 @@ def routed_outputs(
 ) -> Tensor:
     """What routed experts make of `hidden [tokens, H]`: `[tokens, H]`.
 
-    Token t goes to the experts `top_k_index [tokens, k]` with the shares `top_k_weights [tokens, k]`; their weights are
-    `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]`, and `roundings` has one entry an expert. Order of experts and
-    of tokens is that of transformers' own loop, so that without a rounding the results are its results to the last
-    bit. Weights stored in another dtype than the hidden states' are converted one expert at a time, never as a whole.
+    `top_k_index` and `top_k_weights` are `[tokens, k]`, `gate_up_proj` is `[E, 2I, H]` and `down_proj` `[E, H, I]`;
+    `roundings` has one entry an expert. The order is that of transformers' own loop: without a rounding the
+    results are equal to the last bit. Weights of another dtype are converted one expert at a time, never as a whole.
     """
     output = torch.zeros_like(hidden)
     for expert in torch.unique(top_k_index).tolist():

@@ -164,11 +164,8 @@ class TextModel:
         return rows.to(self.device, self.dtype)[places.to(self.device)]
 
     def layer(self, index: int) -> tuple[Half, Half]:
-        """Decoder layer `index` with its weights, as halves: attention or DeltaNet, then MLP or experts.
-
-        Weights are in the model's compute dtype, but the fused experts stay as they are stored: they are most of a
-        layer and are widened one at a time.
-        """
+        """Decoder layer `index` as halves, in the model's compute dtype; but fused experts stay as they are stored,
+        since they are most of a layer, and are widened one at a time."""
         prefix, names = f"{self._prefix}layers.{index}.", self.family.layer
         with torch.device("meta"):
             layer = self._layer_class(self._config, index)
@@ -188,22 +185,11 @@ class TextModel:
             output: Tensor = mixer(hidden_states=normed)
             return output
 
-        mlp = getattr(layer, names.mlp)
+        mlp, name = getattr(layer, names.mlp), prefix + names.mlp
+        linears, run = _linears(mixer, prefix + names.mixers[kind]), attend if kind == "full_attention" else mix
         return (
-            Half(
-                getattr(layer, names.input_norm),
-                mixer,
-                _linears(mixer, prefix + names.mixers[kind]),
-                None,
-                attend if kind == "full_attention" else mix,
-            ),
-            Half(
-                getattr(layer, names.post_norm),
-                mlp,
-                _linears(mlp, prefix + names.mlp),
-                self._experts(mlp, prefix + names.mlp),
-                mlp,
-            ),
+            Half(getattr(layer, names.input_norm), mixer, linears, None, run),
+            Half(getattr(layer, names.post_norm), mlp, _linears(mlp, name), self._experts(mlp, name), mlp),
         )
 
     def _weight(self, name: str, wanted: Tensor) -> Tensor:
@@ -267,10 +253,8 @@ def _linears(module: nn.Module, prefix: str) -> dict[str, nn.Linear]:
 
 
 class HiddenStates:
-    """The hidden states of every batch at one layer boundary: a file, and as much of it in memory as fits.
-
-    A file is written batch by batch, any number of times each, and is complete once `sync` returned.
-    """
+    """The hidden states of every batch at one layer boundary: a file, and as much of it in memory as fits. Not a mapped
+    file, whose pages would count as resident. It is written batch by batch, and complete once `sync` returned."""
 
     def __init__(
         self, path: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype, device: torch.device, memory: int

@@ -63,11 +63,8 @@ def log_probs(
 
 
 class Streamed:
-    """Checkpoint folders, the source's first, whose layers are loaded on request.
-
-    `UserError` for a folder that the torch engine would not load, and for a model that has not as many layers, or knows
-    not as many tokens, as the first.
-    """
+    """Checkpoint folders, the source's first, whose layers are loaded on request. `UserError` for a folder that the
+    torch engine would not load, and for a model whose layers or tokens are not as many as the first's."""
 
     def __init__(self, folders: Sequence[Path], *, dtype: str, device: str) -> None:
         self._device = prepare_process(dtype, device)
@@ -105,13 +102,12 @@ class Streamed:
         progress: Progress = silent,
     ) -> Iterator[Chunk]:
         """The predictions of all models, window by window and in order of position: n - 1 for a window of n tokens, and
-        one chunk of no rows where n is 1. A chunk's rows are at most those whose logits the torch engine computes at
-        once.
+        one chunk of no rows where n is 1.
 
-        Batches are made of neighbouring windows of one length. `scratch` is a folder for the hidden states, new or that
-        of a pass over the same windows and models that did not end: that is continued. What any other pass left there
-        is removed. The folder is gone once the iterator has ended, unless something else is in it. `progress` counts
-        layers × models × batches. `UserError` for a token that the models do not know, and for a full disk.
+        Batches are made of neighbouring windows of one length. `scratch` is a folder for the hidden states: a pass over
+        the same windows and models that did not end there is continued, and what any other pass left is removed. It is
+        gone at the end, unless something else is in it. `progress` counts layers × models × batches. `UserError` for a
+        token that the models do not know, and for a full disk.
         """
         for index, window in enumerate(windows):
             if unknown := [token for token in window if not 0 <= token < self.vocabulary]:

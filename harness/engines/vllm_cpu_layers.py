@@ -75,12 +75,8 @@ class CpuCompressedTensorsConfig(CompressedTensorsConfig):
 def _is_fp8_dynamic(weights: Any, inputs: Any) -> bool:
     """Whether these compressed-tensors arguments are the format FP8_DYNAMIC: a scale a channel, and a token."""
 
-    def is_float8(arguments: Any, strategy: str) -> bool:
-        return arguments is not None and (arguments.type, arguments.num_bits, arguments.strategy) == (
-            "float",
-            8,
-            strategy,
-        )
+    def is_float8(one: Any, strategy: str) -> bool:
+        return one is not None and (one.type, one.num_bits, one.strategy) == ("float", 8, strategy)
 
     return is_float8(weights, "channel") and is_float8(inputs, "token") and bool(inputs.dynamic)
 
@@ -262,17 +258,10 @@ class CpuFp8Experts(_CpuExperts, fp8_moe.CompressedTensorsW8A8Fp8MoEMethod):
         self.fp8_backend = None
 
     def process_weights_after_loading(self, layer: Layer) -> None:
-        rounding = FP8_DYNAMIC.rounding()
-        w13, w2 = (
-            [
-                fp8.decode(codes, scales, layer.orig_dtype)
-                for codes, scales in zip(
-                    layer.get_parameter(f"{part}_weight").data,
-                    layer.get_parameter(f"{part}_weight_scale").data,
-                    strict=True,
-                )
-            ]
-            for part in ("w13", "w2")
-        )
+        def decoded(part: str) -> list[Tensor]:
+            codes, scales = (layer.get_parameter(f"{part}_{name}").data for name in ("weight", "weight_scale"))
+            return [fp8.decode(c, s, layer.orig_dtype) for c, s in zip(codes, scales, strict=True)]
+
+        rounding, w13, w2 = FP8_DYNAMIC.rounding(), decoded("w13"), decoded("w2")
         del layer.w13_weight_scale, layer.w2_weight_scale
         self._finish(layer, w13, w2, [ExpertRounding(rounding, rounding)] * len(w13))

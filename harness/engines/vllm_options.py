@@ -65,10 +65,8 @@ def release_of(version: str) -> Release:
 
 
 def arguments(options: Mapping[str, Any], release: Release) -> dict[str, Any]:
-    """The arguments of vLLM's `EngineArgs` for a suite's options; those that are None are left to vLLM.
-
-    `UserError` for an option that this release cannot be asked for.
-    """
+    """The arguments of vLLM's `EngineArgs` for a suite's options; those that are None are left to vLLM. `UserError` for
+    an option that this release cannot be asked for."""
     found: dict[str, Any] = {}
     for option, value in options.items():
         if value is None or (option in ("emulate", "speculative_tokens") and not value):

@@ -43,10 +43,10 @@ class QuantizationConfig:
         Exact names win over patterns, patterns over the class name, and of several patterns the first in the
         alphabet, whatever the order of the groups: as in compressed-tensors' `match_targets`.
         """
-        if any(_matches(module, pattern) for pattern in self.ignore):
+        if any(matches(module, pattern) for pattern in self.ignore):
             return None
         for target, group in self._by_target.items():
-            if _matches(module, target):
+            if matches(module, target):
                 return group
         return self._by_target.get("Linear")
 
@@ -57,10 +57,9 @@ class QuantizationConfig:
         return dict(sorted(group_of.items(), key=lambda item: (item[0].startswith("re:"), item[0])))
 
 
-def _matches(module: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    return module == pattern
+def matches(module: str, pattern: str) -> bool:
+    """Whether an entry of `targets` or `ignore` names `module`: exactly, or as `re:` from its start."""
+    return re.match(pattern[3:], module) is not None if pattern.startswith("re:") else module == pattern
 
 
 def quantization_config(targets: Mapping[Format, Sequence[str]], ignore: Sequence[str]) -> dict[str, Any]:

@@ -101,9 +101,8 @@ def build(
 ) -> Artifact:
     """Builds `recipe` of the checkpoint in `source` into folder `out`, or finds it there.
 
-    `UserError`, with nothing written, for a source that is damaged, of an unknown architecture, quantized
-    already or not divisible into blocks; for a recipe that needs a calibration and has none; for an `out` that holds
-    anything else; and for too little disk or memory. A weight that is NaN or infinite, quantized or kept, stops the
+    `UserError`, with nothing written, for a source that cannot be quantized, a recipe that needs a calibration and has
+    none, an `out` that holds anything else, and too little disk or memory. A weight that is NaN or infinite stops the
     build and leaves nothing.
     """
     named, source, out = out, source.resolve(), out.resolve()

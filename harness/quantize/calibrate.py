@@ -66,11 +66,8 @@ def quantize_layer(
     emit: Emit,
     advance: Callable[[int], None],
 ) -> LayerReport:
-    """Quantizes decoder layer `index` and carries the hidden states through it.
-
-    `linears` are the layer's linear layers to be quantized, with their formats. Finished tensors go to `emit`;
-    `advance` is told the tokens done, twice each in all. Reads `before`, fills `after`.
-    """
+    """Quantizes the `linears` of decoder layer `index`, and carries the hidden states from `before` through it to
+    `after`. Finished tensors go to `emit`; `advance` is told the tokens done, twice each in all."""
     report = LayerReport(index)
     start = time.perf_counter()
     halves = model.layer(index)

@@ -23,10 +23,8 @@ Emit = Callable[[str, Tensor], None]
 
 
 class Experts:
-    """The routed experts of a half: fused 3-D weights, one site for the input that all read, one for each inside.
-
-    `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]` stay where they are; a few experts at a time are widened.
-    """
+    """The routed experts of a half: one site for the input that all read, one for each inside. Their `gate_up_proj`
+    `[E, 2I, H]` and `down_proj [E, H, I]` stay where they are; a few experts at a time are widened."""
 
     def __init__(self, routed: RoutedExperts, reference: Any, form: Format | None) -> None:
         self._routed, self._reference = routed, reference

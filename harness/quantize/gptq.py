@@ -13,11 +13,9 @@ that earlier layers have already changed, and should still give W X. The best fu
 and GPTQ then rounds W* under H = X̂ X̂ᵀ (asymmetric calibration, arXiv 2504.02692). With X̂ rounded as the kernel will
 round it, that repairs a part of the activations' error too.
 
-GPTQ decides each column once, before it knows what the later ones will do. Afterwards the columns are visited again
-(coordinate descent): each moves to the grid point that is best while all others stay, so no visit makes the output
-error worse (damping included).
-
-No row comes out worse than rounded to nearest: where it would, it is rounded to nearest, and counted.
+Afterwards the columns are visited again (coordinate descent): each moves to the grid point that is best while all
+others stay, so no visit makes the output error worse (damping included). No row comes out worse than rounded to
+nearest: where it would, it is rounded to nearest, and counted.
 """
 
 from collections.abc import Iterator
@@ -106,11 +104,8 @@ def gptq(
 
 
 def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The upper factor U of H⁻¹ = Uᵀ U, columns in `order [n, in]`, and the damping it took.
-
-    H is factored from its last column to its first, H = R Rᵀ with R upper, and U = R⁻¹: an inverse of H itself may
-    have lost its definiteness to rounding.
-    """
+    """The upper factor U of H⁻¹ = Uᵀ U, columns in `order [n, in]`, and the damping it took. H = R Rᵀ is factored with
+    R upper, and U = R⁻¹: an inverse of H itself may have lost its definiteness to rounding."""
     ordered = moments.gather(1, order[:, :, None].expand_as(moments))
     ordered = ordered.gather(2, order[:, None, :].expand_as(ordered))
     factor, used = _cholesky(ordered.flip(1, 2), damping)
@@ -199,10 +194,8 @@ def _two_threads(device: torch.device) -> Iterator[None]:
 
 
 def _damped(moments: Tensor, damping: float) -> Tensor:
-    """`moments [n, in, in]` with `damping` times the mean of the diagonal added to it.
-
-    An input that never was anything but zero has no moment: its diagonal becomes 1, which rounds it to nearest.
-    """
+    """`moments [n, in, in]` with `damping` times the mean of the diagonal added. An input that always was zero has no
+    moment: its diagonal becomes 1, which rounds it to nearest."""
     diagonal = moments.diagonal(dim1=1, dim2=2)
     added = damping * diagonal.mean(1, keepdim=True)
     return moments + torch.diag_embed(torch.where(diagonal == 0, torch.ones_like(diagonal), added))

@@ -88,11 +88,8 @@ def quantize_layers(
     save: Callable[[], None],
     progress: Progress,
 ) -> None:
-    """Writes the files of all layers into `folder`.
-
-    `finished` holds the reports of the layers that an earlier run finished, as JSON; the others are added, and `save`
-    is called after each.
-    """
+    """Writes the files of all layers into `folder`. `finished` holds the reports of the layers that an earlier run
+    finished, as JSON; the others are added, and `save` is called after each."""
     family, method = model.family, recipe.method
     linears: dict[int, list[tuple[Linear, Format]]] = {index: [] for index in range(model.num_layers)}
     for tensor, form in quantized(tensors, recipe):

@@ -54,10 +54,8 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class FusedLayers:
-    """Linear layers of one decoder layer that share a format because vLLM fuses them, or because they are experts.
-
-    `role` is the name of what they are together: `self_attn.qkv_proj`, `mlp.down_proj`, `mlp.experts.w13`.
-    """
+    """Linear layers of one decoder layer that share a format because vLLM fuses them, or because they are experts, and
+    what they are together: `self_attn.qkv_proj`, `mlp.down_proj`, `mlp.experts.w13`."""
 
     role: str
     linears: tuple[Linear, ...]
@@ -111,10 +109,7 @@ def measure_sensitivity(
 ) -> Iterator[dict[str, Any]]:
     """One sample for every layer, group and format: `index` of the layer, `role`, `format`, `output_error`,
     `layer_error` (None where there is no output to compare with), `num_weights`, and `extra_bytes`, what the group
-    takes more than in NVFP4.
-
-    Hidden states go through two files in `folder`, which the caller removes. Calibration samples are those of a build.
-    """
+    takes more than in NVFP4. Hidden states go through two files in `folder`, which the caller removes."""
     source = census_of(checkpoint)
     model = text_model(checkpoint, source.config, calibration)
     groups = groups_by_layer(model.family, source.tensors)
@@ -155,12 +150,13 @@ def measure_half(
     added: HiddenStates,
     advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """The samples (without layer and kind) of those `groups` that are in this half.
+    """The samples (without layer and kind) of those `groups` that are in this half, which is left as it was.
 
     `hidden` is what comes into the half and, afterwards, what comes out of the unquantized one; `added` is scratch.
-    The half itself is left as it was. `advance` is told the tokens of every pass: one, and one a group and format.
     """
-    mine = [_stand(half, group) for group in groups if _is_in(group, half)]
+    mine: list[_Linears | _Experts] = [
+        _Experts(half, group) if group.is_experts else _Linears(half, group) for group in groups if _is_in(group, half)
+    ]
     energy = 0.0
     for number, batch in enumerate(batches):
         normed = half.norm(hidden[number])
@@ -226,10 +222,6 @@ def _is_in(group: FusedLayers, half: Half) -> bool:
     return half.experts is not None if group.is_experts else group.linears[0].module in half.linears
 
 
-def _stand(half: Half, group: FusedLayers) -> "_Linears | _Experts":
-    return _Experts(half, group) if group.is_experts else _Linears(half, group)
-
-
 def _sites(num: int = 1) -> dict[str, Site]:
     """By format, what is known of an input; with `num` experts, of the inputs of each."""
     return {form.name: Site(form, num) for form in FORMATS.values()}
@@ -280,11 +272,8 @@ class _Linears:
 
 
 class _Experts:
-    """Gate and up projections, or down projections, of all routed experts of a layer.
-
-    Every expert sees every token for the scale of its inputs, so that one that routing never reaches has a scale too;
-    errors are those of the tokens that are routed to it.
-    """
+    """Gate and up projections, or down projections, of all routed experts of a layer. Every expert sees every token for
+    the scale of its inputs; errors are those of the tokens that are routed to it."""
 
     def __init__(self, half: Half, group: FusedLayers) -> None:
         assert half.experts is not None

@@ -16,11 +16,8 @@ from harness.quantize.threads import by_rows
 
 @dataclass
 class Site:
-    """One input that several linear layers read, and what calibration found out about it.
-
-    With `num` experts the statistics have a leading dimension of it; otherwise it is 1. `rounding` is the one that
-    the kernel will apply, with the largest input seen so far.
-    """
+    """One input that several linear layers read, and what calibration found out about it. Statistics have a leading
+    dimension of `num` experts; `rounding` is the kernel's, with the largest input seen so far."""
 
     form: Format
     num: int = 1
@@ -123,11 +120,8 @@ class GroupReport:
 def quantize_matrices(
     name: str, w: Tensor, site: Site, method: Method
 ) -> tuple[dict[str, Tensor], Tensor, GroupReport]:
-    """Stores `w [n, rows, in]` in the site's format: tensors `[n, …]` by suffix, the decoded weights and a report.
-
-    Each of the n matrices is a fused group of its own and gets its own shared scale. The site's statistics are one for
-    all of them, or one for each.
-    """
+    """Stores `w [n, rows, in]` in the site's format: tensors `[n, …]` by suffix, the decoded weights and a report. Each
+    of the n matrices gets its own shared scale; the site's statistics are one for all of them, or one for each."""
     form = site.form
     num, rows, width = w.shape
     report = GroupReport(name, form.name, w.numel())

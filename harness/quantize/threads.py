@@ -37,11 +37,8 @@ def num_threads() -> int:
 
 @contextmanager
 def workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that each run torch on one processor.
-
-    Torch's own threads meet at a barrier after every operation, which on small operations beside the thread that
-    writes costs ten times the work itself. One piece a thread needs no barriers.
-    """
+    """Threads that each run torch on one processor. Torch's own threads meet at a barrier after every operation, which
+    on small operations beside the thread that writes costs ten times the work itself."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
