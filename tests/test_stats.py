@@ -12,12 +12,9 @@ from scipy import stats as scipy_stats
 
 from harness.record import stats
 from harness.record.significance import (
-    detectable_margin,
-    equivalence_p,
     holm,
     mcnemar,
     non_inferiority_p,
-    num_for_margin,
     num_needed,
     p_above,
     paired_permutation,
@@ -33,6 +30,7 @@ from harness.record.stats import (
     ratio_of_groups,
     weighted_mean,
 )
+from studies.simulation.planning import detectable_margin, equivalence_p, num_for_margin
 
 
 def expanded_level(num: int) -> float:

@@ -40,7 +40,6 @@ from harness.model.checkpoint import (
     INDEX,
     PIECE_BYTES,
     Checkpoint,
-    NewTensor,
     TensorEntry,
     check_disk,
     index_json,
@@ -284,7 +283,7 @@ def _write(
         plan.append((original, _new_name(checkpoint), list(added)))
     for origin, shard, entries in plan:
         weight_map |= {entry.name: shard for entry in entries}
-        with new_shard(folder / shard, [NewTensor(one.name, one.dtype, one.shape) for one in entries]) as writer:
+        with new_shard(folder / shard, entries) as writer:
             for entry in entries:
                 mended = _mended(checkpoint, entry, globals_, rescaled) if origin is checkpoint else None
                 for piece in origin.pieces(entry.name) if mended is None else mended:

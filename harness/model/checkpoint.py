@@ -68,19 +68,25 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies: `offset` is absolute in file `shard`."""
+class NewTensor:
+    """A tensor to be written: a name, a safetensors dtype and a shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    shard: str
-    offset: int
 
     @property
     def num_bytes(self) -> int:
         """Its bytes in the file."""
         return num_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class TensorEntry(NewTensor):
+    """A tensor in a file: `offset` is absolute in file `shard`."""
+
+    shard: str
+    offset: int
 
     @property
     def num_elements(self) -> int:
@@ -277,20 +283,6 @@ def _whole(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{value!r} is not a whole number")
     return value
-
-
-@dataclass(frozen=True)
-class NewTensor:
-    """A tensor to be written: a name, a safetensors dtype and a shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Its bytes in the file."""
-        return num_bytes(self.dtype, self.shape)
 
 
 def header_bytes(tensors: Sequence[NewTensor]) -> tuple[bytes, dict[str, int]]:

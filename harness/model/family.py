@@ -229,11 +229,6 @@ class Family:
         """Those that the text part may have; the published one first."""
         return (self.published.text_prefix, *self.other_prefixes)
 
-    @property
-    def architectures(self) -> tuple[str, ...]:
-        """The architectures whose checkpoints can be planned, built and verified."""
-        return tuple(self.modeling)
-
     @cached_property
     def _compiled(self) -> tuple[tuple[re.Pattern[str], Role], ...]:
         prefix = f"(?:{'|'.join(map(re.escape, self.prefixes))})?"

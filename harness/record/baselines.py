@@ -6,20 +6,20 @@
       {"utc": "...", "reason": "first baseline", "commit": "...", "records": {
         "ppl/wikitext2-512": {"w4a4": {"file": "<machine>/<file>.jsonl", "sha256": "..."}}}}]}
 
-A baseline holds no numbers. It names whole runs, by their path from the folder that `baselines/` lies in and by their
-digest, so that every comparison is made anew from raw observations. The last entry of the history is in force; earlier
-entries stay, each with the reason for which it was made. A run that is gone, cut or changed is an error and never left
-out.
+A baseline holds no numbers. It names whole runs, by their path from the folder that holds `baselines/` and by their
+digest, so that every comparison is made anew from raw observations. The last entry is in force; earlier entries stay
+with their reasons. A run that is gone, cut or changed is an error and never left out.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
 from harness.record import store
+from harness.record.keys import Key, Keys, optional
 from harness.record.run import Record, utc_now
 
 SCHEMA = 1
@@ -28,8 +28,7 @@ Slots = Mapping[str, Mapping[str, Record]]
 
 
 def slot(record: Record) -> str:
-    """What a run measured, as a baseline calls it: the measure, followed by the protocol of a perplexity or by a task's
-    name in the suite."""
+    """What a run measured: the measure, followed by the protocol of a perplexity or by a task's name in the suite."""
     key = {"ppl": "protocol", "tasks": "name"}.get(record.run.measure)
     return record.run.measure if key is None else f"{record.run.measure}/{(record.run.dataset or {}).get(key)}"
 
@@ -98,29 +97,21 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+_FILE = Keys(file=Key("text", "The run's path from the folder."), sha256=Key("text", "The digest of its file."))
+_ENTRY = Keys(
+    utc=Key("text", "When the baseline was made."),
+    reason=Key("text", "Why."),
+    records=Key("open table", "By what was measured and by row: a run's `_FILE`."),
+    **optional(commit=Key("text", "The commit of the harness.", nullable=True)),
+)
 
 
-def _is_text_or_null(value: object) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _are_records(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(rows, dict)
-        and all(isinstance(one, dict) and one.keys() == {"file", "sha256"} for one in rows.values())
-        and all(isinstance(text, str) for one in rows.values() for text in one.values())
-        for rows in value.values()
-    )
-
-
-_ENTRY: dict[str, Callable[[object], bool]] = {
-    "utc": _is_text,
-    "reason": _is_text,
-    "commit": _is_text_or_null,
-    "records": _are_records,
-}
+def _wrong_key(entry: Mapping[str, Any]) -> str | None:
+    """The first key of an entry of the history that is not what it must be; None for a good entry."""
+    if wrong := _ENTRY.problem(entry):
+        return wrong
+    slots = Keys(dict.fromkeys(entry["records"], Key("named tables", "By row.", keys=_FILE)))
+    return "records" if slots.problem(entry["records"]) or slots.unknown(entry["records"]) else None
 
 
 def _history(path: Path, suite: str) -> list[dict[str, Any]]:
@@ -135,7 +126,6 @@ def _history(path: Path, suite: str) -> list[dict[str, Any]]:
     if not isinstance(entries, list) or (document.get("schema"), document.get("suite")) != (SCHEMA, suite):
         raise UserError(f"{path} is no list of baselines of suite '{suite}'.", "Restore it as it was committed.")
     for number, entry in enumerate(entries):
-        wrong = [key for key, is_good in _ENTRY.items() if not isinstance(entry, dict) or not is_good(entry.get(key))]
-        if wrong:
-            raise UserError(f"{path}: entry {number} has no good '{wrong[0]}'.", "Restore it as it was committed.")
+        if wrong := _wrong_key(entry if isinstance(entry, dict) else {}):
+            raise UserError(f"{path}: entry {number} has no good '{wrong}'.", "Restore it as it was committed.")
     return entries

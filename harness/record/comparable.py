@@ -2,73 +2,49 @@
 
 from harness.record.run import Record, Run
 
-# What must be equal in the headers of two runs of a measure before their numbers may be compared. Speed belongs to
-# one session on one machine; a loss in quality belongs to the same tokens through the same arithmetic.
+
+def _of(table: str, *keys: str) -> tuple[str, ...]:
+    return tuple(f"{table}.{key}" for key in keys)
+
+
+_SOURCE = ("measure_version", "variant.source_digest")
+_RELEASE = _of("engine", "name", "version")
+_ENGINE = (*_RELEASE, "engine.dtype", "engine.device")
+
+# Speed belongs to one session on one machine; a loss in quality belongs to the same tokens through the same arithmetic.
 COMPARABLE: dict[str, tuple[str, ...]] = {
     "ppl": (
-        "measure_version",
-        "variant.source_digest",
-        "dataset.protocol",
-        "dataset.token_ids_sha256",
-        "dataset.documents",
+        *_SOURCE,
+        *_of("dataset", "protocol", "token_ids_sha256", "documents"),
         "suite.ppl.batch_size",
-        "engine.name",
-        "engine.version",
-        "engine.dtype",
-        "engine.device",
-        "engine.effective.cpu_capability",
-        "engine.effective.attention_implementation",
-        "engine.effective.deltanet_implementation",
+        *_ENGINE,
+        *_of("engine.effective", "cpu_capability", "attention_implementation", "deltanet_implementation"),
     ),
     "fidelity": (
-        "measure_version",
-        "variant.source_digest",
-        "dataset.token_ids_sha256",
-        "dataset.window",
-        "dataset.distribution",
+        *_SOURCE,
+        *_of("dataset", "token_ids_sha256", "window", "distribution"),
         "suite.fidelity.batch_size",
-        "engine.name",
-        "engine.version",
-        "engine.dtype",
-        "engine.device",
+        *_ENGINE,
         "engine.effective.cpu_capability",
     ),
     "bench": (
-        "measure_version",
-        "variant.source_digest",
+        *_SOURCE,
         "session_id",
         "machine.name",
         "dataset.token_ids_sha256",
-        "engine.name",
-        "engine.version",
-        "engine.dtype",
-        "engine.device",
+        *_ENGINE,
         "engine.effective.threads",
     ),
     "tasks": (
-        "measure_version",
-        "variant.source_digest",
-        "dataset.name",
-        "dataset.task_digest",
-        "dataset.settings",
-        "dataset.tokenizer_digest",
+        *_SOURCE,
+        *_of("dataset", "name", "task_digest", "settings", "tokenizer_digest"),
         "packages.lm_eval",
-        "engine.name",
-        "engine.version",
-        "engine.dtype",
-        "engine.device",
+        *_ENGINE,
         "engine.effective.end_tokens",
     ),
     "peers": ("measure_version", "session_id", "suite_digest", "machine.name", "variant.source_digest"),
-    "sensitivity": (
-        "measure_version",
-        "variant.source_digest",
-        "dataset.token_ids_sha256",
-        "engine.name",
-        "engine.version",
-        "engine.dtype",
-    ),
-    "served": ("measure_version", "variant.source_digest", "machine.name", "engine.name", "engine.version"),
+    "sensitivity": (*_SOURCE, "dataset.token_ids_sha256", *_RELEASE, "engine.dtype"),
+    "served": (*_SOURCE, "machine.name", *_RELEASE),
     "build": ("measure_version",),
     "verify": ("measure_version",),
 }

@@ -11,23 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-Form = Literal[
-    "text",
-    "texts",
-    "flag",
-    "count",
-    "number",
-    "counts",
-    "numbers",
-    "named numbers",
-    "named texts",
-    "scores",
-    "table",
-    "tables",
-    "named tables",
-    "open table",
-    "anything",
-]
+Form = (
+    Literal["text", "flag", "count", "number", "table", "open table", "anything"]
+    | Literal["texts", "counts", "numbers", "tables", "named texts", "named numbers", "named tables", "scores"]
+)
 """What a value is in JSON. `count`: a whole number; `texts`, `counts`, `numbers`, `tables`: a list of them; `named …`:
 an object whose names are not fixed; `scores`: an object of numbers and lists of numbers; `open table`: an object that
 another page describes."""
@@ -148,37 +135,26 @@ def _check_of_form(key: Key) -> Check:
         # True is no number; NumPy's floats are.
         return (isinstance(value, float) or type(value) is int) and low <= value <= high
 
-    match key.form:
-        case "text":
-            return _is_text
-        case "flag":
-            return lambda value: value is True or value is False
-        case "count":
-            return is_count
-        case "number":
-            return is_number
-        case "texts":
-            return _list_of(_is_text)
-        case "counts":
-            return _list_of(is_count)
-        case "numbers":
-            return _some(_list_of(is_number))
-        case "named numbers":
-            return _some(_named(is_number))
-        case "named texts":
-            return _named(_is_text)
-        case "scores":
-            are_numbers = _some(_list_of(is_number))
-            return _named(lambda value: is_number(value) or are_numbers(value))
-        case "open table":
-            return lambda value: isinstance(value, dict)
-        case "anything":
-            return lambda value: value is not _MISSING
-    assert key.keys is not None
-    is_table = _table(key.keys)
-    if key.form == "table":
-        return is_table
-    return _some(_list_of(is_table)) if key.form == "tables" else _named(is_table)
+    if key.keys is not None:
+        is_table = _table(key.keys)
+        of_tables = {"table": is_table, "tables": _some(_list_of(is_table)), "named tables": _named(is_table)}
+        return of_tables[key.form]
+    are_numbers = _some(_list_of(is_number))
+    checks: dict[str, Check] = {
+        "text": _is_text,
+        "texts": _list_of(_is_text),
+        "named texts": _named(_is_text),
+        "flag": lambda value: value is True or value is False,
+        "count": is_count,
+        "number": is_number,
+        "counts": _list_of(is_count),
+        "numbers": are_numbers,
+        "named numbers": _some(_named(is_number)),
+        "scores": _named(lambda value: is_number(value) or are_numbers(value)),
+        "open table": lambda value: isinstance(value, dict),
+        "anything": lambda value: value is not _MISSING,
+    }
+    return checks[key.form]
 
 
 def _is_text(value: object) -> bool:

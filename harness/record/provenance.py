@@ -1,7 +1,7 @@
 """Where a number came from: the machine, the versions, the commit.
 
-Nothing here identifies a person or a place: no host name, no user, no path. A GPU is asked for through
-`nvidia-smi`, so provenance neither needs torch nor wakes a device.
+Nothing here identifies a person or a place: no host name, no user, no path. `nvidia-smi` tells of GPUs, so provenance
+neither needs torch nor wakes a device.
 """
 
 import importlib.metadata
@@ -28,9 +28,8 @@ PACKAGES = (
     "numpy",
 )
 
-# Memory bandwidth in bytes per second by the name that nvidia-smi gives, from NVIDIA's product pages and data
-# sheets (DGX Spark; RTX PRO 6000 Blackwell Workstation, Max-Q and Server Edition; GeForce RTX 5090; H100; H200;
-# DGX B200, per GPU). Only whole names count: an "NVIDIA H100 PCIe" is another product with another memory.
+# Memory bandwidth of one GPU in bytes per second by nvidia-smi's name, from NVIDIA's product pages and data sheets.
+# Only whole names count: an "NVIDIA H100 PCIe" is another product with another memory.
 _BANDWIDTH_BYTES_PER_SECOND = {
     "NVIDIA GB10": 273 * 10**9,
     "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 1792 * 10**9,

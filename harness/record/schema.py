@@ -4,12 +4,9 @@
     {"type": "sample", "kind": "window", ...}                   `SAMPLES`: raw observations, in the order they came
     {"type": "end", "status": "complete", "num_samples": ...}   `END`: proof that nothing is missing
 
-Every key has a type, a unit, bounds and a meaning, and `record/store.py` holds every record to them:
-
-* A record that is written has these keys and no others: anything else is a bug of the harness.
-* A record that is read must have every key that is not optional, each of its type and within its bounds, or it is named
-  and not used. Further names are passed over, so that a record of a later version, which may say more, can still be
-  compared; only the top level of the first and of the last line is exact.
+`record/store.py` holds every record to these keys, their types and their bounds. A record that is written has these
+keys and no others. A record that is read must have every key that is not optional, or it is named and not used; further
+names are passed over, because a record of a later version may say more, except at the top of the first and last line.
 
 Units come last in names: `nll_nats`, `step_seconds`, `weight_bytes`; counts begin with `num_` or end in `_tokens`; a
 share or a ratio is never percent. An `index` counts from 0. Digests are SHA-256 in hex.

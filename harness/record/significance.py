@@ -12,7 +12,7 @@ import numpy as np
 from scipy import special
 
 from harness.record import stats
-from harness.record.stats import TAIL, Estimate, student_quantile
+from harness.record.stats import Estimate, student_quantile
 
 # -- Tests of pairs ----------------------------------------------------------------------------------------------
 
@@ -71,18 +71,6 @@ def non_inferiority_p(loss: Estimate, margin: float) -> float | None:
     return _tail(margin - loss.value, loss, loss.high if margin >= loss.value else loss.low)
 
 
-def equivalence_p(difference: Estimate, margin: float) -> float | None:
-    """p-value of "the true difference is `margin` or more to either side": small where both sides are shown to be
-    equal.
-
-    Two one-sided tests (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987) 657-680): the larger
-    p-value of the two.
-    """
-    below = non_inferiority_p(difference, margin)
-    above = p_above(difference, -margin)
-    return None if above is None or below is None else max(above, below)
-
-
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     """p-values of several tests, adjusted so that all that are below a level hold together at that level.
 
@@ -111,31 +99,6 @@ def _tail(distance: float, estimate: Estimate, end: float | None) -> float | Non
 # -- Sample sizes ------------------------------------------------------------------------------------------------
 
 
-def detectable_margin(flip_share: float, num: int, power: float = 0.8, alpha: float = TAIL) -> float:
-    """The smallest loss (a share) that `num` paired right-or-wrong items can tell from none with the given power.
-
-    `flip_share` is the share of items that change sides where nothing is lost: the difference then has the standard
-    error sqrt(flip_share / num), by the normal approximation of McNemar's test (Miettinen, Biometrics 24 (1968)
-    339-352). A loss of z(1 - alpha) + z(power) standard errors is found with that power by a one-sided test at `alpha`;
-    alike, a variant that loses nothing is shown with that power to lose less. The default is what a 95 % interval
-    decides to one side. With alpha = 0.05 and flip shares of 5, 8, 10, 15 and 25 % it gives the margins that are often
-    quoted: 1.5 points for GSM8K's 1,319 items, 3.0 for IFEval's 541, 0.7 for MMLU-Pro's 12,032, 6.8 for GPQA Diamond's
-    198 and 23 for AIME's 30; at the default they are 13 % larger. A Tango interval is a little longer beside the margin
-    than at zero: that nothing lost is shown to be less than the margin has a power of 74 % for flips of 5 % and a
-    margin of 3 points, 78 % for 10 % and 80 % for 25 %; that a loss of the margin is seen, 80 to 85 %.
-    """
-    return _detectable_errors(power, alpha) * math.sqrt(flip_share / num)
-
-
-def num_for_margin(flip_share: float, margin: float, power: float = 0.8, alpha: float = TAIL) -> int:
-    """How many paired items `detectable_margin` needs for a margin (a share, above zero)."""
-    return _whole(flip_share * (_detectable_errors(power, alpha) / margin) ** 2)
-
-
-def _detectable_errors(power: float, alpha: float) -> float:
-    return float(special.ndtri(power) - special.ndtri(alpha))
-
-
 def num_needed(estimate: Estimate, margin: float) -> int | None:
     """How many units like those seen would bring the interval clear of `margin`, if the value stayed the same.
 
@@ -145,9 +108,5 @@ def num_needed(estimate: Estimate, margin: float) -> int | None:
     bound = estimate.high if margin > estimate.value else estimate.low
     if bound is None or margin == estimate.value:
         return None
-    return _whole(estimate.num * ((bound - estimate.value) / (margin - estimate.value)) ** 2)
-
-
-def _whole(number: float) -> int:
-    """Rounded up, but not for what is only an error of rounding."""
-    return math.ceil(number * (1 - 1e-12))
+    num = estimate.num * ((bound - estimate.value) / (margin - estimate.value)) ** 2
+    return math.ceil(num * (1 - 1e-12))  # an error of rounding is no unit more

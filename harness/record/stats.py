@@ -1,9 +1,8 @@
 """Estimates with intervals. Nothing here knows what is measured: numbers in, an `Estimate` out.
 
-All intervals are at 95 %. A bound is None where the data cannot support one at that level; a point is never
-dressed up as an interval. Resampling uses one fixed seed, so the same records give the same figures everywhere.
-What the intervals really cover, on data with the correlations of real windows, items and speeds, is simulated by
-`python -m studies.simulation`; its page is reports/statistics/README.md.
+All intervals are at 95 %. A bound is None where the data cannot support one at that level. Resampling uses one fixed
+seed, so the same records give the same figures everywhere. `python -m studies.simulation` measures what the intervals
+really cover, on data with the correlations of real windows, items and speeds: reports/statistics/README.md.
 
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6, 8 and 13; Hesterberg, What Teachers
 Should Know About the Bootstrap, The American Statistician 69 (2015), section 5.3 (the expanded percentile interval);
@@ -67,8 +66,7 @@ def weighted_mean(totals: Sequence[float], weights: Sequence[float], block: int 
     """The weighted mean over clusters: sum(totals) / sum(weights).
 
     Args (both [clusters]): each cluster's total, and how many observations it adds up. Sums of a divergence with token
-    counts give the divergence per token. `block`: see `paired_mean_difference`, whose assumptions and interval these
-    are.
+    counts give the divergence per token. Assumptions, interval and `block` are those of `paired_mean_difference`.
     """
     total, weight = np.asarray(totals, float), np.asarray(weights, float)
     if total.shape != weight.shape or total.ndim != 1 or not np.all(weight > 0):
@@ -81,28 +79,25 @@ def paired_mean_difference(
 ) -> Estimate:
     """The difference of two weighted means over the same clusters: sum(variant - baseline) / sum(weights).
 
-    Args (all [clusters]): each cluster's total under the baseline and under the variant, and its weight, that is
-    how many observations the total adds up. Totals of negative log-likelihood with token counts give the
-    difference of log-perplexities. `block`: how many neighbouring clusters belong together, see below.
+    Args (all [clusters]): each cluster's total under the baseline and under the variant, and its weight: how many
+    observations the total adds up. Totals of negative log-likelihood with token counts give the difference of
+    log-perplexities. `block`: how many neighbouring clusters belong together, see below.
 
-    Whole clusters are resampled, pair and weight together, because observations within a cluster are correlated
-    and because both sides saw the same ones; the estimate is a ratio of sums, recomputed in every resample.
-    Assumes that the clusters, or the blocks of them, are exchangeable and independent of each other.
+    Whole clusters are resampled, pair and weight together, because observations within a cluster are correlated and
+    both sides saw the same ones; every resample has a ratio of sums of its own. Assumes that the clusters, or the
+    blocks of them, are exchangeable and independent of each other.
 
     The interval is Hesterberg's expanded percentile interval: the percentile interval of n clusters is too narrow by
     sqrt(1 - 1/n) and by the ratio of normal to Student's t quantiles (10 % at 20 clusters), so the quantiles are taken
     at the level where sqrt(n / (n - 1)) times Student's t would be. Resamples never leave the range of the data, and
     the range of five clusters or fewer holds their mean in less than 95 % of cases; so a bound is never nearer than
-    Student's t times the standard error. In the simulation it covers 94.6 to 96.3 % of the losses at 5 to 215 windows.
-    It is too narrow where clusters are few and rare ones decide: 92 % of divergences of which one window in sixty
-    outweighs the rest, at 20 and 60 windows; 92 to 94 % of log-normal ones from 20 on; 84 % at 20 documents of which
-    few differ. BCa corrects little here, since the statistic is almost linear in the clusters, and has no answer when
-    all differences are equal, which is what a model compared with itself gives. Fewer than two clusters have no
-    interval.
+    Student's t times the standard error. It is too narrow where clusters are few and rare ones decide. BCa corrects
+    little here, since the statistic is almost linear in the clusters, and has no answer when all differences are
+    equal, as those of a model and itself are. Fewer than two clusters have no interval.
 
-    Neighbouring windows of one article are not independent: what the article makes hard is hard in all of them.
-    With `block` = b, every b neighbours are added up to one cluster (a last, shorter block is one too), and the
-    blocks are resampled; `block_length` is the b that the simulation found to suffice.
+    Neighbouring windows of one article are not independent: what the article makes hard is hard in all of them. With
+    `block` = b, every b neighbours are added up to one cluster (a last, shorter block is one too), and the blocks are
+    resampled; `block_length` is the b that the simulation found to suffice.
     """
     difference = np.asarray(variant, float) - np.asarray(baseline, float)
     weight = np.asarray(weights, float)
@@ -118,9 +113,8 @@ def paired_sum_ratio(variant: Sequence[float], baseline: Sequence[float], block:
     baseline not all zero. Divergences of two variants from one source, summed over each window, give the share of
     the baseline's divergence that the variant has left.
 
-    Whole clusters are resampled as pairs, so what makes a cluster hard for both sides cancels; the assumptions, the
-    interval and `block` are those of `paired_mean_difference`. Where a resample may draw a baseline of zero, there is
-    no interval.
+    Whole clusters are resampled as pairs, so what makes a cluster hard for both sides cancels. Assumptions, interval
+    and `block` are those of `paired_mean_difference`. There is no interval where a resample draws a baseline of zero.
     """
     above, below = np.asarray(variant, float), np.asarray(baseline, float)
     if above.shape != below.shape or above.ndim != 1 or (above < 0).any() or (below < 0).any() or not below.any():
@@ -132,11 +126,8 @@ def block_length(num: int) -> int:
     """How many neighbouring windows of running text to take for one cluster, of `num` windows in all: a twelfth.
 
     A block must be longer than what its windows have in common reaches, else the blocks are correlated themselves; the
-    longer it is, the fewer are left. On windows with the autocorrelation of an encyclopaedia's, single windows cover
-    the loss in 85 to 87 % of simulated cases and the divergence in 75 to 78 %. In blocks of a twelfth it is 95 % for
-    both at 581 windows, 91 to 93 % at 215 and 85 to 90 % below: few windows are few articles, which no method can make
-    more of. Where the windows are independent after all, the coverage is right too, and the interval a tenth longer
-    than it need be.
+    longer it is, the fewer are left. The simulation finds that a twelfth covers what single windows do not; where the
+    windows are independent after all, the interval is a tenth longer than it need be.
     """
     return max(1, num // 12)
 
@@ -174,14 +165,14 @@ def _ratio_of_sums(above: Array, below: Array, block: int, method: str) -> Estim
 
 
 def student_quantile(degrees: float) -> float:
-    """How many standard errors Student's t puts between a value and either end of its 95 % interval: the same number as
-    `scipy.stats.t.isf(TAIL, degrees)`, without the import of `scipy.stats`, which takes most commands longer than the
-    rest of their start."""
+    """How many standard errors Student's t puts between a value and either end of its 95 % interval.
+
+    As `scipy.stats.t.isf(TAIL, degrees)`, without the import of `scipy.stats`, which is slow."""
     return -float(special.stdtrit(degrees, TAIL))
 
 
 def _is_nothing(standard_error: float, value: float) -> bool:
-    """Whether values that are all equal left no spread to draw from: that is no evidence that there is none."""
+    """Whether all values are equal: nothing to draw from, and no evidence that there is no spread."""
     return standard_error <= 1e-12 * abs(value)
 
 
@@ -196,8 +187,8 @@ def _resampled_sums(columns: Array) -> Array:
 
 @lru_cache(maxsize=1)  # estimates come in series over the same number of clusters
 def _draws(num: int, start: int, size: int) -> Array:
-    """How often each of `num` rows is drawn [size, num] in the resamples from number `start` on; in column order, in
-    which a product with a column is fastest."""
+    """How often each of `num` rows is drawn [size, num] in the resamples from number `start` on; in column order, for
+    fast products with a column."""
     drawn = np.random.default_rng((SEED, start)).integers(num, size=(size, num), dtype=np.int32)
     cells = drawn * size + np.arange(size, dtype=np.int32)[:, None]
     return np.bincount(cells.ravel(), minlength=size * num).reshape(num, size).astype(float).T
@@ -209,10 +200,9 @@ def _draws(num: int, start: int, size: int) -> Array:
 def median(values: Sequence[float]) -> Estimate:
     """The median with the exact interval between two order statistics.
 
-    The number of values below the true median is binomial(n, 1/2) whatever their distribution, so the interval holds
-    for skewed timings too and needs no resampling; its coverage is at least 95 %. Below n = 6 not even the range of the
-    values reaches 95 % (1 - 2 / 2**5 = 93.8 %), and there is no interval. Assumes independent values of one
-    distribution: give one value per repetition, not one per step.
+    The number of values below the true median is binomial(n, 1/2) whatever their distribution, so the interval covers
+    at least 95 % for skewed timings too. Below n = 6 not even the range of the values does (1 - 2 / 2**5 = 93.8 %), and
+    there is no interval. Assumes independent values of one distribution: one per repetition, not one per step.
     """
     data = np.asarray(values, float)
     num = len(data)
@@ -221,12 +211,11 @@ def median(values: Sequence[float]) -> Estimate:
     ordered = np.sort(data)
     low, high = (float(ordered[rank - 1]), float(ordered[-rank])) if rank else (None, None)
     method = "median, order-statistic interval"
-    return Estimate(float(np.median(data)), low, high, len(data), method, _implied_error(low, high, len(data)))
+    return Estimate(float(np.median(data)), low, high, num, method, _implied_error(low, high, num))
 
 
 def hodges_lehmann_ratio(variant: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """How many times as large the one of two independent samples of positive values is as the other: variant /
-    baseline.
+    """The ratio of two independent samples of positive values: variant / baseline.
 
     The value is exp of the median of all differences of logarithms (Hodges and Lehmann 1963). The interval inverts
     the exact Mann-Whitney test (Moses; Hollander and Wolfe, Nonparametric Statistical Methods (1999), section 4.3): it
@@ -235,9 +224,7 @@ def hodges_lehmann_ratio(variant: Sequence[float], baseline: Sequence[float]) ->
     have an interval (97.1 %), three and three have none. Takes memory for all pairs.
 
     Assumes independent values. Repetitions within one start of an engine are not: what a start does to the speed it
-    does to all its repetitions. With two starts of five repetitions whose starts vary as much as their repetitions do,
-    the interval covers the truth in 73 % of simulated cases, and in 58 % where starts vary three times as much;
-    `ratio_of_groups` is for those.
+    does to all its repetitions; `ratio_of_groups` is for those.
     """
     above, below = _positive(variant), _positive(baseline)
     ratios = np.sort((above[:, None] / below).ravel())
@@ -261,9 +248,8 @@ def ratio_of_groups(variant: Sequence[Sequence[float]], baseline: Sequence[Seque
 
     Each group counts as one value, its mean logarithm; the interval is Student's t for two samples with common
     variance, on the logarithms, with as many degrees of freedom as there are groups less two, and the value is exp of
-    the difference. Assumes that groups are independent and their means, as logarithms, normal with one variance; says
-    nothing of how values vary within a group, because only the groups are independent. It is wide: with two groups a
-    side, 4.3 standard errors to each side. In the simulation it covers 95 ± 1 % however much groups vary.
+    the difference. Assumes that groups are independent and their means, as logarithms, normal with one variance. It is
+    wide: with two groups a side, 4.3 standard errors to each side.
     """
     sides = [np.array([np.log(_positive(group)).mean() for group in side]) for side in (variant, baseline)]
     above, below = sides
@@ -313,9 +299,8 @@ def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
     not matter. The interval is Tango's (Statistics in Medicine 17 (1998) 891-908): all differences that the score test,
     whose variance is the one under the tested difference, does not reject. So it has a length also where nothing
     flipped, unlike Wald's and the bootstrap's, and stays within -1 and 1. Newcombe's method 10 (1998), its usual rival,
-    needs the items that both sides solve as well. In the simulation it covers 94 to 96 % where four flips or more are
-    to be expected, and more where fewer are. Assumes independent items: repetitions of one document are not, and belong
-    to `paired_mean_difference`.
+    needs the items that both sides solve as well. Assumes independent items: repetitions of one document are not, and
+    belong to `paired_mean_difference`.
 
     The standard error is the interval's half-width over Student's t, so that it is not zero without flips.
     """

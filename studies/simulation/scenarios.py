@@ -29,6 +29,7 @@ from scipy.stats import norm
 from harness.progress import Progress
 from harness.record import significance, stats
 from harness.record.stats import Estimate
+from studies.simulation import planning
 from studies.simulation.populations import Array, Flips, Populations, Windows
 
 Goal = Literal["coverage", "false alarms", "power"]
@@ -281,7 +282,7 @@ def _verdicts(populations: Populations) -> Iterator[Scenario]:
     def equal(windows: Windows, num: int, rng: Generator) -> bool:
         chosen = rng.integers(len(windows.above), size=num)
         found = stats.weighted_mean(windows.above[chosen].tolist(), windows.below[chosen].tolist())
-        p_value = significance.equivalence_p(found, abs(windows.truth))
+        p_value = planning.equivalence_p(found, abs(windows.truth))
         return p_value is not None and p_value <= ALARMS
 
     def any_of_seven(num: int, rng: Generator) -> bool:
@@ -320,7 +321,7 @@ def _powers() -> Iterator[Scenario]:
         return found.low is not None and found.low > 0
 
     for flip_share in (0.05, 0.1, 0.25):
-        num = significance.num_for_margin(flip_share, MARGIN)
+        num = planning.num_for_margin(flip_share, MARGIN)
         flip = f"{100 * flip_share:g} % flip, margin {100 * MARGIN:g} points"
         for data, function, trial in (
             (f"{flip}, nothing lost", "interval below the margin", shown),

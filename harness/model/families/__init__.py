@@ -10,37 +10,25 @@ from harness.model.family import Block, Family, ModelConfig, Part, Role
 FAMILIES = (qwen35.FAMILY, qwen3_next.FAMILY)
 
 
-def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a `config.json`, text-only classes included; `UserError`, naming `where`, for another
-    architecture."""
-    name = _architecture(config)
+def family_of(config: Mapping[str, Any], where: str, *, text_only: bool = True) -> Family:
+    """The family of a `config.json`; `UserError`, naming `where`, for an unknown architecture. `text_only`: whether the
+    architectures of a text part alone are known too."""
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
     for family in FAMILIES:
-        if name in family.modeling or name in family.text_only:
+        if name in family.modeling or (text_only and name in family.text_only):
             return family
-    raise _unknown(name, where)
+    raise UserError(
+        f"{where} is of architecture {name!r}, which this harness does not know.",
+        # Architectures have long names with much in common: only a slip of the pen is answered with another.
+        did_you_mean(str(name), [known for family in FAMILIES for known in family.modeling], cutoff=0.9),
+    )
 
 
 def parse_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """Reads a `config.json`; `UserError`, naming `where`, for an architecture that the harness does not build, or for a
     missing number."""
-    name = _architecture(config)
-    for family in FAMILIES:
-        if name in family.modeling:
-            return family.read_config(config, where)
-    raise _unknown(name, where)
-
-
-def _architecture(config: Mapping[str, Any]) -> Any:
-    architectures = config.get("architectures")
-    return architectures[0] if isinstance(architectures, list) and architectures else None
-
-
-def _unknown(name: Any, where: str) -> UserError:
-    return UserError(
-        f"{where} is of architecture {name!r}, which this harness does not know.",
-        # Architectures have long names with much in common: only a slip of the pen is answered with another.
-        did_you_mean(str(name), [known for family in FAMILIES for known in family.architectures], cutoff=0.9),
-    )
+    return family_of(config, where, text_only=False).read_config(config, where)
 
 
 def _role_named(name: str) -> Role | None:

@@ -3,19 +3,16 @@
 Plain pieces, from which a family's file puts itself together; a family takes those that are true of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.errors import UserError
-from harness.model.family import Block, ExpertNames, LayerNames, ModelConfig, Role, Tensors
+from harness.model.family import Block, ExpertNames, LayerNames, Layout, ModelConfig, Role, Tensors
 
 _QKV = r"re:.*self_attn\.(q|k|v|qkv)_proj$"
 _GATE_UP = r"re:.*mlp\.(gate|up|gate_up)_proj$"
 _EXPERTS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 _SHARED_GATE_UP = r"re:.*mlp\.shared_expert\.(gate|up|gate_up)_proj$"
-_MIXER = r"layers\.\d+\.self_attn\."
-_MLP = r"layers\.\d+\.mlp\."
-_SHARED = rf"{_MLP}shared_expert\."
 
 MTP = Role("mtp", r"mtp\..*", "mtp", target=r"re:.*mtp\..*")
 HEAD = Role("lm_head", r"lm_head\.weight", "head", "head", r"re:.*lm_head$", quantizable=True)
@@ -23,9 +20,15 @@ EMBEDDING = Role("embed_tokens", r"embed_tokens\.weight", "embedding")
 NORM = Role("norm", r"(norm|layers\.\d+\.(.*layernorm|self_attn\.[qk]_norm|linear_attn\.norm))\.weight", block="norm")
 
 
-def linear(name: str, tensor: str, block: Block, target: str, fused: str | None = None, **properties: bool) -> Role:
-    """The role of a linear layer of a decoder layer that recipes may quantize, unless `properties` say otherwise."""
-    return Role(name, tensor, "trunk", block, target, fused, **{"quantizable": True, **properties})
+def linear(
+    name: str, block: Block, target: str = "", fused: str | None = None, tensor: str = "", **properties: bool
+) -> Role:
+    """The role of a linear layer of a decoder layer, which recipes may quantize unless it is `always_16_bit`.
+    `tensor`, the pattern of what follows `layers.0.`, and `target` are those of a layer called `name`, unless given."""
+    escaped = name.replace(".", r"\.")
+    pattern = r"layers\.\d+\." + (tensor or rf"{escaped}\.weight")
+    properties["quantizable"] = not properties.get("always_16_bit")
+    return Role(name, pattern, "trunk", block, target or f"re:.*{escaped}$", fused, **properties)
 
 
 def deltanet(tensor: str, target: str | None = None, fused: str | None = None, **properties: bool) -> Role:
@@ -37,10 +40,10 @@ def deltanet(tensor: str, target: str | None = None, fused: str | None = None, *
 
 
 ATTENTION = (
-    linear("self_attn.q_proj", rf"{_MIXER}q_proj\.weight", "attention", _QKV, "qkv_proj"),
-    linear("self_attn.k_proj", rf"{_MIXER}k_proj\.weight", "attention", _QKV, "qkv_proj"),
-    linear("self_attn.v_proj", rf"{_MIXER}v_proj\.weight", "attention", _QKV, "qkv_proj"),
-    linear("self_attn.o_proj", rf"{_MIXER}o_proj\.weight", "attention", r"re:.*self_attn\.o_proj$", reads_hidden=False),
+    linear("self_attn.q_proj", "attention", _QKV, "qkv_proj"),
+    linear("self_attn.k_proj", "attention", _QKV, "qkv_proj"),
+    linear("self_attn.v_proj", "attention", _QKV, "qkv_proj"),
+    linear("self_attn.o_proj", "attention", reads_hidden=False),
 )
 DELTANET_OUTPUT = (
     deltanet("out_proj.weight", r"re:.*linear_attn\.out_proj$", quantizable=True, reads_hidden=False),
@@ -49,55 +52,24 @@ DELTANET_OUTPUT = (
     deltanet("dt_bias"),
 )
 MLP = (
-    linear("mlp.gate_proj", rf"{_MLP}gate_proj\.weight", "mlp", _GATE_UP, "gate_up_proj"),
-    linear("mlp.up_proj", rf"{_MLP}up_proj\.weight", "mlp", _GATE_UP, "gate_up_proj"),
-    linear("mlp.down_proj", rf"{_MLP}down_proj\.weight", "mlp", r"re:.*mlp\.down_proj$", reads_hidden=False),
+    linear("mlp.gate_proj", "mlp", _GATE_UP, "gate_up_proj"),
+    linear("mlp.up_proj", "mlp", _GATE_UP, "gate_up_proj"),
+    linear("mlp.down_proj", "mlp", reads_hidden=False),
 )
+_OF_GATE_UP = r"mlp\.experts\.(gate_up_proj|\d+\.(gate|up)_proj\.weight)"
+_OF_DOWN = r"mlp\.experts\.(down_proj|\d+\.down_proj\.weight)"
 EXPERTS = (
-    linear("mlp.router", rf"{_MLP}gate\.weight", "router", r"re:.*mlp\.gate$", quantizable=False, always_16_bit=True),
-    linear(
-        "mlp.experts.gate_up_proj",
-        rf"{_MLP}experts\.(gate_up_proj|\d+\.(gate|up)_proj\.weight)",
-        "experts",
-        _EXPERTS,
-        "w13",
-    ),
-    linear(
-        "mlp.experts.down_proj",
-        rf"{_MLP}experts\.(down_proj|\d+\.down_proj\.weight)",
-        "experts",
-        _EXPERTS,
-        reads_hidden=False,
-    ),
-    linear(
-        "mlp.shared_expert.gate_proj", rf"{_SHARED}gate_proj\.weight", "shared-expert", _SHARED_GATE_UP, "gate_up_proj"
-    ),
-    linear("mlp.shared_expert.up_proj", rf"{_SHARED}up_proj\.weight", "shared-expert", _SHARED_GATE_UP, "gate_up_proj"),
-    linear(
-        "mlp.shared_expert.down_proj",
-        rf"{_SHARED}down_proj\.weight",
-        "shared-expert",
-        r"re:.*mlp\.shared_expert\.down_proj$",
-        reads_hidden=False,
-    ),
-    linear(
-        "mlp.shared_expert_gate",
-        rf"{_MLP}shared_expert_gate\.weight",
-        "router",
-        r"re:.*shared_expert_gate$",
-        quantizable=False,
-        always_16_bit=True,
-    ),
+    linear("mlp.router", "router", r"re:.*mlp\.gate$", tensor=r"mlp\.gate\.weight", always_16_bit=True),
+    linear("mlp.experts.gate_up_proj", "experts", _EXPERTS, "w13", _OF_GATE_UP),
+    linear("mlp.experts.down_proj", "experts", _EXPERTS, tensor=_OF_DOWN, reads_hidden=False),
+    linear("mlp.shared_expert.gate_proj", "shared-expert", _SHARED_GATE_UP, "gate_up_proj"),
+    linear("mlp.shared_expert.up_proj", "shared-expert", _SHARED_GATE_UP, "gate_up_proj"),
+    linear("mlp.shared_expert.down_proj", "shared-expert", reads_hidden=False),
+    linear("mlp.shared_expert_gate", "router", r"re:.*shared_expert_gate$", always_16_bit=True),
 )
 
 EXPERT_NAMES = ExpertNames(
-    module="experts",
-    router="gate",
-    gate_up="gate_up_proj",
-    gate="gate_proj",
-    up="up_proj",
-    down="down_proj",
-    fused="w13",
+    "experts", "gate", gate_up="gate_up_proj", gate="gate_proj", up="up_proj", down="down_proj", fused="w13"
 )
 LAYER_NAMES = LayerNames(
     input_norm="input_layernorm",
@@ -119,31 +91,34 @@ def number(table: Mapping[str, Any], key: str, where: str, least: int = 1) -> in
 
 def hybrid_numbers(text: Mapping[str, Any], where: str, *, has_experts: bool) -> dict[str, Any]:
     """The fields of a `ModelConfig` that all these models call alike in the table `text` of their configuration."""
-    num_layers = number(text, "num_hidden_layers", where)
-    interval = number(text, "full_attention_interval", where) if "full_attention_interval" in text else 4
+
+    def read(key: str) -> int:
+        return number(text, key, where)
+
+    num_layers = read("num_hidden_layers")
+    interval = read("full_attention_interval") if "full_attention_interval" in text else 4
+    of_experts = {
+        "num_experts": "num_experts",
+        "num_experts_per_token": "num_experts_per_tok",
+        "moe_intermediate_size": "moe_intermediate_size",
+        "shared_expert_intermediate_size": "shared_expert_intermediate_size",
+    }
     return {
-        "vocab_size": number(text, "vocab_size", where),
-        "hidden_size": number(text, "hidden_size", where),
+        "vocab_size": read("vocab_size"),
+        "hidden_size": read("hidden_size"),
         "num_layers": num_layers,
         "full_attention_layers": _full_attention_layers(text, num_layers, interval),
-        "num_heads": number(text, "num_attention_heads", where),
-        "num_kv_heads": number(text, "num_key_value_heads", where),
-        "head_dim": number(text, "head_dim", where),
-        "conv_kernel": number(text, "linear_conv_kernel_dim", where),
-        "linear_num_key_heads": number(text, "linear_num_key_heads", where),
-        "linear_num_value_heads": number(text, "linear_num_value_heads", where),
-        "linear_key_head_dim": number(text, "linear_key_head_dim", where),
-        "linear_value_head_dim": number(text, "linear_value_head_dim", where),
+        "num_heads": read("num_attention_heads"),
+        "num_kv_heads": read("num_key_value_heads"),
+        "head_dim": read("head_dim"),
+        "conv_kernel": read("linear_conv_kernel_dim"),
+        "linear_num_key_heads": read("linear_num_key_heads"),
+        "linear_num_value_heads": read("linear_num_value_heads"),
+        "linear_key_head_dim": read("linear_key_head_dim"),
+        "linear_value_head_dim": read("linear_value_head_dim"),
         "state_bytes_per_element": 2 if text.get("mamba_ssm_dtype") in ("bfloat16", "float16") else 4,
-        "num_experts": number(text, "num_experts", where) if has_experts else 0,
-        "num_experts_per_token": number(text, "num_experts_per_tok", where) if has_experts else 0,
-        "moe_intermediate_size": number(text, "moe_intermediate_size", where) if has_experts else 0,
-        "shared_expert_intermediate_size": (
-            number(text, "shared_expert_intermediate_size", where) if has_experts else 0
-        ),
-        "max_position_embeddings": (
-            number(text, "max_position_embeddings", where) if "max_position_embeddings" in text else None
-        ),
+        **{field: read(key) if has_experts else 0 for field, key in of_experts.items()},
+        "max_position_embeddings": read("max_position_embeddings") if "max_position_embeddings" in text else None,
     }
 
 
@@ -153,6 +128,25 @@ def _full_attention_layers(text: Mapping[str, Any], num_layers: int, interval: i
     if isinstance(types, list) and len(types) == num_layers:
         return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
     return tuple(range(interval - 1, num_layers, interval))
+
+
+def trunk(config: ModelConfig, layout: Layout, projections: Callable[[ModelConfig, str], Tensors]) -> Tensors:
+    """Embedding, decoder layers, last norm and head. `projections` gives DeltaNet's tensors that read the hidden
+    states, by the prefix of their layer."""
+    yield f"{layout.text_prefix}embed_tokens.weight", (config.vocab_size, config.hidden_size)
+    for layer in range(config.num_layers):
+        prefix = f"{layout.text_prefix}layers.{layer}."
+        yield from norms(config, prefix)
+        if layer in config.full_attention_layers:
+            yield from attention(config, prefix)
+        else:
+            yield from projections(config, prefix)
+            yield from deltanet_state(config, prefix)
+        has_experts = config.has_experts(layer)
+        yield from feed_forward(config, prefix, has_experts=has_experts, fused_experts=layout.fused_experts)
+    yield f"{layout.text_prefix}norm.weight", (config.hidden_size,)
+    if not config.tied_embeddings:
+        yield "lm_head.weight", (config.vocab_size, config.hidden_size)
 
 
 def norms(config: ModelConfig, prefix: str) -> Tensors:

@@ -74,31 +74,19 @@ def _read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 def _tensors(config: ModelConfig, layout: Layout, with_mtp: bool) -> Tensors:
     """Shapes follow transformers' modeling_qwen3_5.py and modeling_qwen3_5_moe.py."""
-    yield f"{layout.text_prefix}embed_tokens.weight", (config.vocab_size, config.hidden_size)
-    for layer in range(config.num_layers):
-        prefix = f"{layout.text_prefix}layers.{layer}."
-        yield from deltanet.norms(config, prefix)
-        if layer in config.full_attention_layers:
-            yield from deltanet.attention(config, prefix)
-        else:
-            yield from _deltanet(config, prefix)
-        yield from deltanet.feed_forward(config, prefix, has_experts=config.is_moe, fused_experts=layout.fused_experts)
-    yield f"{layout.text_prefix}norm.weight", (config.hidden_size,)
-    if not config.tied_embeddings:
-        yield "lm_head.weight", (config.vocab_size, config.hidden_size)
+    yield from deltanet.trunk(config, layout, _projections)
     if config.vision is not None:
         yield from _vision_tower(config.vision)
     if with_mtp:
         yield from deltanet.mtp_head(config, has_experts=config.is_moe, fused_experts=layout.fused_mtp_experts)
 
 
-def _deltanet(config: ModelConfig, prefix: str) -> Tensors:
+def _projections(config: ModelConfig, prefix: str) -> Tensors:
     key, value, heads = config.linear_key_size, config.linear_value_size, config.linear_num_value_heads
     yield prefix + "linear_attn.in_proj_qkv.weight", (2 * key + value, config.hidden_size)
     yield prefix + "linear_attn.in_proj_z.weight", (value, config.hidden_size)
     yield prefix + "linear_attn.in_proj_b.weight", (heads, config.hidden_size)
     yield prefix + "linear_attn.in_proj_a.weight", (heads, config.hidden_size)
-    yield from deltanet.deltanet_state(config, prefix)
 
 
 def _vision_tower(vision: Mapping[str, int]) -> Tensors:

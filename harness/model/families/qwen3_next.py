@@ -63,26 +63,16 @@ def _read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _tensors(config: ModelConfig, layout: Layout, with_mtp: bool) -> Tensors:
-    yield f"{layout.text_prefix}embed_tokens.weight", (config.vocab_size, config.hidden_size)
-    for layer in range(config.num_layers):
-        prefix = f"{layout.text_prefix}layers.{layer}."
-        yield from deltanet.norms(config, prefix)
-        if layer in config.full_attention_layers:
-            yield from deltanet.attention(config, prefix)
-        else:
-            key, value = config.linear_key_size, config.linear_value_size
-            yield prefix + "linear_attn.in_proj_qkvz.weight", (2 * key + 2 * value, config.hidden_size)
-            yield prefix + "linear_attn.in_proj_ba.weight", (2 * config.linear_num_value_heads, config.hidden_size)
-            yield from deltanet.deltanet_state(config, prefix)
-        yield from deltanet.feed_forward(
-            config, prefix, has_experts=config.has_experts(layer), fused_experts=layout.fused_experts
-        )
-    yield f"{layout.text_prefix}norm.weight", (config.hidden_size,)
-    if not config.tied_embeddings:
-        yield "lm_head.weight", (config.vocab_size, config.hidden_size)
+    yield from deltanet.trunk(config, layout, _projections)
     if with_mtp:
         # vLLM numbers the head's layers from 0 and gives layer 0 what layer 0 of the trunk would have.
         yield from deltanet.mtp_head(config, has_experts=config.has_experts(0), fused_experts=layout.fused_mtp_experts)
+
+
+def _projections(config: ModelConfig, prefix: str) -> Tensors:
+    key, value = config.linear_key_size, config.linear_value_size
+    yield prefix + "linear_attn.in_proj_qkvz.weight", (2 * key + 2 * value, config.hidden_size)
+    yield prefix + "linear_attn.in_proj_ba.weight", (2 * config.linear_num_value_heads, config.hidden_size)
 
 
 FAMILY = Family(
