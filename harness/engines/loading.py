@@ -147,10 +147,8 @@ def _load_by_transformers(
 
 
 def _refuse_partial(folder: Path, family: Family, report: dict[str, Any]) -> None:
-    """transformers fills a tensor it misses with random numbers and only warns; here that is an error.
-
-    The MTP head (multi-token prediction) is no part of the model class and is excused by transformers itself.
-    """
+    """`UserError` for a tensor that is missing, which transformers fills with random numbers, or has no place. The MTP
+    head (multi-token prediction), which is no part of the model class, is excused."""
     unexpected = [key for key in report["unexpected_keys"] if family.part_of(key) != "mtp"]
     for what, keys in (
         ("lacks", sorted(report["missing_keys"])),

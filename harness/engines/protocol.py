@@ -21,8 +21,7 @@ from harness.sampling import GREEDY, Sampling
 
 @dataclass(frozen=True)
 class Registered:
-    """An engine that can be opened by name. Its module is imported only then, so that an engine that is not installed
-    harms no other."""
+    """An engine that can be opened by name. Its module is imported only then, since it may not be installed."""
 
     module: str
     class_name: str
@@ -99,8 +98,7 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Drafts:
-    """What speculative decoding proposed and kept. Mean accepted length is 1 + accepted / drafts: the token that the
-    model itself adds is counted."""
+    """What speculative decoding proposed and kept. Mean accepted length is 1 + accepted / drafts."""
 
     num_drafts: int
     num_draft_tokens: int
@@ -123,8 +121,7 @@ class Decoded:
     prefill_seconds: float
     """From the start until the first new token of the whole batch is known."""
     step_seconds: tuple[float, ...]
-    """What came after the prefill, as finely as the engine times it: one for each further token of the whole batch, or
-    one for all of them."""
+    """What came after the prefill: one for each further token of the whole batch, or one for all of them."""
     drafts: Drafts | None = None
     """None where nothing was speculated."""
 
@@ -219,12 +216,10 @@ class Engine(Protocol):
 
     def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
         """For each window of n token ids, in order, the natural-log distributions [n - 1, vocabulary] after each of
-        its first n - 1 tokens; `score` picks from them. One window's are in memory at a time: 1 MB a token for a
-        vocabulary of 248,320."""
+        its first n - 1 tokens. One window's are in memory: 1 MB a token for a vocabulary of 248,320."""
 
     def top_log_probs(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[Top]:
-        """Of each window, in order, the `num` most probable tokens at each place, all where the vocabulary is
-        smaller: what can be had of an engine that serves, and kept."""
+        """Of each window, in order, the `num` most probable tokens at each place; all of a smaller vocabulary."""
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
         """Greedy continuation of a batch of equally long prompts by `num_tokens` each, with a real KV and state
@@ -234,8 +229,7 @@ class Engine(Protocol):
         """(Its place, its options' probabilities) of each choice, as they are known; `batch_size` contexts at once."""
 
     def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[int, Answer]]:
-        """(Its place, the answer) of each prompt, as they end; `batch_size` at a time where the engine does not decide
-        that itself."""
+        """(Its place, the answer) of each prompt, as they end; `batch_size` at once unless the engine decides that."""
 
     def memory(self) -> Memory:
         """The peaks since this engine started."""

@@ -49,8 +49,7 @@ _NOT_COPIED_NAMES = ("config.json", INDEX, "README.md", MANIFEST, CALIBRATION)
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished variant. `reused` tells whether this call found it or built it; the other fields after it are
-    what a build measured and empty for a reused one."""
+    """A finished variant, found (`reused`) or built. What a build measures is empty for a reused one."""
 
     folder: Path
     digest: str

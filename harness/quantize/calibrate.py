@@ -153,8 +153,7 @@ class _HalfPass:
         experts: Experts | None,
         keep_reference: bool,
     ) -> None:
-        """Statistics of one stage's inputs, over all batches. `keep_reference` runs the unquantized half to its end
-        and stores what comes out."""
+        """Statistics of one stage's inputs; `keep_reference` also stores what the unquantized half gives."""
         watched = {name: groups[name][0].module for name in sites}
         for number, batch in enumerate(self.batches):
             hidden = self.before.quantized[number]

@@ -24,8 +24,7 @@ WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 @dataclass
 class Encoder:
-    """Encodes linear layers of a checkpoint piece by piece, with scales by method `scales`. `formats` is by source
-    tensor."""
+    """Encodes linear layers of a checkpoint piece by piece, by method `scales`; `formats` is by source tensor."""
 
     checkpoint: Checkpoint
     formats: Mapping[str, Format]

@@ -26,8 +26,7 @@ class Plan:
 
 
 def plan(config: ModelConfig, tensors: Sequence[SourceTensor], recipe: Recipe | None) -> Plan:
-    """The plan of `recipe` for a model; with no recipe every tensor is kept. `UserError` where a tensor of a
-    role to be quantized cannot be: a width that is no multiple of the block."""
+    """The plan of `recipe` for a model; with no recipe every tensor is kept. `UserError` as in `check_widths`."""
     formats = {} if recipe is None else recipe.formats(config.family)
     for tensor in tensors:
         check_widths(tensor, None if recipe is None else recipe.format_of(tensor.role))
@@ -73,9 +72,9 @@ def check_widths(tensor: SourceTensor, form: Format | None) -> None:
 
 @dataclass(frozen=True)
 class CalibrationMemory:
-    """What a calibrated build holds at once, in bytes: one decoder layer (two copies where the unquantized model goes
-    along), the statistics of its inputs, what quantizing its largest group and a batch's forward pass take for a
-    moment, the hidden states kept in memory, and the interpreter with its libraries and what its allocator keeps."""
+    """What a calibrated build holds at once, in bytes: one decoder layer (two where the unquantized model goes along),
+    the statistics of its inputs, what quantizing its largest group and a forward pass take for a moment, the hidden
+    states kept in memory, and the interpreter with its libraries."""
 
     layer: int
     statistics: int

@@ -68,12 +68,10 @@ def read_samples(
     demo_texts: Mapping[str, Callable[[], Iterator[str]]],
     progress: Progress,
 ) -> CalibrationSet:
-    """The samples of a calibration set, by the tokenizer in `tokenizer_folder`.
+    """The samples of a calibration set, by the tokenizer in `tokenizer_folder`. Relative paths start at `base_folder`.
 
-    Relative paths start at `base_folder`. `demo_texts` has, by the name of a part of the embedded corpus, the texts
-    that it consists of; they are joined with nothing in between, so each should end as the model's training texts do.
-
-    `UserError` for a file, column, row, template or dataset that is missing or wrong, and for too few usable rows.
+    `demo_texts` has the texts of each part of the embedded corpus; they are joined with nothing in between. `UserError`
+    for a file, column, row, template or dataset that is missing or wrong, and for too few usable rows.
     """
     encoder = _Encoder(tokenizer_folder)
     if any(isinstance(one, FileSamples | DatasetSamples) and (one.messages or one.user) for one in calibration.sources):
