@@ -1,8 +1,7 @@
 """Safetensors shards as a stream: read rows, write tensors, never hold a shard.
 
-The safetensors library maps whole files into memory, and mapped pages count as resident memory. Here tensors are read
-with `pread` in pieces and written with `pwrite` to the place that the header gives them, so memory stays at the size of
-a piece whatever the model's size is.
+The safetensors library maps whole files, and mapped pages count as resident memory. Here tensors are read with `pread`
+and written with `pwrite` in pieces, so memory stays at the size of a piece.
 
 Layout of a file (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header
 {name: {dtype, shape, data_offsets}}, then the tensors' bytes without gaps.
@@ -288,8 +287,8 @@ def _whole(value: object) -> int:
 def header_bytes(tensors: Sequence[NewTensor]) -> tuple[bytes, dict[str, int]]:
     """The head of a safetensors file of `tensors` and each tensor's absolute offset.
 
-    Tensors lie by dtype in the order of `DTYPES` and then by name, as the library writes them: every one is
-    then aligned to its items, and the bytes depend on nothing but names, dtypes and shapes.
+    Tensors lie by dtype in the order of `DTYPES` and then by name, as the library writes them: each is then aligned to
+    its items, and the bytes depend on names, dtypes and shapes alone.
     """
     rank = {dtype: place for place, dtype in enumerate(DTYPES)}
     ordered = sorted(tensors, key=lambda tensor: (rank[tensor.dtype], tensor.name))

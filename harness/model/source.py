@@ -1,8 +1,5 @@
-"""The census of a source: what its configuration says, and what the headers of its files say there is.
-
-No weight is read. `plan` and `build` start from the same census: which family's model it is, with which tensors in
-which roles, and which tensors have none.
-"""
+"""The census of a source, from which `plan` and `build` start: what its configuration and the headers of its files say.
+No weight is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
 """The keys of a JSON table: what each means, its type, unit and bounds, and the check that follows from them.
 
-`record/schema.py` is written in these words. A check is compiled once per table and run on every line that is written
-or read, so it is a few comparisons per key and nothing else.
+A check is compiled once per table, because it runs on every line that is written or read.
 """
 
 import math

@@ -82,8 +82,8 @@ def packages(names: Iterable[str] = PACKAGES) -> dict[str, str]:
 def git(folder: Path) -> dict[str, Any] | None:
     """{commit, dirty} of the checkout that tracks `folder`; None where no checkout does.
 
-    A package in a virtual environment may lie inside an unrelated checkout, which does not track it. `dirty` tells
-    whether tracked files in `folder` differ from the commit: fresh results and rewritten reports change no number.
+    A package in a virtual environment may lie inside an unrelated checkout. `dirty`: whether tracked files in `folder`
+    differ from the commit, because fresh results and rewritten reports change no number.
     """
     commit = _output("git", "-C", str(folder), "rev-parse", "--verify", "HEAD")
     if commit is None or _output("git", "-C", str(folder), "ls-files", "--error-unmatch", ".") is None:
@@ -93,10 +93,8 @@ def git(folder: Path) -> dict[str, Any] | None:
 
 
 def peak_rss_bytes() -> int | None:
-    """The most memory that this process has had resident since it started; None where the kernel does not say.
-
-    From VmHWM: unlike getrusage's maximum it begins anew at exec, so a large parent does not count.
-    """
+    """The most resident memory of this process; None where the kernel does not say. From VmHWM, which begins anew at
+    exec, unlike getrusage's maximum: a large parent does not count."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -133,10 +131,8 @@ def _cpu() -> str:
 
 
 def _gpu(csv: str | None) -> dict[str, Any] | None:
-    """The GPUs from nvidia-smi's `name, MiB, driver` lines; None without one.
-
-    Memory is that of one GPU and None where it is shared with the CPU ("[N/A]").
-    """
+    """The GPUs from nvidia-smi's `name, MiB, driver` lines; None without one. Memory is that of one GPU, None where it
+    is shared with the CPU ("[N/A]")."""
     rows = [[cell.strip() for cell in line.split(",")] for line in (csv or "").splitlines() if line.strip()]
     if not rows:
         return None

@@ -20,10 +20,9 @@ from harness.record.stats import Estimate, student_quantile
 def paired_permutation(baseline: Sequence[float], variant: Sequence[float]) -> float:
     """Two-sided p-value of two sides having the same totals over clusters (both [clusters]), by exchanging the sides.
 
-    Under the hypothesis that nothing but chance tells the sides of a pair apart, every pair may be exchanged: the
-    p-value is the share of exchanges whose mean difference is at least as far from zero (Fisher 1935). All 2^n of them
-    where these are no more than `stats.RESAMPLES`, else as many random ones. Assumes independent clusters, and no
-    distribution. Fewer than six clusters cannot give a p-value below 5 %, and a single one gives 1.
+    If nothing but chance tells the sides of a pair apart, every pair may be exchanged: the p-value is the share of
+    exchanges whose mean difference is at least as far from zero (Fisher 1935): of all 2^n, or of `stats.RESAMPLES`
+    random ones. Assumes independent clusters, no distribution. Fewer than six cannot give a p-value below 5 %.
     """
     difference = np.asarray(variant, float) - np.asarray(baseline, float)
     if len(difference) == 1:  # which scipy refuses
@@ -45,8 +44,7 @@ def paired_permutation(baseline: Sequence[float], variant: Sequence[float]) -> f
 def mcnemar(num_lost: int, num_won: int) -> float:
     """Two-sided p-value of losing and winning being equally likely, from the pairs in which the two sides differ.
 
-    The exact test of McNemar (1947): the lost ones are binomial(lost + won, 1/2). Assumes independent pairs. Without
-    any difference it is 1.
+    The exact test of McNemar (1947): the lost ones are binomial(lost + won, 1/2). Assumes independent pairs.
     """
     from scipy.stats import binomtest
 
