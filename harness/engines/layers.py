@@ -37,7 +37,7 @@ def device_named(name: str) -> torch.device:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, the models' own, on an accelerator. float32 on a CPU: few multiply bfloat16, and those that do not
+    """bfloat16, the models' own, on an accelerator. float32 on a CPU: few CPUs multiply bfloat16, and the others
     emulate it ten times slower."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 

@@ -83,7 +83,7 @@ class EngineInfo:
     kernels: Mapping[str, str] = field(default_factory=dict)
     """Layer kind -> what computed it."""
     served_as: str | None = None
-    """Where the arithmetic is not what the checkpoint says, what it is: every table shows it beside the variant."""
+    """The arithmetic that really runs, where the checkpoint says another: every table shows it beside the variant."""
     can_score: bool = True
     """Whether it tells how probable a text is; some servers do not."""
     warnings: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ class Scratch:
 
     def open(self, num_bytes: int) -> int:
         """The finished steps of the pass that this one continues, or 0 in a folder that `num_bytes` will fit into. The
-        folder is this process's alone until `close`; `UserError` where it is another one's."""
+        folder is this process's alone until `close`; `UserError` where another process uses it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / _LOCK).open("ab")

@@ -178,7 +178,7 @@ class Streamed:
             scratch.close()
 
     def _heads(self) -> list["_Head"]:
-        """The head of each model; one that another model stores too is in memory once."""
+        """The head of each model; models that store the same head share it in memory."""
         found: list[_Head] = []
         for number, model in enumerate(self._models):
             same = (found[other] for other in range(number) if model.stores_the_head_of(self._models[other]))

@@ -58,6 +58,7 @@ class CpuCompressedTensorsConfig(CompressedTensorsConfig):
         return super()._get_scheme_from_parts(weight_quant, input_quant, *rest, **named)
 
     def get_quant_method(self, layer: Layer, prefix: str) -> Any:
+        """vLLM asks here what computes a layer."""
         if isinstance(layer, RoutedExperts):
             self._add_fused_moe_to_target_scheme_map()
             names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
@@ -94,16 +95,19 @@ class CpuNvFp4LinearKernel(NvFp4LinearKernel):
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        """On every CPU."""
         return True, None
 
     @classmethod
     def can_implement(cls, config: NvFp4LinearLayerConfig) -> tuple[bool, str | None]:
+        """Every layer."""
         return True, None
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         """Nothing: the scheme has the scales as they were stored, and decodes."""
 
     def apply_weights(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output `[..., out]` for inputs `x [..., in]`."""
         if self._rounds_inputs:
             scale = layer.stored_input_scale
             x = nvfp4.round_trip(x, nvfp4.activation_block_scales(x, scale), scale)
@@ -120,6 +124,7 @@ class CpuNvFp4Scheme(CompressedTensorsW4A4Fp4):
         self.kernel = CpuNvFp4LinearKernel(rounds_inputs=not use_a16)
 
     def create_weights(self, layer: Layer, *args: Any, params_dtype: torch.dtype, **named: Any) -> None:
+        """Declares vLLM's own parameters, and notes the type that the layer computes in."""
         layer.computed_in = params_dtype
         super().create_weights(layer, *args, params_dtype=params_dtype, **named)
 
@@ -139,6 +144,7 @@ class CpuFp8Scheme(CompressedTensorsScheme):
 
     @classmethod
     def get_min_capability(cls) -> int:
+        """Of a GPU; a CPU has none."""
         return 0
 
     def __init__(self) -> None:
@@ -169,6 +175,7 @@ class CpuFp8Scheme(CompressedTensorsScheme):
         del layer.weight_scale
 
     def apply_weights(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output `[..., out]` for inputs `x [..., in]`."""
         return functional.linear(fp8.fake_quantize_tokens(x), layer.weight, bias)
 
 

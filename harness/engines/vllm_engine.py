@@ -337,8 +337,8 @@ def _sampling_params(prompt: Prompt) -> Any:
 
 
 def _scored(found: Any, start: int, end: int) -> Scored:
-    """Of a prompt's flat log-probabilities, those of the tokens from `start` to `end`. At each place the token itself
-    comes first and the most probable one after it, where it is another."""
+    """The log-probabilities of the tokens from `start` to `end` of a prompt, from vLLM's flat list. At each place the
+    token itself comes first, and after it the most probable token where that is another."""
     own, greedy = [], True
     for place in range(start, end):
         told = found.logprobs[found.start_indices[place] : found.end_indices[place]]

@@ -65,6 +65,7 @@ class Log:
                 os.close(copy)
 
     def text(self) -> str:
+        """All that was written so far."""
         return self.path.read_text(encoding="utf-8", errors="replace")
 
     def relevant(self) -> tuple[str, ...]:
@@ -86,6 +87,7 @@ class Log:
 
 
 def kv_tokens(log: str) -> int | None:
+    """The tokens that vLLM's KV cache holds, as its log says; None where it does not say."""
     found = re.findall(r"KV cache size: ([\d,]+) tokens", log)
     return int(found[-1].replace(",", "")) if found else None
 

@@ -32,7 +32,7 @@ VERSION = 4
 """Bumped when the same source and recipe give other bytes."""
 
 MANIFEST = "harness-build.json"
-"""The file in an artifact that says what it was built from; a folder with it is ours."""
+"""The file in an artifact that says what it was built from; only artifacts of the harness have it."""
 
 CALIBRATION = "harness-calibration.json"
 """The file in an artifact that says what it was calibrated on, and what every layer made of that."""
@@ -83,7 +83,8 @@ def identity_of(
 
 
 def digest_of_existing(out: Path, identity: dict[str, Any], recipe: Recipe) -> str | None:
-    """The digest of the artifact in `out` if it is the one to be built; None if there is nothing in the way."""
+    """The digest of the artifact in `out`, where the same build made it; None where `out` is free. `UserError` where
+    `out` holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST).is_file():
@@ -119,7 +120,7 @@ def commit_folder(out: Path) -> None:
 
 def altered(folder: Path, source: Path, recipe: Recipe, progress: Progress) -> list[str]:
     """The files of the artifact in `folder` that are not, byte for byte, what its build of `recipe` from `source` wrote
-    down in its manifest; one that is missing is among them. Every file is read whole."""
+    down in its manifest; missing files are among them. Every file is read whole."""
     checkpoint = open_checkpoint(source)
     tensors = census_of(checkpoint).tensors
     formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
@@ -175,6 +176,7 @@ def difference_of_builds(found: Mapping[str, Any], wanted: Mapping[str, Any]) ->
 
 
 def new_tensors(checkpoint: Checkpoint, tensor: SourceTensor, form: Format | None) -> Iterator[NewTensor]:
+    """The tensors of an artifact that one tensor of the source becomes, stored in `form`, or as it is for None."""
     if form is None:
         yield NewTensor(tensor.name, checkpoint.tensors[tensor.name].dtype, tensor.shape)
         return
@@ -193,4 +195,5 @@ def _iscopied(name: str) -> bool:
 
 
 def pretty_json(value: Any) -> bytes:
+    """A value as JSON that people read: indented, UTF-8."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -44,7 +44,7 @@ class Recipe:
         return self.method.needs_moments or any(form.needs_calibration for form, _ in self.stored)
 
     def with_method(self, scales: str | None = None, codes: str | None = None) -> "Recipe":
-        """This recipe with another choice of block scales or codes; `UserError` for one that does not exist."""
+        """This recipe with another choice of block scales or codes; `UserError` for an unknown method."""
         for what, value, known in (("scales", scales, SCALE_METHODS), ("codes", codes, CODES)):
             if value is not None and value not in known:
                 raise UserError(f"There is no method '{value}' for {what}.", did_you_mean(value, known))

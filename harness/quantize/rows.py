@@ -37,7 +37,7 @@ class Content:
 
 
 def open_samples(source: Samples, base_folder: Path, demo_texts: Mapping[str, Callable[[], Iterator[str]]]) -> Content:
-    """Finds a source, and checks that it has the columns it is to be read by."""
+    """Opens a source, and checks that it has the columns that the calibration reads."""
     match source:
         case DemoSamples(demo=demo):
             if demo not in demo_texts:

@@ -198,7 +198,7 @@ def measure_half(
 
 @dataclass
 class _Share:
-    """The energy of an error and of what it is an error of."""
+    """The energy of an error, and the energy of the output that has it."""
 
     error: float = 0.0
     energy: float = 0.0

@@ -30,7 +30,7 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T
 
 
 def num_threads() -> int:
-    """Processors to encode on: those that this process may use, up to where reading becomes the limit and memory,
+    """Processors to encode on: all that this process may use, up to where reading becomes the limit and memory,
     which grows with the pieces under way, would not pay."""
     return min(len(os.sched_getaffinity(0)), 8)
 
