@@ -47,7 +47,7 @@ def test_every_file_that_is_named_for_a_thing_exists(thing: str) -> None:
     assert named and [path for path in named if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("thing", ["A family", "A format", "A recipe", "A protocol", "A measure", "A section"])
+@pytest.mark.parametrize("thing", ["A family", "A format", "A recipe", "A protocol", "A measure", "A section of the card"])
 def test_each_of_these_names_the_test_that_follows_it(thing: str) -> None:
     assert re.search(r"`tests/test_\w+\.py`", bullets()[thing])
 
