@@ -91,7 +91,7 @@ _DATASETS = {
     "ppl": Keys(
         **_TEXT,
         **_CUT,
-        protocol=Key("text", "How the text is cut and which tokens count: `harness list protocols`."),
+        protocol=Key("text", "How the text is cut and which tokens count, such as `wikitext2-512`."),
         **optional(
             unit=Key("text", "What the mean is taken over: `token` or `word`."),
             log_probs_sha256=Key("text", "Digest of the log-probabilities of the measured windows as float32."),

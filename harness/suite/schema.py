@@ -54,7 +54,7 @@ class Variant:
     """One quantization of the source."""
 
     recipe: NonEmpty
-    """A recipe's name: `harness list recipes` has them."""
+    """A recipe's name, as README lists them, such as `rtn-a16` or `w4a4`."""
     scales: Annotated[str, one_of("absmax", "search", "weighted-search")] | None = None
     """How scales are chosen; the recipe's own way where left out."""
     codes: Annotated[str, one_of("rtn", "gptq")] | None = None
@@ -128,7 +128,7 @@ class Perplexity:
     """`harness ppl`: a protocol fixes windows and scored tokens, the text fixes the rest."""
 
     protocols: Distinct[NonEmpty]
-    """Names of protocols (`harness list protocols`); the card's headline speaks of the first."""
+    """Names of protocols, such as `wikitext2-512`; the card's headline speaks of the first."""
     text: Text
     """The text that is predicted."""
     batch_size: AtLeast1 = 4
@@ -215,7 +215,7 @@ class Task:
     thinking: bool | None = None
     """Whether the chat template asks for thinking; if so, only what follows </think> is judged."""
     preset: Annotated[str, one_of(*PRESETS)] | None = None
-    """How tokens are sampled (`harness list presets`); the task's own way where left out."""
+    """How tokens are sampled, such as `thinking-general`; the task's own way where left out."""
     max_new_tokens: AtLeast1 | None = None
     """Tokens of an answer; the task's own bound where left out."""
     repeats: AtLeast1 = 1
