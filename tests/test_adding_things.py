@@ -1,6 +1,6 @@
 """What CONTRIBUTING says under "Adding things" is enough: each recipe is followed here, in memory, with nothing else.
 
-`tests/test_families.py` follows the recipe of a family, `tests/test_formats.py` the recipe of a format.
+`tests/test_families.py` follows the recipe of a family, `tests/test_adding_a_format.py` the recipe of a format.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from harness.cli import main
+from harness.errors import UserError
 from harness.formats.fp8 import FP8_DYNAMIC
 from harness.measure.perplexity import PROTOCOLS, Protocol
 from harness.quantize.recipes import RECIPES, Recipe
@@ -47,7 +48,9 @@ def test_every_file_that_is_named_for_a_thing_exists(thing: str) -> None:
     assert named and [path for path in named if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("thing", ["A family", "A format", "A recipe", "A protocol", "A measure", "A section of the card"])
+@pytest.mark.parametrize(
+    "thing", ["A family", "A format", "A recipe", "A protocol", "A measure", "A section of the card"]
+)
 def test_each_of_these_names_the_test_that_follows_it(thing: str) -> None:
     assert re.search(r"`tests/test_\w+\.py`", bullets()[thing])
 
@@ -83,7 +86,7 @@ def test_a_measure_is_its_samples_and_what_makes_two_runs_comparable(
     monkeypatch.setitem(comparable.COMPARABLE, "power", ("measure_version", "machine.name"))
     run = make_run("power", "source")
     with store.RunWriter(tmp_path, run) as writer:
-        with pytest.raises(ValueError, match="power_watts"):
+        with pytest.raises(UserError, match="power_watts"):
             writer.sample({"kind": "reading", "index": 0, "power_watts": -1.0})
         with pytest.raises(ValueError, match="volts"):
             writer.sample({"kind": "reading", "index": 0, "power_watts": 300.0, "volts": 12.0})

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from harness.record.roots import root_between
+from harness.record.stats import root_between
 
 
 @given(st.integers(0, 400), st.integers(0, 400), st.integers(1, 1000), st.sampled_from([-1.959963984540054, 2.5]))
