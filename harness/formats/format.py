@@ -90,8 +90,8 @@ class Format(ABC):
     block: ClassVar[int] = 1
     """Columns that share a scale: the width of a weight has to be a multiple of it."""
     weight_tensors: ClassVar[Mapping[str, int]]
-    """The tensors that a weight is decoded from: suffix → how many rows of the weight share a row of the tensor; 0 for a
-    tensor that all rows share."""
+    """The tensors that a weight is decoded from: suffix → how many rows of the weight share a row of the tensor; 0 for
+    a tensor that all rows share."""
     shared_scale_name: ClassVar[str | None] = None
     """The suffix of the shared scale; None for a format without one."""
     input_scale_name: ClassVar[str | None] = None
