@@ -24,7 +24,7 @@ def area(radius: float) -> float:
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_code_that_computes_does_not_change_without_its_version(name: str) -> None:
-    noted, found = json.loads(NOTED.read_text(encoding="utf-8")).get(name), now()[name]
+    noted, found = json.loads(NOTED.read_text(encoding="utf-8")).get(name), now(name)
     assert noted == found, (
         f"The code of {name} changed, or its version. If a number can differ, raise the version "
         f"({GROUPS[name].declared}). Then, or at once if no number can differ: python -m tests.computing_code"

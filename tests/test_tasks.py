@@ -1,6 +1,8 @@
 """Task evals against lm-eval run by itself on the same files, and everything that can be wrong with a task."""
 
+import contextlib
 import gc
+import io
 import json
 import os
 import re
@@ -463,14 +465,14 @@ def place(folder: Path, config: Any = GENERATE, suite: str = SUITE, **changes: A
 
 
 def document(folder: Path, *arguments: str, code: int = 0) -> Any:
-    done = subprocess.run(command(folder, "--json", *arguments), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return json.loads(done.stdout)
+    printed, said = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+        assert main(["tasks", "--suite", "suite.toml", "--json", *arguments]) == code, said.getvalue()
+    return json.loads(printed.getvalue())
 
 
 def test_an_interrupted_command_goes_on_where_it_was_and_ends_with_the_same_items(tmp_path: Path) -> None:
-    folder = place(tmp_path, count=200)
+    folder = place(tmp_path, count=80)
     process = subprocess.Popen(
         command(folder, "--variant", "source"),
         cwd=folder,
@@ -490,7 +492,7 @@ def test_an_interrupted_command_goes_on_where_it_was_and_ends_with_the_same_item
     assert complaint.startswith("harness: interrupted.")
     assert journal is not None
     before = journal.read_bytes().count(b"\n") - 1
-    assert 0 < before < 200
+    assert 0 < before < 80
     found = document(folder, "--variant", "source")
     again = store.read(folder / found["records"]["lists"]["source"])
     whole = store.read(folder / document(folder, "--variant", "source", "--fresh")["records"]["lists"]["source"])
@@ -548,14 +550,19 @@ def test_a_limited_run_is_never_reported(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_sentence_a_remedy_and_nothing_written(
-    change: tuple[str, str], arguments: Sequence[str], says: str, tmp_path: Path
+    change: tuple[str, str],
+    arguments: Sequence[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = place(tmp_path, suite=SUITE.replace(*change) if change[0] else SUITE)
-    done = subprocess.run(command(folder, *arguments), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 2
+    monkeypatch.chdir(folder)
+    assert main(["tasks", "--suite", "suite.toml", *arguments]) == 2
+    complaint = capsys.readouterr().err
+    assert says in complaint
+    assert len(complaint.strip().splitlines()) == 2
     assert not (folder / "results").exists()
     assert not (folder / "artifacts").exists()
 
