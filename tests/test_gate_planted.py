@@ -20,7 +20,6 @@ from harness.demo import checkpoint_path, corpus
 from harness.engines.protocol import Engine, open_engine
 from harness.measure import decode, fidelity, perplexity
 from harness.quantize.recipes import recipe_named
-from harness.record import significance
 from harness.record.run import Record
 from harness.record.store import read
 from harness.report import gate
@@ -28,6 +27,7 @@ from harness.report.gate import Judgement
 from harness.suite.rules import Rule
 from harness.suite.schema import Bench, Fidelity, Perplexity, Source, Suite, Task, Variant
 from harness.suite.texts import DemoText
+from studies.simulation import planning
 from tests.artifacts import change, quiet, write_artifact
 from tests.perplexities import protocol_samples
 from tests.records import DATASET, fidelity_record, make_record, mean_results, tasks_record
@@ -179,7 +179,7 @@ def test_three_points_of_a_task_are_caught_at_the_n_that_they_need() -> None:
         assert judgement.loss is not None and judgement.loss.value == pytest.approx(lost, abs=2 / num)
         return judgement.verdict
 
-    enough = significance.num_for_margin(flip_share, loss - margin)
+    enough = planning.num_for_margin(flip_share, loss - margin)
     assert verdict(enough, loss) == "fail"
     assert verdict(enough // 4, loss) == "inconclusive"
     assert verdict(4 * enough, 0.0) == "pass"
