@@ -23,6 +23,10 @@ del os.environ["TORCH_COMPILE_DISABLE"]  # vLLM's processes compile what they co
 
 OPTIONS: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 8, "kv_cache_gb": 0.5, "enforce_eager": True}
 
+IN_ONE_PROCESS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+"""Lets the worker run in the process of the engine, as on one GPU. On a CPU vLLM itself starts another process for it,
+and that imports everything a second time."""
+
 
 class Engines:
     """The engine that tests share: one at a time, because two take twice the memory."""
@@ -33,13 +37,12 @@ class Engines:
 
     def shared(self, folder: Path, **options: Any) -> VllmEngine:
         """vLLM on `folder` in bfloat16 with `OPTIONS` and `options`, to be left open: the one that runs if it is the
-        same. Its worker runs in the process of the engine, as on one GPU; by itself vLLM starts another process for
-        it on a CPU, and that imports everything a second time."""
+        same."""
         wanted = (folder, options)
         if self._engine is None or self._wanted != wanted:
             self.end()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+                patch.setenv(*IN_ONE_PROCESS)
                 engine = open_engine("vllm", folder, dtype="bfloat16", options={**OPTIONS, **options})
             assert isinstance(engine, VllmEngine)
             self._wanted, self._engine = wanted, engine
@@ -67,6 +70,12 @@ def engines() -> Iterator[Engines]:
 def alone(engines: Engines) -> None:
     """For a test that starts engines of its own, as users start them: the shared one does not run beside them."""
     engines.end()
+
+
+@pytest.fixture
+def in_one_process(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that starts engines of its own and does not look at their processes: one process each."""
+    monkeypatch.setenv(*IN_ONE_PROCESS)
 
 
 def group_of(test: str) -> str:

@@ -103,7 +103,7 @@ def test_an_engine_that_is_killed_says_so_and_leaves_no_process() -> None:
     assert not [child for child in alive if "resource_tracker" not in " ".join(child.cmdline())]
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("in_one_process")
 def test_a_setup_that_fails_leaves_the_others_their_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +134,7 @@ def test_a_model_length_that_is_too_short_is_told_before_anything_is_built(
 
 
 @pytest.mark.usefixtures("alone")
-def test_ppl_and_bench_run_through_the_command_line(
+def test_ppl_runs_through_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -144,6 +144,15 @@ def test_ppl_and_bench_run_through_the_command_line(
     document = json.loads(capsys.readouterr().out)
     assert set(document["records"]["wikitext2-512"]) == {"source", "nvfp4a16"}
     assert any("four times" in line for line in document["warnings"])
+
+
+@pytest.mark.usefixtures("alone")
+def test_bench_runs_through_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = tmp_path / "small.toml"
+    suite.write_text(SUITE.format(source="demo:dense", max_model_len=600).replace('setups = ["tiny"]', ""))
     assert main(["bench", "--suite", str(suite)]) == 0
     out = capsys.readouterr().out
     assert "tok/s" in out and "KV cache, tokens" in out

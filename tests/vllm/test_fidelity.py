@@ -35,7 +35,7 @@ def suite() -> Suite:
     )
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("in_one_process")
 def test_a_variant_in_vllm_is_compared_with_a_pack_and_its_divergence_is_above_the_noise(
     suite: Suite, tmp_path: Path
 ) -> None:

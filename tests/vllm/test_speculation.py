@@ -13,7 +13,7 @@ from harness.demo import checkpoint_path, corpus
 from harness.engines.protocol import Decoded, Engine, open_engine
 from harness.errors import UserError
 from harness.measure import decode, perplexity
-from tests.vllm.conftest import OPTIONS, Engines
+from tests.vllm.conftest import IN_ONE_PROCESS, OPTIONS, Engines
 from tests.vllm.ties import parted
 
 PROMPTS, PROMPT, NEW_TOKENS = 8, 128, 65
@@ -35,10 +35,12 @@ def generations(request: pytest.FixtureRequest, engines: Engines) -> tuple[str, 
     folder = checkpoint_path(request.param)
     prompts = decode.prompts(heldout(request.param), PROMPTS, PROMPT)
     found = []
-    for options in ({}, {"speculative_tokens": 1}):
-        engine = started(folder, **options)
-        found.append(engine.decode(prompts, NEW_TOKENS))
-        engine.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*IN_ONE_PROCESS)
+        for options in ({}, {"speculative_tokens": 1}):
+            engine = started(folder, **options)
+            found.append(engine.decode(prompts, NEW_TOKENS))
+            engine.close()
     return request.param, found[0], found[1]
 
 
@@ -83,7 +85,7 @@ def test_a_missing_head_is_named_before_vllm_starts(tmp_path: Path) -> None:
         started(tmp_path / "model", speculative_tokens=1)
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("in_one_process")
 def test_an_untrained_head_is_found_before_anything_is_timed(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
 
