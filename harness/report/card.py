@@ -30,7 +30,6 @@ from harness.record.run import Record
 from harness.report import (
     build_tables,
     columns,
-    exchange,
     figure_data,
     figures,
     headline,
@@ -167,7 +166,7 @@ def _card(evidence: Evidence, link: Link) -> str:
 def _front_matter(evidence: Evidence) -> str:
     """The metadata that the model hub reads; keys that the suite leaves open are left out, not guessed."""
     suite, built = evidence.suite, evidence.records["build"]
-    base_model = exchange.base_model_of(suite)
+    base_model = hub_scores.base_model_of(suite)
     metadata: dict[str, str | list[Any] | None] = {
         "license": suite.source.license,
         "base_model": base_model,

@@ -1,11 +1,11 @@
 """Exports: what a suite's records say, in the formats that other tools read.
 
-`export` is a pure function from evidence to files. A variant's files come with those of the setups it was measured in,
-and with the source's, whose numbers are the baseline:
+A variant's files come with those of the setups that it was measured in, and with the source's, whose numbers are the
+baseline:
 
     <variant>/.eval_results/*.yaml      scores in registered benchmarks: the Hub shows them on the model's page
     <variant>/model-index.yaml          scores and perplexities, for the front matter of the variant's card
-    lm-eval/<row>/<task>/...            what `lm_eval --output_path` writes, read by lm-eval's own tables and by
+    lm-eval/<row>/<task>/results_*.json what `lm_eval --output_path` writes, read by lm-eval's own tables and by
                                         converters, for example Every Eval Ever's
     csv/*.csv                           every table of the report, for spreadsheets and pandas
 
@@ -14,27 +14,37 @@ raw formats (lm-eval, CSV) and in no format that is made to be published. Docume
 https://huggingface.co/docs/hub/eval-results,
 https://github.com/huggingface/hub-docs/blob/main/modelcard.md,
 https://github.com/EleutherAI/lm-evaluation-harness/blob/main/lm_eval/loggers/evaluation_tracker.py.
-
-A new format of files is a function like those in `FORMATS`. What is no file, for example a run of an experiment
-tracker, takes the same `Evidence`: its tables by name, and `tables.json_rows` for their values.
 """
 
 import csv
+import hashlib
 import io
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 import yaml
 
 from harness.errors import UserError, did_you_mean
-from harness.record.run import Record
+from harness.record.run import UTC_FORMAT, Record
 from harness.record.stats import Estimate
 from harness.report.columns import Spread
 from harness.report.evidence import Evidence
-from harness.report.exchange import path_part, steady
-from harness.report.hub_scores import eval_results, model_index
-from harness.report.lm_eval_files import lm_eval_files
+from harness.report.hub_scores import (
+    HARNESS,
+    Json,
+    about_task,
+    eval_results,
+    model_id,
+    model_index,
+    settings_of,
+    without_none,
+)
 from harness.report.tables import Table
+from harness.sampling import PRESETS
 from harness.suite.names import NOISE, SOURCE, row_parts
 
 
@@ -71,18 +81,117 @@ def variant_files(evidence: Evidence, variant: str) -> dict[str, bytes]:
 
 
 def shared_files(evidence: Evidence, rows: Sequence[str]) -> dict[str, bytes]:
-    """The files that rows of the suite have in common, in every format that tells rows apart itself."""
-    files: dict[str, bytes] = {}
-    for files_of in FORMATS:
-        files |= files_of(evidence, rows)
-    return files
+    """The files that rows of the suite have in common, in the formats that tell rows apart themselves."""
+    return _lm_eval_files(evidence, rows) | _csv_files(evidence, rows)
 
 
 def _yaml(document: Any) -> bytes:
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
 
 
-def csv_files(evidence: Evidence, rows: Sequence[str]) -> dict[str, bytes]:
+def path_part(name: str) -> str:
+    """A name as one part of a path that every file system takes. A name that must change for that gets its digest in
+    front, so that two names stay two."""
+    safe = re.sub(r"[^A-Za-z0-9_.+=@-]+", "_", name).strip(".")[:80]
+    is_device = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", safe)
+    return safe if safe == name and not is_device else f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{safe}"
+
+
+# -- lm-eval -----------------------------------------------------------------------------------------------------
+
+
+def _lm_eval_files(evidence: Evidence, rows: Sequence[str]) -> dict[str, bytes]:
+    """For each repetition of the rows' runs of tasks a `results_<date>.json`. The date is that of the run's start; the
+    place of the microseconds counts the repetitions.
+
+    The results lack `task_hashes` and the tasks' whole configurations, which records do not hold, and what lm-eval
+    knows of the tokenizer and the environment. There are no files of samples: records keep no texts.
+    """
+    files: dict[str, bytes] = {}
+    for row in rows:
+        for label, records in evidence.tasks.items():
+            results = records[row].kind("result") if row in records else ()
+            for repetition in sorted({result["repetition"] for result in results}):
+                date = _time(records[row].run.started_utc).strftime("%Y-%m-%dT%H-%M-%S")
+                path = f"lm-eval/{path_part(row)}/{path_part(label)}/results_{date}.{repetition:06d}.json"
+                document = _results(evidence, row, records[row], repetition)
+                # In ASCII alone, so that no reader takes a character of a name for the end of a line.
+                files[path] = (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
+    return files
+
+
+def _time(utc: str) -> datetime:
+    return datetime.strptime(utc, UTC_FORMAT).replace(tzinfo=UTC)
+
+
+def _results(evidence: Evidence, row: str, record: Record, repetition: int) -> Json:
+    results: dict[str, Json] = {}
+    higher: dict[str, Json] = {}
+    own = [result for result in record.kind("result") if result["repetition"] == repetition]
+    for result in own:
+        task, error = result["task"], result["standard_error"]
+        metric, _, filtered = result["metric"].partition(",")
+        figures = results.setdefault(task, {"alias": task})
+        figures[result["metric"]] = result["value"]
+        figures[f"{metric}_stderr,{filtered}"] = "N/A" if error is None else error
+        higher.setdefault(task, {})[metric] = result.get("higher_is_better")
+    leaves = {task: about for task in results if (about := about_task(record, task))}
+    groups = {task: figures for task, figures in results.items() if task not in leaves}
+    num_items = {result["task"]: result["num_items"] for result in own}
+    run, settings, engine = record.run, settings_of(record), record.run.engine or {}
+    model, started = model_id(evidence, row), _time(run.started_utc)
+    return {
+        "results": results,
+        **({"groups": groups} if groups else {}),
+        "group_subtasks": {task: [] for task in leaves},
+        "configs": {task: _config(task, about, settings) for task, about in leaves.items()},
+        "versions": {task: about.get("version") for task, about in leaves.items()},
+        "n-shot": {task: about.get("num_fewshot") for task, about in leaves.items()},
+        "higher_is_better": higher,
+        "n-samples": {
+            task: {"original": about.get("num_docs"), "effective": num_items[task]} for task, about in leaves.items()
+        },
+        "config": {
+            "model": engine.get("name"),
+            "model_args": without_none({"pretrained": model, "dtype": engine.get("dtype")}),
+            "model_dtype": engine.get("dtype"),
+            "model_sha": run.variant.get("artifact_digest") or "",
+            "batch_size": settings.get("batch_size"),
+            "device": engine.get("device"),
+            "limit": settings.get("limit"),
+        },
+        "git_hash": run.git["commit"] if run.git else None,
+        "date": started.timestamp(),
+        "transformers_version": run.packages.get("transformers"),
+        "lm_eval_version": (run.dataset or {}).get("lm_eval"),
+        "model_source": HARNESS,
+        "model_name": model,
+        "model_name_sanitized": re.sub(r'["<>:/|\\?*\[\]]+', "__", model),
+        "system_instruction": settings.get("system"),
+        "fewshot_as_multiturn": bool(settings.get("chat")),
+        "total_evaluation_time_seconds": str(round((_time(record.end.ended_utc) - started).total_seconds())),
+    }
+
+
+def _config(task: str, about: Json, settings: Json) -> Json:
+    sampling = asdict(PRESETS[settings["preset"]]) if settings.get("preset") in PRESETS else {}
+    generation = {**sampling, "max_gen_toks": settings.get("max_new_tokens")}
+    return without_none(
+        {
+            "task": task,
+            "dataset_path": about.get("dataset"),
+            "dataset_name": about.get("dataset_config"),
+            "num_fewshot": about.get("num_fewshot"),
+            "generation_kwargs": without_none(generation) or None,
+            "metadata": {"version": about.get("version")},
+        }
+    )
+
+
+# -- CSV ---------------------------------------------------------------------------------------------------------
+
+
+def _csv_files(evidence: Evidence, rows: Sequence[str]) -> dict[str, bytes]:
     """A CSV (RFC 4180, UTF-8) for every table, with its rows that are among `rows` or of the noise floor.
 
     Columns are called as in `columns.COLUMNS`. Numbers have eight significant digits, on which every machine agrees.
@@ -106,9 +215,6 @@ def csv_files(evidence: Evidence, rows: Sequence[str]) -> dict[str, bytes]:
     return files
 
 
-FORMATS: tuple[Callable[[Evidence, Sequence[str]], dict[str, bytes]], ...] = (lm_eval_files, csv_files)
-"""The formats that tell rows apart: each makes the files of some rows of the suite, by path."""
-
 _PARTS: dict[type, dict[str, str]] = {
     Estimate: {"": "value", "_low": "low", "_high": "high"},
     Spread: {"": "median", "_largest": "largest", "_layer": "layer"},
@@ -120,7 +226,7 @@ def _plain(value: object) -> object:
     if isinstance(value, tuple):
         return " ".join(str(_plain(one)) for one in value)
     if isinstance(value, float):
-        return steady(value)
+        return float(f"{value:.8g}")  # the digits after these depend on the order in which a machine adds
     return value.run.run_id if isinstance(value, Record) else value
 
 

@@ -69,7 +69,7 @@ def score_table(by_task: runs.ByTask) -> Table:
     for label, records in by_task.items():
         for row, record in records.items():
             refusal = _refusal(records, row)
-            for (task, metric), results in _by_metric(record).items():
+            for (task, metric), results in by_metric(record).items():
                 errors = [one["standard_error"] for one in results if one["standard_error"] is not None]
                 first = metric == _first_metrics(_of_task(record, task)).get(task)
                 found: dict[str, Any] = {
@@ -204,7 +204,8 @@ def _token_totals(record: Record, source: Record | None) -> tuple[list[float], l
     return (after, before) if any(before) else None
 
 
-def _by_metric(record: Record) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def by_metric(record: Record) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """What lm-eval says of a run, a sample for each repetition: (task, metric) -> results, in lm-eval's order."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in record.kind("result"):
         found.setdefault((result["task"], result["metric"]), []).append(result)
@@ -273,7 +274,7 @@ def _is_number(value: object) -> bool:
 
 def _is_mean(record: Record, task: str, metric: str) -> bool:
     """Whether lm-eval's score is the mean of its items', as it is not of pairs, of a perplexity or of a group."""
-    results = _by_metric(record).get((task, metric), [])
+    results = by_metric(record).get((task, metric), [])
     for result in results:
         own = [item for item in _of_task(record, task) if item["repetition"] == result["repetition"]]
         scores = [item["outcomes"].get(metric) for item in own]
@@ -326,7 +327,7 @@ def _compared(record: Record, source: Record, task: str, metric: str) -> dict[st
 
 
 def _is_better_low(record: Record, task: str, metric: str) -> bool:
-    return any(result.get("higher_is_better") is False for result in _by_metric(record).get((task, metric), ()))
+    return any(result.get("higher_is_better") is False for result in by_metric(record).get((task, metric), ()))
 
 
 def _flips(before: Sequence[float], after: Sequence[float], weights: Sequence[float]) -> tuple[int, int] | None:

@@ -1,11 +1,13 @@
 """The sections of a card for who wants to serve a variant: usage, sampling presets, known limits."""
 
 import json
+import tomllib
+from pathlib import Path
 
 from tabulate import tabulate
 
 from harness import serve
-from harness.report import build_tables, limits
+from harness.report import build_tables
 from harness.report.evidence import Evidence
 from harness.report.pieces import Link, paragraphs, part, reference
 from harness.sampling import GREEDY, PRESETS, Sampling
@@ -66,23 +68,25 @@ def _settings(preset: Sampling) -> str:
     return ", ".join(f"{name}={value:g}" for name, value in unlike.items())
 
 
+_NEEDS = {
+    "mtp": build_tables.has_mtp,
+    "activations": build_tables.has_four_bit_activations,
+    "experts": build_tables.has_experts,
+}
+"""By the words of `limits.toml`: whether a build has what a limit is about."""
+
+
 def known_limits(evidence: Evidence, link: Link) -> str:
     """The known limits that concern the variants that were built; all of them where nothing was built."""
     built = evidence.records["build"].values()
-    known = [
-        one
-        for one in limits.LIMITS
-        if not built
-        or (
-            (not one.needs_mtp or any(map(build_tables.has_mtp, built)))
-            and (not one.needs_activations or any(map(build_tables.has_four_bit_activations, built)))
-            and (not one.needs_experts or any(map(build_tables.has_experts, built)))
-        )
+    known = tomllib.loads(Path(__file__).with_name("limits.toml").read_text("utf-8"))["limit"]
+    rows = [
+        (one["configuration"], one["effect"], one["remedy"], f"[source]({one['source']})")
+        for one in known
+        if not built or all(any(map(_NEEDS[need], built)) for need in one.get("needs", ()))
     ]
-    rows = [(one.configuration, one.effect, one.remedy, f"[source]({one.source})") for one in known]
-    return tabulate(
-        rows, headers=("configuration", "what happens", "instead", "where it is known from"), tablefmt="pipe"
-    )
+    headers = ("configuration", "what happens", "instead", "where it is known from")
+    return tabulate(rows, headers=headers, tablefmt="pipe")
 
 
 def presets(evidence: Evidence, link: Link) -> str:
