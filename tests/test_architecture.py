@@ -12,7 +12,7 @@ from harness.formats.table import FORMATS
 
 ROOT = Path(harness.__file__).parent
 FLOORS = {
-    0: ("harness", "allocator", "errors", "progress", "sampling"),
+    0: ("harness", "errors", "progress", "sampling"),
     1: ("formats",),
     2: ("model", "record", "suite"),
     3: ("engines", "serve"),

@@ -16,7 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harness import serve
-from harness.cli import main, parser
+from harness.cli import main
+from harness.commands.grammar import parser
 from harness.errors import UserError
 from harness.model.family import ModelConfig
 from harness.quantize.plan import Plan
@@ -160,14 +161,14 @@ def test_the_command_prints_everything_to_serve_a_variant(tmp_path: Path, capsys
 
 def test_the_options_help_names_the_defaults_that_sizing_has(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["serve-command", "--variant", "x", "--gpu-memory", "32"]
-    options = parser(asked).parse_args(asked)
+    options = parser().parse_args(asked)
     defaults = {name: one.default for name, one in inspect.signature(serve.size).parameters.items()}
     assert (options.utilization, options.users) == (defaults["utilization"], defaults["users"])
     with pytest.raises(SystemExit):
         main([*asked, "--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert f"(default: {options.utilization:g})" in told and f"(default: {options.users})" in told
-    assert "(default: 6.5, without images 3)" in told
+    assert f"(default: {serve.OVERHEAD_GB[True]:g}, without images {serve.OVERHEAD_GB[False]:g})" in told
 
 
 def test_mtp_is_refused_where_the_source_shows_no_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

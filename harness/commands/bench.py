@@ -1,33 +1,22 @@
 """`harness bench`: decode and prefill times of every model, each in several engine starts."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from harness.commands.measuring import add_measuring, measuring_job, print_measured, print_models
+from harness import resolve
+from harness.commands.shared import measuring_job, print_measured, print_models
+from harness.engines.protocol import Engine, EngineDied
 from harness.errors import UserError
+from harness.job import Job, Measured, Model, Work, failure_in
+from harness.measure import decode
+from harness.measure.decode import COHERENCE_TOKENS, Shape
+from harness.record.run import Record
+from harness.record.store import RunWriter, read
 from harness.suite.names import SOURCE
-
-if TYPE_CHECKING:
-    from harness.engines.protocol import Engine
-    from harness.job import Job, Measured, Model, Work
-    from harness.record.run import Record
-    from harness.record.store import RunWriter
-    from harness.suite.schema import Bench
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of every measure, and a server to measure in place of an engine."""
-    add_measuring(parser)
-    parser.add_argument(
-        "--server",
-        metavar="URL",
-        help="measure the running OpenAI-compatible server at this URL, which serves the one --variant",
-    )
+from harness.suite.schema import Bench, EngineOptions
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -57,31 +46,23 @@ def _tables(job: Job, records: Mapping[str, Record]) -> list[Any]:
 def _prepared(job: Job, names: Sequence[str] | None) -> Work:
     """The source and the variants that speed is measured of, built where missing, and the text's token ids. `UserError`
     for a suite that cannot be measured, before anything is built for it."""
-    from harness.job import Work
-    from harness.measure import decode
-    from harness.resolve import check_engine, check_lengths, chosen_setups, chosen_variants
-
     suite = job.suite
-    variants = chosen_variants(suite, names, with_source=True)
-    check_engine(suite)
+    variants = resolve.chosen_variants(suite, names, with_source=True)
+    resolve.check_engine(suite)
     bench, ids, dataset = _text(job)
-    checked = max(_depths(bench)) + decode.COHERENCE_TOKENS + 1
+    checked = max(_depths(bench)) + COHERENCE_TOKENS + 1
     longest = max(checked, *(shape.prompt_tokens + shape.new_tokens for shape in _shapes(bench)))
     if bench.variants is not None and names is None:
-        chosen_variants(suite, bench.variants, with_source=True)
+        resolve.chosen_variants(suite, bench.variants, with_source=True)
         variants = [name for name in variants if name in (SOURCE, *bench.variants)]
-    setups = chosen_setups(suite, bench.setups)
-    check_lengths(suite, "bench", setups, longest)
+    setups = resolve.chosen_setups(suite, bench.setups)
+    resolve.check_lengths(suite, "bench", setups, longest)
     return Work(job.models(variants, setups), ids, dataset)
 
 
 def _prepared_server(job: Job, variant: str) -> tuple[Job, Work]:
     """The job and the work of measuring a running server, which serves `variant` by its owner's word."""
-    from harness.job import Model, Work
-    from harness.resolve import chosen_variants
-    from harness.suite.schema import EngineOptions
-
-    chosen_variants(job.suite, [variant], with_source=True)
+    resolve.chosen_variants(job.suite, [variant], with_source=True)
     bench, ids, dataset = _text(job)
     suite = replace(job.suite, engine=EngineOptions("server"), bench=replace(bench, starts=1))
     return replace(job, suite=suite), Work([Model(variant, job.source, None)], ids, dataset)
@@ -89,21 +70,16 @@ def _prepared_server(job: Job, variant: str) -> tuple[Job, Work]:
 
 def _text(job: Job) -> tuple[Bench, list[int], dict[str, Any]]:
     """The suite's [bench] table, and the token ids of its text; `UserError` for a text that is too short."""
-    from harness.measure import decode
-    from harness.resolve import required, tokenized
-
-    bench = required(job.suite, "bench", job.suite.bench)
-    ids, dataset = tokenized(job.suite, bench.text)
+    bench = resolve.required(job.suite, "bench", job.suite.bench)
+    ids, dataset = resolve.tokenized(job.suite, bench.text)
     for shape in _shapes(bench):
         decode.prompts(ids, shape.batch, shape.prompt_tokens)
-    decode.prompts(ids, 1, max(_depths(bench)) + decode.COHERENCE_TOKENS)
+    decode.prompts(ids, 1, max(_depths(bench)) + COHERENCE_TOKENS)
     return bench, ids, dataset
 
 
-def _shapes(bench: Bench) -> list[Any]:
+def _shapes(bench: Bench) -> list[Shape]:
     """What is timed, in the order in which it is."""
-    from harness.measure.decode import Shape
-
     shapes = [
         Shape("prefill", 1, bench.prefill_tokens, 1),
         *(Shape("decode", batch, bench.prompt_tokens, bench.new_tokens) for batch in bench.batch_sizes),
@@ -115,18 +91,12 @@ def _shapes(bench: Bench) -> list[Any]:
 
 def _depths(bench: Bench) -> list[int]:
     """The prompt lengths after which a model must be coherent: what corrupts a cache may show only after a while."""
-    from harness.measure.decode import COHERENCE_TOKENS
-
     return [COHERENCE_TOKENS, *(depth for depth in bench.depths or () if depth > COHERENCE_TOKENS)]
 
 
 def _measured(job: Job, work: Work, limit: int | None) -> Measured:
     """Decode and prefill times. The engine is started anew for every variant and round, and the order of the variants
     turns round after each (A B, B A, …), so that a machine that slows down slows all of them alike."""
-    from harness.job import Measured, failure_in
-    from harness.measure import decode
-    from harness.record import store
-
     bench = job.suite.bench
     assert bench is not None
     shapes = _shapes(bench)
@@ -146,7 +116,7 @@ def _measured(job: Job, work: Work, limit: int | None) -> Measured:
                     depths = _depths(bench) if is_new and engine.info.can_score else []
                     if is_new:
                         run = job.new_run("bench", decode.VERSION, model, engine=engine, dataset=work.dataset)
-                        writer = store.RunWriter(job.results, run, expected=len(depths) + timed)
+                        writer = RunWriter(job.results, run, expected=len(depths) + timed)
                         writers[model.row] = stack.enter_context(writer)
                     writer = writers[model.row]
                     with failure_in(writer):
@@ -165,17 +135,13 @@ def _measured(job: Job, work: Work, limit: int | None) -> Measured:
                             writer.sample(sample)
         for row, writer in writers.items():
             if row not in measured.failures:
-                measured.records[row] = store.read(writer.finish())
+                measured.records[row] = read(writer.finish())
     return measured
 
 
 def _coherent(job: Job, engine: Engine, work: Work, model: Model, prompt_tokens: int) -> dict[str, Any]:
     """The sample of the check that comes before any speed; `EngineDied` where the model writes gibberish."""
-    from harness.engines.protocol import EngineDied
-    from harness.measure import decode
-    from harness.resolve import source_config
-
-    sample = decode.coherence(engine, work.ids, source_config(job.source).vocab_size, prompt_tokens)
+    sample = decode.coherence(engine, work.ids, resolve.source_config(job.source).vocab_size, prompt_tokens)
     accepted = sample["acceptance_share"]
     if accepted is not None and accepted < decode.LEAST_ACCEPTANCE:
         raise EngineDied(

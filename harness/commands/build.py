@@ -1,30 +1,16 @@
 """`harness build`: builds the variants of a suite, or one checkpoint by one recipe."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from harness.commands.options import add_job, add_method, add_variants, open_job
-from harness.commands.output import print_json, progress_bars
+from harness.commands.shared import open_job, print_json, progress_bars
 from harness.errors import UserError
-
-if TYPE_CHECKING:
-    from harness.quantize.artifact import Artifact
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the source and its recipe, or a suite and its variants."""
-    add = parser.add_argument
-    add("source", metavar="SOURCE", nargs="?", help="build from this checkpoint: a folder, a hub id or demo:dense")
-    add("--recipe", metavar="NAME", help="with SOURCE: the recipe to build by")
-    add("--out", type=Path, metavar="DIR", help="with SOURCE: the new folder")
-    add("--calibration", type=Path, metavar="FILE", help="with SOURCE: a TOML file that names calibration samples")
-    add_method(parser)
-    add_variants(parser)
-    add_job(parser)
+from harness.quantize.artifact import Artifact
+from harness.quantize.recipes import recipe_named
+from harness.record.provenance import peak_rss_bytes
+from harness.report.numbers import format_bytes
+from harness.resolve import chosen_variants, find_source, read_calibration
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -33,8 +19,6 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if options.json:
         print_json([_as_json(artifact) for artifact in built])
         return 0
-
-    from harness.report.numbers import format_bytes
 
     for artifact in built:
         total = sum(count.output_bytes for count in artifact.counts)
@@ -53,7 +37,6 @@ def _built_variants(options: argparse.Namespace, given: Sequence[str]) -> list[A
             "--recipe, --scales, --codes, --calibration and --out go with a SOURCE.",
             "Name one, or build a suite's variants without them.",
         )
-    from harness.resolve import chosen_variants
 
     with open_job(options, given) as job:
         return [job.build(name) for name in chosen_variants(job.suite, options.variant, with_source=False)]
@@ -66,8 +49,6 @@ def _built_source(options: argparse.Namespace) -> Artifact:
     if not (options.recipe and options.out):
         raise UserError("SOURCE needs --recipe and --out.", "For example: --recipe rtn-a16 --out my-model-nvfp4.")
 
-    from harness.quantize.recipes import recipe_named
-    from harness.resolve import find_source, read_calibration
     from harness.suite.load import load_calibration
 
     recipe = recipe_named(options.recipe).with_method(options.scales, options.codes)
@@ -84,7 +65,6 @@ def _built_source(options: argparse.Namespace) -> Artifact:
 
 
 def _as_json(artifact: Artifact) -> dict[str, Any]:
-    from harness.record.provenance import peak_rss_bytes
 
     return {
         "folder": str(artifact.folder),
@@ -102,9 +82,6 @@ def _as_json(artifact: Artifact) -> dict[str, Any]:
 
 def _calibration_lines(artifact: Artifact) -> Iterator[str]:
     """Sentences about the calibration of a new artifact: speed, memory, error, damping, experts without tokens."""
-    from harness.record.provenance import peak_rss_bytes
-    from harness.report.numbers import format_bytes
-
     if not artifact.layers or artifact.planned_memory_bytes is None:
         return
     seconds = sum(layer["seconds"]["total"] for layer in artifact.layers)

@@ -1,33 +1,17 @@
 """`harness export`: writes the results of the records in the formats that other tools read."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from harness.commands.options import add_json, add_results, add_suite, add_variants, load_suite
-from harness.commands.output import print_json, stored_records
+from harness.commands.shared import load_suite, print_json, stored_records
 from harness.errors import UserError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the suite, its records and variants, and the new folder."""
-    add_suite(parser)
-    add_results(parser)
-    add_variants(parser)
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", required=True, help="the folder to write to; other files in it stay"
-    )
-    add_json(parser)
+from harness.report import card
+from harness.report.export import export
+from harness.report.gather import gather
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Writes the files that changed, and names them."""
-    from harness.report import card
-    from harness.report.export import export
-    from harness.report.gather import gather
-
     suite = load_suite(options)
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"{options.out} is not a folder.", "Give another --out.")

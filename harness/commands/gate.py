@@ -7,36 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.options import add_json, add_results, add_suite, load_suite, path_or_none
-from harness.commands.output import print_json, stored_records
+from harness.commands.shared import load_suite, print_json, stored_records
 from harness.errors import UserError
+from harness.record import baselines
+from harness.record.provenance import git
+from harness.record.run import Record
 
 if TYPE_CHECKING:
-    from harness.record.run import Record
     from harness.suite.schema import Suite
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the suite, the new records, the baselines, and where verdicts are written."""
-    add = parser.add_argument
-    add_suite(parser)
-    add_results(parser)
-    add(
-        "--baselines",
-        type=Path,
-        metavar="DIR",
-        help="the folder whose baselines/ names the records to compare with (default: results)",
-    )
-    add("--junit", type=path_or_none, metavar="FILE", help="write the verdicts as JUnit XML, a test case for each rule")
-    add(
-        "--step-summary",
-        type=path_or_none,
-        metavar="FILE",
-        help='append the verdicts as Markdown, for example to "$GITHUB_STEP_SUMMARY"',
-    )
-    add("--update-baseline", action="store_true", help="judge nothing; make the newest records the baseline")
-    add("--reason", metavar="TEXT", help="with --update-baseline: why, which the baseline keeps")
-    add_json(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -54,7 +32,6 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if options.update_baseline:
         return _update_baseline(options, suite, folder, records)
 
-    from harness.record import baselines
     from harness.report import gate, gate_output, tables
 
     judgements = gate.judge(suite, records, baselines.baseline_in_force(folder, suite.name), skipped)
@@ -73,8 +50,6 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 def _update_baseline(options: argparse.Namespace, suite: Suite, folder: Path, records: Sequence[Record]) -> int:
     """Makes the newest records the baseline of the suite, and names them."""
-    from harness.record import baselines
-    from harness.record.provenance import git
     from harness.report import gate
 
     checkout = git(Path(__file__).parent)

@@ -9,28 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.options import add_job, open_job, whole_number
-from harness.commands.output import print_json
+from harness.commands.shared import open_job, print_json
 from harness.errors import UserError
+from harness.measure.vllm_bench import VERSION, BatchShape, read_vllm_bench
+from harness.record.run import Record
+from harness.resolve import chosen_variants
 
 if TYPE_CHECKING:
     from harness.job import Job
-    from harness.measure.vllm_bench import BatchShape
-    from harness.record.run import Record
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the file, and what it does not say: the variant, the machine, vLLM's release, the size of a batch."""
-    add = parser.add_argument
-    add("file", metavar="FILE", type=Path, help="the JSON that vllm bench serve, latency or throughput wrote")
-    add("--variant", metavar="NAME", required=True, help="the variant that was measured")
-    add("--machine", metavar="NAME", required=True, help="a name for the machine that measured it")
-    add("--vllm-version", metavar="X", default="unknown", help="vLLM's release on that machine (default: unknown)")
-    lacking = "for a file of vllm bench latency, which lacks it"
-    add("--batch", type=whole_number, metavar="N", help=f"requests in a batch, {lacking}")
-    add("--prompt-tokens", type=whole_number, metavar="N", help=f"tokens of a prompt, {lacking}")
-    add("--new-tokens", type=whole_number, metavar="N", help=f"generated tokens of a request, {lacking}")
-    add_job(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -40,8 +26,6 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         raise UserError("--batch, --prompt-tokens and --new-tokens go together.", "Give all of them.")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", options.machine):
         raise UserError(f"--machine '{options.machine}' is no name.", "Use lower-case letters, digits, '.' and '-'.")
-
-    from harness.measure.vllm_bench import BatchShape
 
     shape = BatchShape(*sizes) if all(sizes) else None
     with open_job(options, given) as job:
@@ -61,12 +45,10 @@ def _imported(job: Job, variant: str, path: Path, shape: BatchShape | None, mach
     """The record of a run of `vllm bench` on another machine, which is named by the user's word."""
     from harness.engines.protocol import EngineInfo
     from harness.job import Model
-    from harness.measure import vllm_bench
-    from harness.resolve import chosen_variants
 
     chosen_variants(job.suite, [variant], with_source=True)
-    found = vllm_bench.read_vllm_bench(path, shape)
-    run = job.new_run("served", vllm_bench.VERSION, Model(variant, job.source, None))
+    found = read_vllm_bench(path, shape)
+    run = job.new_run("served", VERSION, Model(variant, job.source, None))
     engine = EngineInfo(
         name="vllm bench",
         version=version,

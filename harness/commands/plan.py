@@ -1,61 +1,23 @@
 """`harness plan`: what a recipe makes of a model, by its configuration alone: tensors, bytes, memory traffic."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from harness.commands.options import add_json, add_method, positive_number, whole_number
-from harness.commands.output import format_table, print_json
+from harness.commands.shared import format_table, print_json
 from harness.errors import UserError
-
-if TYPE_CHECKING:
-    from harness.model.family import ModelConfig
-    from harness.quantize.plan import CalibrationMemory, Plan
-    from harness.quantize.recipes import Recipe
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the model, the recipe, and what calibration and the ceiling of speed depend on."""
-    add = parser.add_argument
-    add("source", metavar="SOURCE", help="a checkpoint folder, a config.json, a hub id or demo:dense")
-    add("--revision", metavar="REV", help="the branch, tag or commit of a hub id")
-    add("--recipe", metavar="NAME", help="the recipe to plan (default: none, every tensor is kept)")
-    add_method(parser)
-    add(
-        "--batch-tokens",
-        type=whole_number,
-        default=8192,
-        metavar="N",
-        help="tokens in one forward pass of calibration (default: 8192)",
-    )
-    add(
-        "--hidden-gb",
-        type=positive_number,
-        default=4.0,
-        metavar="GB",
-        help="memory for calibration's hidden states; the rest lies on disk (default: 4)",
-    )
-    add("--memory-gb", type=positive_number, metavar="GB", help="refuse a calibration that needs more memory than this")
-    add(
-        "--bandwidth-gbs",
-        type=positive_number,
-        metavar="GB/S",
-        help="memory bandwidth in 10⁹ bytes per second; adds the ceiling of decode speed",
-    )
-    add_json(parser)
+from harness.model.family import ModelConfig
+from harness.quantize.plan import COMPUTED_BYTES, CalibrationMemory, Plan, calibration_memory, check_memory
+from harness.quantize.recipes import Recipe, recipe_named
+from harness.report.numbers import format_bytes
+from harness.resolve import plan_source
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Prints the plan: a row per role, what a decoded token reads, and how much memory calibration takes."""
     if not options.recipe and (options.scales or options.codes):
         raise UserError("--scales and --codes go with a --recipe.", "Name one.")
-
-    from harness.quantize.plan import COMPUTED_BYTES, calibration_memory, check_memory
-    from harness.quantize.recipes import recipe_named
-    from harness.resolve import plan_source
 
     recipe = recipe_named(options.recipe).with_method(options.scales, options.codes) if options.recipe else None
     needs_calibration = recipe is not None and recipe.needs_calibration
@@ -77,8 +39,6 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     print(f"{config.architecture}, {config.num_layers} layers; recipe {recipe.name if recipe else 'none: all kept'}\n")
     _print_plan(plan, bandwidth)
     if memory is not None and recipe is not None:
-        from harness.report.numbers import format_bytes
-
         print(
             f"\nCalibration (scales {recipe.method.scales}, codes {recipe.method.codes}) holds one layer at a time: at "
             f"most {format_bytes(memory.total)} of memory with {options.batch_tokens:,} tokens in a forward pass."
@@ -108,8 +68,6 @@ def _as_json(
 
 def _print_plan(plan: Plan, bandwidth: float | None) -> None:
     """Prints a table of the roles and one of what decoding reads, before and after."""
-    from harness.report.numbers import format_bytes
-
     rows = [
         (
             count.role,

@@ -4,40 +4,26 @@ A run is one protocol on one model. Protocols that cut the text alike read the s
 the artifacts: a second protocol needs no model, and a command that was interrupted goes on at the window it was in.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from harness.commands.measuring import (
-    add_fresh,
-    add_measuring,
-    measuring_job,
-    print_measured,
-    print_models,
-    stored_noise,
-)
+from harness import resolve
+from harness.commands.shared import measuring_job, print_measured, print_models, stored_noise
+from harness.engines.protocol import Engine
 from harness.errors import UserError
+from harness.job import Job, MeasuredByName, Model
+from harness.measure import perplexity
+from harness.measure.log_probs import LogProbs
+from harness.measure.perplexity import Protocol, Window
+from harness.record.run import Record, new_id
 from harness.suite.names import SOURCE
-
-if TYPE_CHECKING:
-    from harness.engines.protocol import Engine
-    from harness.job import Job, MeasuredByName, Model
-    from harness.measure.perplexity import Protocol, Window
-    from harness.record.run import Record
-    from harness.suite.schema import Perplexity, Suite
+from harness.suite.schema import Perplexity, Suite
 
 _STORED = ".log-probs"  # no variant can be called so
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of a measure that keeps what it computes."""
-    add_measuring(parser)
-    add_fresh(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -70,29 +56,27 @@ class _Reading:
     @property
     def what_is_read(self) -> tuple[str, str]:
         """Equal for readings that the same log-probabilities serve."""
-        from harness.measure.perplexity import windows_digest
 
-        return self.dataset["token_ids_sha256"], windows_digest(self.cut)
+        return self.dataset["token_ids_sha256"], perplexity.windows_digest(self.cut)
 
 
 def _prepared(job: Job, names: Sequence[str] | None) -> tuple[list[Model], list[_Reading]]:
     """The source and the variants, built where missing, and the text by every protocol of the suite. `UserError` for a
     suite that cannot be measured or a text that is not the expected one, before anything is built."""
-    from harness.resolve import check_engine, check_lengths, chosen_setups, chosen_variants, required
-
-    check_engine(job.suite)
-    suite, wanted = job.suite, required(job.suite, "ppl", job.suite.ppl)
-    variants = chosen_variants(suite, names, with_source=True)
+    resolve.check_engine(job.suite)
+    suite, wanted = job.suite, resolve.required(job.suite, "ppl", job.suite.ppl)
+    variants = resolve.chosen_variants(suite, names, with_source=True)
     readings = _readings(suite, wanted)
-    setups = chosen_setups(suite, wanted.setups)
-    check_lengths(suite, "ppl", setups, 1 + max(window.num_tokens for one in readings for window in one.windows))
+    setups = resolve.chosen_setups(suite, wanted.setups)
+    resolve.check_lengths(
+        suite, "ppl", setups, 1 + max(window.num_tokens for one in readings for window in one.windows)
+    )
     return job.models(variants, setups), readings
 
 
 def _readings(suite: Suite, wanted: Perplexity) -> list[_Reading]:
-    from harness.measure.perplexity import get_protocol
 
-    protocols = [get_protocol(name) for name in wanted.protocols]
+    protocols = [perplexity.get_protocol(name) for name in wanted.protocols]
     readings = [
         _by_page(suite, wanted, protocol) if protocol.window is None else _by_window(suite, wanted, protocol)
         for protocol in protocols
@@ -103,32 +87,28 @@ def _readings(suite: Suite, wanted: Perplexity) -> list[_Reading]:
 
 
 def _by_window(suite: Suite, wanted: Perplexity, protocol: Protocol) -> _Reading:
-    from harness.measure.perplexity import whole, windows
-    from harness.resolve import tokenized
 
-    ids, dataset = tokenized(suite, wanted.text)
-    cut, scored = (windows(one, len(ids)) for one in (whole(protocol), protocol))
+    ids, dataset = resolve.tokenized(suite, wanted.text)
+    cut, scored = (perplexity.windows(one, len(ids)) for one in (perplexity.whole(protocol), protocol))
     return _Reading(protocol, ids, cut, scored, dataset | _header(protocol, scored))
 
 
 def _by_page(suite: Suite, wanted: Perplexity, protocol: Protocol) -> _Reading:
     from harness.measure import wikitext
     from harness.measure.lm import Texts, rolling_window
-    from harness.measure.perplexity import token_ids_digest
-    from harness.resolve import max_length, read_text, suite_source
 
-    about, text = read_text(suite, wanted.text, as_lines=True)
-    longest = max_length(suite, wanted.max_length, wanted.setups)
+    about, text = resolve.read_text(suite, wanted.text, as_lines=True)
+    longest = resolve.max_length(suite, wanted.max_length, wanted.setups)
     window = rolling_window(longest, suite.engine.name)
     if window < 1:
         raise UserError(
             f"{protocol.name} has no window in sequences of {longest} tokens on {suite.engine.name}.",
             "Raise max_length in [ppl], or max_model_len.",
         )
-    found = wikitext.tokenize_pages(wikitext.pages(text), Texts(suite_source(suite)), window)
+    found = wikitext.tokenize_pages(wikitext.pages(text), Texts(resolve.suite_source(suite)), window)
     dataset = {
         **about,
-        "token_ids_sha256": token_ids_digest(found.ids),
+        "token_ids_sha256": perplexity.token_ids_digest(found.ids),
         "num_tokens": sum(found.num_tokens),
         **_header(protocol, found.windows),
         "documents": {"num_words": found.num_words, "num_tokens": found.num_tokens},
@@ -162,12 +142,9 @@ def _measured(
 ) -> MeasuredByName:
     """One run a protocol and row. `limit` reads the first windows only; `fresh` forgets what earlier runs computed. An
     engine that dies takes its own row with it, and what it computed stays."""
-    from harness.job import MeasuredByName
-    from harness.measure.perplexity import VERSION
-
     measured = MeasuredByName()
     for model in models:
-        with job.noted_failures("ppl", VERSION, model, None, measured.failures):
+        with job.noted_failures("ppl", perplexity.VERSION, model, None, measured.failures):
             for name, record in _runs(job, model, readings, limit, fresh):
                 measured.records.setdefault(name, {})[model.row] = record
     return measured
@@ -194,10 +171,6 @@ def _runs_alike(
     job: Job, model: Model, readings: Sequence[_Reading], start: Callable[[], Engine], limit: int | None, fresh: bool
 ) -> Iterator[tuple[str, Record]]:
     """The runs of one model by protocols that read the same; `start` gives the engine, which may not be needed."""
-    from harness.measure import perplexity
-    from harness.measure.log_probs import LogProbs
-    from harness.record.run import new_id
-
     assert job.suite.ppl is not None
     first, batch_size = readings[0], job.suite.ppl.batch_size
     token_ids, windows_digest = first.what_is_read

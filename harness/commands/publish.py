@@ -1,7 +1,5 @@
 """`harness publish`: assembles the upload folder of a variant, checks it, and uploads it."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -9,20 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from harness.commands.options import add_job, open_job, suite_file
-from harness.commands.output import format_table, print_json, stored_records
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the variant, the repository, and how far to go."""
-    add = parser.add_argument
-    add("--variant", metavar="NAME", required=True, help="the variant to publish")
-    add("--repo", metavar="OWNER/NAME", required=True, help="the repository; a missing one is made, and made private")
-    add("--out", type=Path, metavar="DIR", help="the folder to assemble (default: publish/SUITE/VARIANT)")
-    add("--dry-run", action="store_true", help="upload nothing (an upload needs HF_TOKEN)")
-    add("--public", action="store_true", help="make a missing repository public, or upload to a public one")
-    add("--allow-inconclusive", action="store_true", help="publish although the gate cannot tell or cannot compare")
-    add_job(parser)
+from harness.commands.shared import format_table, open_job, print_json, stored_records, suite_file
+from harness.report.numbers import format_bytes
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -33,7 +19,6 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     token = None if options.dry_run else upload.token_of(os.environ)
 
     from harness.publication.folder import assemble
-    from harness.report.numbers import format_bytes
 
     with open_job(options, given) as job:
         suite, variant = job.suite.name, options.variant

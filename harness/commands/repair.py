@@ -1,35 +1,16 @@
 """`harness repair`: mends in a quantized checkpoint what needs no quantizing again."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from harness.commands.options import add_json, positive_number
-from harness.commands.output import format_table, print_findings, print_json, progress_bars
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the checkpoint, the new folder, and what may be taken from where."""
-    add = parser.add_argument
-    add("folder", metavar="DIR", type=Path, help="the checkpoint to mend, which is only read")
-    add("out", metavar="OUT", type=Path, help="the new folder")
-    add("--source", metavar="SOURCE", help="the 16-bit checkpoint that missing tensors and tokenizer files come from")
-    add(
-        "--max-error",
-        type=positive_number,
-        metavar="X",
-        help="refuse to write where a shared scale costs a layer more than this share of its norm (default: 0.05)",
-    )
-    add_json(parser)
+from harness.commands.shared import format_table, print_findings, print_json, progress_bars
+from harness.resolve import find_source
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Prints what was mended or refused and the verdict on the new folder; returns 1 where it fails."""
     from harness.audit.repair import MAX_RELATIVE_ERROR, repair
-    from harness.resolve import find_source
 
     source = find_source(options.source) if options.source else None
     largest = options.max_error or MAX_RELATIVE_ERROR

@@ -1,34 +1,19 @@
 """`harness report`: writes the card, its figures and the marked tables of Markdown pages, or checks them."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.commands.options import add_json, add_results, add_suite, load_suite
-from harness.commands.output import print_json, stored_records
+from harness.commands.shared import load_suite, print_json, stored_records
 from harness.errors import UserError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the pages, the suite and its records, and whether to write."""
-    add = parser.add_argument
-    add("pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (default: README.md if it exists)")
-    add_suite(parser)
-    add_results(parser)
-    add("--check", action="store_true", help="write nothing; exit 1 if a file is stale")
-    add("--overwrite", action="store_true", help="also replace marked tables that were edited by hand")
-    add_json(parser)
+from harness.report import blocks, card, claims
+from harness.report.claim_words import check_words
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Writes the files that changed, or names those that are stale; returns 1 for stale files, for tables edited by
     hand and for claims without support."""
-    from harness.report import blocks, card, claims
-    from harness.report.claim_words import check_words
-
     suite = load_suite(options)
     check_words(suite)
     records, skipped = stored_records(options.results)

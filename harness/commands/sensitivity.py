@@ -1,26 +1,17 @@
 """`harness sensitivity`: what each format would cost each projection of each layer."""
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from harness.commands.options import add_job, open_job
-from harness.commands.output import print_json
+from harness.commands.shared import open_job, print_json
+from harness.job import Job, Model, fingerprint
+from harness.model.checkpoint import open_checkpoint
+from harness.record.run import Record
+from harness.resolve import required
 from harness.suite.names import SOURCE
-
-if TYPE_CHECKING:
-    from harness.job import Job
-    from harness.record.run import Record
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the suite, whose calibration samples are used."""
-    add_job(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -42,12 +33,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 def _measured(job: Job) -> Record:
     """What each format would cost each group of the source's layers, on the suite's calibration samples."""
-    from harness.job import Model, fingerprint
-    from harness.resolve import required
-
     required(job.suite, "calibration", job.suite.calibration)
 
-    from harness.model.checkpoint import open_checkpoint
     from harness.quantize import sensitivity
 
     source, calibration = job.source, job.calibration

@@ -1,60 +1,20 @@
 """`harness serve-command`: the commands that serve a variant, and the memory that serving takes."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from harness.commands.options import add_artifacts, add_json, add_suite, load_suite, positive_number, whole_number
-from harness.commands.output import format_table, print_json
+from harness import serve
+from harness.commands.shared import format_table, load_suite, print_json
 from harness.errors import UserError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the variant and the GPUs that serve it."""
-    add = parser.add_argument
-    from harness.serve import OVERHEAD_GB, USERS, UTILIZATION
-
-    add_suite(parser)
-    add("--variant", metavar="NAME", required=True, help="the variant to serve")
-    add("--gpu-memory", type=positive_number, metavar="GIB", required=True, help="the memory of one GPU, in GiB")
-    add("--gpus", type=whole_number, default=1, metavar="N", help="how many GPUs share every layer (default: 1)")
-    add(
-        "--utilization",
-        type=positive_number,
-        default=UTILIZATION,
-        metavar="SHARE",
-        help=f"the share of the GPU's memory that vLLM may take (default: {UTILIZATION:g})",
-    )
-    add(
-        "--users",
-        type=whole_number,
-        default=USERS,
-        metavar="N",
-        help=f"how many requests run at the same time (default: {USERS})",
-    )
-    with_images, without = OVERHEAD_GB[True], OVERHEAD_GB[False]
-    add(
-        "--overhead-gb",
-        type=positive_number,
-        metavar="GB",
-        help=f"the memory that vLLM keeps for itself (default: {with_images:g}, without images {without:g})",
-    )
-    add("--mtp", type=whole_number, default=0, metavar="K", help="speculate K tokens with the MTP head (default: none)")
-    add("--no-images", action="store_true", help="serve text only, without the vision tower")
-    add_artifacts(parser)
-    add_json(parser)
+from harness.model.families import part_of_role
+from harness.quantize.recipes import recipe_named
+from harness.report.numbers import format_bytes
+from harness.resolve import chosen_variants, plan_source, serving_footprint
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Prints the sizing as a table and a command for each way to serve."""
-    from harness import serve
-    from harness.model.families import part_of_role
-    from harness.quantize.recipes import recipe_named
-    from harness.report.numbers import format_bytes
-    from harness.resolve import chosen_variants, plan_source, serving_footprint
-
     suite = load_suite(options)
     (variant,) = chosen_variants(suite, [options.variant], with_source=False)
     recipe = recipe_named(suite.variants[variant].recipe)

@@ -5,25 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.options import add_job, add_variants, open_job
-from harness.commands.output import format_table, print_findings, print_json, progress_bars
+from harness.commands.shared import format_table, open_job, print_findings, print_json, progress_bars
 from harness.errors import UserError
+from harness.resolve import chosen_variants, find_source
 
 if TYPE_CHECKING:
     from harness.audit.verify import Verification
     from harness.job import Job
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the folder and its source, or a suite and its variants."""
-    add = parser.add_argument
-    add("folder", metavar="DIR", nargs="?", type=Path, help="the checkpoint to check (default: the suite's variants)")
-    add("--source", metavar="SOURCE", help="with DIR: the 16-bit checkpoint that it was made from, to compare with")
-    add_variants(parser)
-    add_job(parser)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -61,8 +51,6 @@ def _checked_variants(options: argparse.Namespace, given: Sequence[str]) -> dict
     if options.source:
         raise UserError("--source goes with a DIR.", "Name the folder; a suite knows its own source.")
 
-    from harness.resolve import chosen_variants
-
     with open_job(options, given) as job:
         names = chosen_variants(job.suite, options.variant, with_source=False)
         return {str(job.artifact(name)): _checked_variant(job, name) for name in names}
@@ -74,7 +62,6 @@ def _checked_folder(options: argparse.Namespace) -> dict[str, Verification]:
         raise UserError("--suite and --variant do not go with a DIR.", "Leave them out, or leave DIR out.")
 
     from harness.audit.verify import verify
-    from harness.resolve import find_source
 
     source = find_source(options.source) if options.source else None
     with progress_bars() as progress:

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.commands.options import whole_number
-from harness.commands.output import format_table, print_json
+from harness.commands.grammar import whole_number
+from harness.commands.shared import format_table, print_json
 from harness.errors import UserError
 
 ROUNDS = 7

@@ -1,0 +1,197 @@
+"""What several subcommands share: the suite or job that they are about, and what they print.
+
+Tables and findings or one JSON document go to stdout, progress bars to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    import rich.progress
+
+    from harness.audit.findings import Finding
+    from harness.job import Job, Model
+    from harness.progress import Progress
+    from harness.record.run import Record, Skipped
+    from harness.report.tables import Table
+    from harness.suite.schema import Suite
+
+_DEFAULT_SUITE = Path("suites/demo.toml")
+_MOST_FINDINGS = 20
+
+
+# -- The suite and its job -----------------------------------------------------------------------------------------
+
+
+def suite_file(options: argparse.Namespace) -> Path:
+    """The suite's file: the named one, else `suites/demo.toml`, else the embedded one."""
+    if options.suite or _DEFAULT_SUITE.exists():
+        return Path(options.suite or _DEFAULT_SUITE)
+    from harness import demo
+
+    return demo.SUITE
+
+
+def load_suite(options: argparse.Namespace) -> Suite:
+    """The suite that a command is about."""
+    from harness.suite.load import load
+
+    return load(suite_file(options))
+
+
+@contextmanager
+def open_job(options: argparse.Namespace, given: Sequence[str]) -> Iterator[Job]:
+    """The job of a command over its suite, with progress bars while it runs. `given`: the words of the command line."""
+    suite = load_suite(options)
+    # Found out before a model is loaded, not after it was measured.
+    if options.results.exists() and not options.results.is_dir():
+        raise UserError(f"{options.results} is not a folder.", "Give another --results.")
+
+    from harness.job import Job
+    from harness.record.run import new_id
+
+    with progress_bars() as progress:
+        yield Job(suite, options.artifacts, options.results, progress, ("harness", *given), new_id())
+
+
+@contextmanager
+def measuring_job(options: argparse.Namespace, given: Sequence[str]) -> Iterator[Job]:
+    """The job of a measure, on the engine that the command names."""
+    from harness.resolve import with_engine
+
+    with open_job(options, given) as job:
+        yield replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
+
+
+# -- What is printed -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Draws one bar per description on stderr, from the first progress on; nothing where stderr is no terminal."""
+    with ExitStack() as stack:
+        bars: list[Any] = []
+        tasks: dict[str, Any] = {}
+
+        def advance(done: int, total: int, description: str, note: str = "", /) -> None:
+            if not bars:
+                bars.append(stack.enter_context(_empty_bars()))
+            if description not in tasks:
+                for task in tasks.values():
+                    bars[0].stop_task(task)
+                tasks[description] = bars[0].add_task(description, total=total, note="")
+            bars[0].update(tasks[description], completed=done, total=total, note=note)
+
+        yield advance
+
+
+def _empty_bars() -> rich.progress.Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def print_json(document: Any) -> None:
+    """Prints the document of a command with `--json`."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal: the first column to the left, the others to the right."""
+    from tabulate import tabulate
+
+    align = ("left", *("right" for _ in headers[1:]))
+    return tabulate(rows, headers=headers, tablefmt="simple", colalign=align, disable_numparse=True)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Prints the first findings of an audit, and how many more there are."""
+    for finding in findings[:_MOST_FINDINGS]:
+        print(f"  {finding.severity}: {finding.tensor} {finding.problem}.\n    In vLLM: {finding.consequence}.")
+    if (more := len(findings) - _MOST_FINDINGS) > 0:
+        print(f"  … and {more:,} more findings (--json lists them all)")
+
+
+def stored_records(folder: Path) -> tuple[list[Record], list[Skipped]]:
+    """Every complete run of a results folder, and the files that are not used, which are named on stderr."""
+    from harness.record.store import read_all
+
+    if not folder.is_dir() and (folder.exists() or folder != Path("results")):
+        raise UserError(f"{folder} is not a folder.", "Give the folder of the records as --results.")
+    records, skipped = read_all(folder)
+    for file in skipped:
+        print(f"harness: {file.path} is not used: {file.reason}", file=sys.stderr)
+    return records, skipped
+
+
+def stored_noise(job: Job) -> dict[str, Record]:
+    """The newest stored runs of the source beside itself, by row."""
+    from harness.report import runs
+    from harness.suite.names import NOISE
+
+    return runs.newest_runs(job.stored(), job.suite.name, "fidelity", NOISE)
+
+
+def print_models(options: argparse.Namespace, models: Sequence[Model]) -> None:
+    """Prints which artifacts a measure is about, before it starts."""
+    if not options.json:
+        for model in models:
+            if model.reused is not None and model.digest and model.setup is None:
+                print(f"{model.folder}: {'reused' if model.reused else 'built'}, digest {model.digest[:12]}")
+
+
+def print_measured(
+    options: argparse.Namespace,
+    records: Mapping[str, Record] | Mapping[str, Mapping[str, Record]],
+    frames: Sequence[Table],
+    failures: Mapping[str, str],
+    *,
+    notes: Iterable[str] = (),
+    invalid: Sequence[str] | None = None,
+) -> int:
+    """Prints the tables of a measure, the files of its records (by row, or by protocol or task and row), what must be
+    said of them and what failed; returns the exit code. `invalid` is None for a measure that has no audit."""
+    from harness.report import runs, tables
+
+    by_name = {name: one if isinstance(one, Mapping) else {name: one} for name, one in records.items()}
+    flat = [(row, record) for rows in by_name.values() for row, record in rows.items()]
+    filled = [frame for frame in frames if frame]
+    warnings = runs.engine_warnings([record for _, record in flat])
+    code = 1 if failures or invalid else 0
+    if options.json:
+        files = {
+            name: {row: str(record.path) for row, record in one.items()} if isinstance(one, Mapping) else str(one.path)
+            for name, one in records.items()
+        }
+        shown = [tables.json_rows(frame) for frame in filled]
+        found = {"records": files, "tables": shown, "warnings": warnings, "failures": dict(failures)}
+        print_json(found if invalid is None else {**found, "invalid": list(invalid)})
+        return code
+    for frame in filled:
+        print(f"\n{tables.terminal_table(frame)}")
+    for line in notes:
+        print(line)
+    if flat:
+        print("\nRecords:", *(f"  {record.path}" for _, record in flat), sep="\n")
+    for line in (*warnings, *(invalid or ()), *(f"{row} failed: {reason}" for row, reason in failures.items())):
+        print(f"harness: {line}", file=sys.stderr)
+    return code
