@@ -22,8 +22,7 @@ from harness.model.checkpoint import open_checkpoint
 from harness.model.source import census_of
 from harness.quantize.build import build
 from harness.quantize.layerwise import CalibrationInput
-from harness.quantize.method import CALIBRATED, RTN, Method
-from harness.quantize.recipes import Recipe
+from harness.quantize.recipes import CALIBRATED, RTN, Method, Recipe
 from harness.quantize.samples import CalibrationSet
 from tests.artifacts import quiet
 

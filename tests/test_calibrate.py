@@ -33,11 +33,10 @@ from harness.engines.protocol import open_engine
 from harness.errors import UserError
 from harness.formats import nvfp4
 from harness.formats.format import ABSMAX
-from harness.quantize import experts
+from harness.quantize import calibrate
 from harness.quantize.artifact import Artifact
 from harness.quantize.build import build
-from harness.quantize.method import ROUND_TO_NEAREST
-from harness.quantize.recipes import RECIPES
+from harness.quantize.recipes import RECIPES, ROUND_TO_NEAREST
 from tests.artifacts import load, quiet
 from tests.calibrated import build_demo, demo_calibration, demo_ids, recipe
 
@@ -192,7 +191,7 @@ def test_rounding_to_nearest_is_the_same_from_the_layers_as_from_the_shards(buil
 def test_experts_quantized_a_few_at_a_time_have_the_same_bytes(
     built: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts, "EXPERTS_TOGETHER", 3 * 32 * 256)  # three down projections of eight
+    monkeypatch.setattr(calibrate, "EXPERTS_TOGETHER", 3 * 32 * 256)  # three down projections of eight
     whole = built("moe", "w4a4-experts")
     few = build_demo(tmp_path / "out", recipe("w4a4-experts", ABSMAX, ROUND_TO_NEAREST), "moe")
     assert few.digest == whole.digest

@@ -25,8 +25,7 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint
 from harness.publication import upload as uploads
-from harness.publication.folder import PUBLISHED, Assembled
-from harness.publication.leaks import of_this_machine
+from harness.publication.folder import PUBLISHED, Assembled, of_this_machine
 from harness.quantize.build import build
 from harness.quantize.recipes import recipe_named
 from harness.record.run import Record

@@ -32,8 +32,7 @@ from torch import Tensor
 
 from harness.audit.keys import Expectation, Module, expect, is_complete
 from harness.audit.scales import are_unequal, global_scales, modules_by_matrix, scale_findings
-from harness.audit.source import open_original, texts
-from harness.audit.verify import Verification, verify
+from harness.audit.verify import Verification, open_original, texts, verify
 from harness.errors import UserError
 from harness.formats.config import parse
 from harness.model.checkpoint import (

@@ -60,11 +60,10 @@ from harness.quantize.artifact import (
     new_tensors,
     pretty_json,
 )
-from harness.quantize.encode import WEIGHT_DTYPES, Encoder, finite_amax, layers_that_share
+from harness.quantize.encode import WEIGHT_DTYPES, Encoder, finite_amax, layers_that_share, workers
 from harness.quantize.layerwise import CalibrationInput
 from harness.quantize.plan import Plan, check_memory, plan, quantized
 from harness.quantize.recipes import Recipe
-from harness.quantize.threads import workers
 
 
 @dataclass

@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from harness.quantize.pieces import ROUNDED_TOGETHER
+from harness.quantize.plan import ROUNDED_TOGETHER
 
 _PANEL = 128
 """Columns whose updates to the rest of the row are applied together."""

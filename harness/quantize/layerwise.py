@@ -23,9 +23,8 @@ from harness.model.family import Linear, ModelConfig
 from harness.progress import Progress
 from harness.quantize.calibrate import Streams, quantize_layer
 from harness.quantize.encode import finite_amax
-from harness.quantize.method import Method
 from harness.quantize.plan import CalibrationMemory, calibration_memory, quantized
-from harness.quantize.recipes import Recipe
+from harness.quantize.recipes import Method, Recipe
 from harness.quantize.samples import CalibrationSet
 
 

@@ -7,8 +7,15 @@ from harness.errors import UserError
 from harness.formats.format import Format
 from harness.model.census import RoleCount, SourceTensor, TokenTraffic, count_roles, expected_census, token_traffic
 from harness.model.family import ModelConfig
-from harness.quantize.pieces import EXPERTS_TOGETHER, FACTOR_COPIES, ROUNDED_COPIES, ROUNDED_TOGETHER
 from harness.quantize.recipes import Recipe
+
+EXPERTS_TOGETHER = 1 << 27
+"""Weights of experts that are widened together."""
+ROUNDED_TOGETHER = 1 << 25
+"""Weights that GPTQ rounds together: rows do not depend on each other."""
+ROUNDED_COPIES, FACTOR_COPIES = 9, 3
+"""Arrays that GPTQ holds: of the size of the weights that are rounded together, while they are, and of the size of the
+moments, while their Cholesky factor is made."""
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,42 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from harness.errors import UserError, did_you_mean
-from harness.formats.format import SCALE_METHODS, Format
+from harness.formats.format import ABSMAX, SCALE_METHODS, WEIGHTED_SEARCH, Format
 from harness.formats.fp8 import FP8_DYNAMIC
 from harness.formats.nvfp4 import NVFP4, NVFP4A16
 from harness.model.family import Block, Family, Role
-from harness.quantize.method import CALIBRATED, CODES, RTN, Method
 
 _MLP: tuple[Block, ...] = ("mlp", "experts")
 """Behind the mixer: the MLP of a dense layer, the routed experts of another."""
 _MAIN: tuple[Block, ...] = ("attention", *_MLP, "shared-expert")
+
+ROUND_TO_NEAREST, GPTQ = "rtn", "gptq"
+CODES = (ROUND_TO_NEAREST, GPTQ)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How scales (`SCALE_METHODS`) and codes (`CODES`; see gptq.py) are chosen. `damping` is added to the
+    diagonal of GPTQ's matrix, as a share of its mean; `sweeps` are the visits to every column after GPTQ's own."""
+
+    scales: str
+    codes: str
+    damping: float = 0.01
+    sweeps: int = 0
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether the unquantized model's hidden states are needed beside the quantized one's."""
+        return self.codes == GPTQ
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the second moments of inputs are needed."""
+        return self.two_streams or self.scales == WEIGHTED_SEARCH
+
+
+RTN = Method(ABSMAX, ROUND_TO_NEAREST)
+CALIBRATED = Method(WEIGHTED_SEARCH, GPTQ, damping=0.2, sweeps=2)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from harness.model.checkpoint import Checkpoint
 from harness.model.family import Family, Linear
 from harness.model.source import census_of
 from harness.progress import Progress
-from harness.quantize.experts import down_input
+from harness.quantize.calibrate import down_input
 from harness.quantize.layerwise import CalibrationInput, text_model
 from harness.quantize.plan import check_widths
 from harness.quantize.sites import Site

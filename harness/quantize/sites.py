@@ -10,8 +10,8 @@ from torch import Tensor
 from harness.errors import BadWeightError, UserError
 from harness.formats.format import Format, Rounding
 from harness.quantize import gptq
-from harness.quantize.method import Method
-from harness.quantize.threads import by_rows
+from harness.quantize.encode import by_rows
+from harness.quantize.recipes import Method
 
 
 @dataclass
