@@ -1,5 +1,6 @@
 """How long work tells how far it is; the command line alone decides whether anything is drawn."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -21,3 +22,18 @@ def named(progress: Progress, name: str) -> Progress:
         progress(done, total, f"{name}: {description}", note)
 
     return tell
+
+
+@dataclass
+class Meter:
+    """Adds up what is done of `total`, and tells it as one stretch of work."""
+
+    progress: Progress
+    total: int
+    description: str
+    done: int = 0
+
+    def advance(self, amount: int) -> None:
+        """Adds `amount`, and tells the sum."""
+        self.done += amount
+        self.progress(self.done, self.total, self.description)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -164,12 +163,6 @@ def chosen_setups(suite: Suite, setups: Sequence[str] | None) -> list[str | None
     """The setups to measure in; None, the suite's own options, comes first. Setups are options of vLLM: another engine
     measures the variants as they are."""
     return [None, *(setups or ())] if suite.engine.name == "vllm" else [None]
-
-
-def with_engine(suite: Suite, name: str | None, dtype: str | None) -> Suite:
-    """The suite with another engine or type of activations, where a command names one."""
-    engine = suite.engine
-    return replace(suite, engine=replace(engine, name=name or engine.name, dtype=dtype or engine.dtype))
 
 
 def check_engine(suite: Suite) -> None:

@@ -89,7 +89,7 @@ def source(request: pytest.FixtureRequest) -> Path:
 def test_a_format_in_the_table_is_built_verified_and_computed_with(
     source: Path, method: Method, tmp_path: Path
 ) -> None:
-    recipe = Recipe("mixed", "", ((INT8, ("attention", "shared-expert")), (NVFP4A16, ("mlp", "experts"))), method)
+    recipe = Recipe("mixed", ((INT8, ("attention", "shared-expert")), (NVFP4A16, ("mlp", "experts"))), method)
     samples = CalibrationSet((tuple(WINDOWS[0]), tuple(WINDOWS[1])), {})
     build(source, recipe, tmp_path / "out", quiet, CalibrationInput(samples, 64, 10**7, "cpu"))
 

@@ -58,7 +58,7 @@ def test_each_of_these_names_the_test_that_follows_it(thing: str) -> None:
 def test_a_recipe_is_an_entry_of_its_table(
     monkeypatch: pytest.MonkeyPatch, dense_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = Recipe("fp8-attention", "FP8 attention", ((FP8_DYNAMIC, ("attention",)),))
+    recipe = Recipe("fp8-attention", ((FP8_DYNAMIC, ("attention",)),))
     monkeypatch.setitem(RECIPES, recipe.name, recipe)
     out = tmp_path / "out"
     assert main(["plan", str(dense_source), "--recipe", "fp8-attention"]) == 0

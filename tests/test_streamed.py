@@ -162,7 +162,7 @@ def test_a_variants_own_head_is_used_quantized_or_not(tiny: list[Path], tmp_path
     change(changed, lambda tensors: tensors["lm_head.weight"].mul_(1.5))
     folders = [tiny[0], changed]
     for form in (NVFP4A16, NVFP4):
-        folders.append(write_artifact(tiny[0], tmp_path / form.name, Recipe("head", "", ((form, ("head",)),))))
+        folders.append(write_artifact(tiny[0], tmp_path / form.name, Recipe("head", ((form, ("head",)),))))
     windows = tiny_windows(40, 40, 7)
     found = streamed(folders, windows, 2, tmp_path / "scratch")
     for folder, tables in zip(folders, found, strict=True):
@@ -492,7 +492,7 @@ def test_a_pass_over_two_models_takes_the_memory_of_one_layer(tiny: list[Path], 
     config["vision_config"]["out_hidden_size"] = 512
     source = tmp_path / "source"
     size = synthesize(config, source, num_layers=None, vocab_size=None, seed=0, progress=quiet)
-    attention = Recipe("attention", "", ((NVFP4A16, ("attention",)),))
+    attention = Recipe("attention", ((NVFP4A16, ("attention",)),))
     variant = write_artifact(source, tmp_path / "variant", attention)
     layer = 2 * sum(
         entry.num_elements

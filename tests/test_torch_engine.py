@@ -517,7 +517,7 @@ def test_cutting_the_logits_anywhere_gives_the_same_distributions(
 
 # Checkpoints that the harness decodes itself.
 
-ATTENTION_ONLY = Recipe("attention", "", ((NVFP4A16, ("attention",)),))
+ATTENTION_ONLY = Recipe("attention", ((NVFP4A16, ("attention",)),))
 MOE_RECIPES = [RECIPES["rtn-a16"], RECIPES["w4a4"], RECIPES["w4a4-deltanet"], RECIPES["mixed-fp8"], ATTENTION_ONLY]
 
 

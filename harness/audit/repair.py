@@ -37,18 +37,18 @@ from harness.errors import UserError
 from harness.formats.config import parse
 from harness.model.checkpoint import (
     INDEX,
-    PIECE_BYTES,
     Checkpoint,
     TensorEntry,
     check_disk,
     index_json,
     new_shard,
     open_checkpoint,
+    row_pieces,
     sync_folder,
     write_file,
 )
 from harness.model.families import parse_config
-from harness.progress import Progress
+from harness.progress import Meter, Progress
 
 MAX_RELATIVE_ERROR = 0.05
 """Rounding block scales to E4M3 again costs 0.026 of a weight's norm where their mantissas are spread evenly, and at
@@ -211,9 +211,7 @@ def _relative_error(checkpoint: Checkpoint, one: _Rescaled) -> float:
 
 def _row_pieces(module: Module) -> Iterator[tuple[int, int]]:
     """(first, count) of rows whose float32 values fill a piece."""
-    step = max(1, PIECE_BYTES // (4 * module.linear.in_features))
-    for first in range(0, module.linear.out_features, step):
-        yield first, min(step, module.linear.out_features - first)
+    return row_pieces(module.linear.out_features, 4 * module.linear.in_features)
 
 
 def _encoded_rows(checkpoint: Checkpoint, one: _Rescaled, first: int, count: int) -> dict[str, Tensor]:
@@ -272,7 +270,8 @@ def _write(
     progress: Progress,
 ) -> None:
     """The whole repaired checkpoint, `config.json` last."""
-    total, done = checkpoint.num_bytes + sum(entry.num_bytes for entry in added), 0
+    total = checkpoint.num_bytes + sum(entry.num_bytes for entry in added)
+    meter = Meter(progress, total, "repair: write")
     weight_map: dict[str, str] = {}
     plan: list[tuple[Checkpoint, str, list[TensorEntry]]] = [
         (checkpoint, shard, [entry for entry in checkpoint.tensors.values() if entry.shard == shard])
@@ -287,8 +286,7 @@ def _write(
                 mended = _mended(checkpoint, entry, globals_, rescaled) if origin is checkpoint else None
                 for piece in origin.pieces(entry.name) if mended is None else mended:
                     writer.write(entry.name, piece)
-                done += entry.num_bytes
-                progress(done, total, "repair: write")
+                meter.advance(entry.num_bytes)
             writer.close()
     taken = {path.name for path in files}
     copied = [path for path in sorted(checkpoint.folder.iterdir()) if _is_copied(path) and path.name not in taken]

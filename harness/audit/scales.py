@@ -13,7 +13,7 @@ import torch
 from harness.audit.findings import Finding
 from harness.audit.keys import Module
 from harness.formats.table import input_scale_names
-from harness.model.checkpoint import PIECE_BYTES, Checkpoint
+from harness.model.checkpoint import Checkpoint, row_pieces
 
 OUTLIER_RATIO = 1e3
 """How far an expert's global scale may be from the median of its layer, whose experts all read the same hidden states.
@@ -77,9 +77,9 @@ def _row_scale_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Find
 
 def _code_findings(checkpoint: Checkpoint, module: Module) -> Iterator[Finding]:
     name, rows, width = f"{module.name}.weight", module.linear.out_features, module.linear.in_features
-    step, count = max(1, PIECE_BYTES // width), 0
-    for first in range(0, rows, step):
-        codes = checkpoint.rows(name, first, min(step, rows - first))
+    count = 0
+    for piece in row_pieces(rows, width):
+        codes = checkpoint.rows(name, *piece)
         # E4M3 has no infinity: all exponent and mantissa bits set is its one NaN, of either sign.
         count += int(((codes.view(torch.uint8) & 0x7F) == 0x7F).sum())
     if count:

@@ -25,7 +25,7 @@ from harness.audit.matching import idle_entries, matching_findings
 from harness.audit.scales import expert_findings, fused_findings, scale_findings
 from harness.errors import UserError
 from harness.formats.config import QuantizationConfig, parse
-from harness.model.checkpoint import INDEX, PIECE_BYTES, Checkpoint, inspect_checkpoint, open_checkpoint, read_json
+from harness.model.checkpoint import INDEX, Checkpoint, inspect_checkpoint, open_checkpoint, read_json, row_pieces
 from harness.model.families import parse_config
 from harness.progress import Progress
 
@@ -262,8 +262,6 @@ def round_trips(
 def _decoded_pieces(checkpoint: Checkpoint, original: Checkpoint, module: Module) -> Iterator[tuple[Any, Any]]:
     """The decoded and the source weights of a module as float32 `[rows, in]` pairs."""
     linear = module.linear
-    step = max(1, PIECE_BYTES // (8 * linear.in_features))
-    for first in range(0, linear.out_features, step):
-        count = min(step, linear.out_features - first)
+    for first, count in row_pieces(linear.out_features, 8 * linear.in_features):
         theirs = original.rows(module.tensor, linear.first_row + first, count).float()
         yield module.form.decode_rows(checkpoint, module.name, first, count, torch.float32), theirs

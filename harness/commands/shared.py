@@ -67,10 +67,10 @@ def open_job(options: argparse.Namespace, given: Sequence[str]) -> Iterator[Job]
 @contextmanager
 def measuring_job(options: argparse.Namespace, given: Sequence[str]) -> Iterator[Job]:
     """The job of a measure, on the engine that the command names."""
-    from harness.resolve import with_engine
-
     with open_job(options, given) as job:
-        yield replace(job, suite=with_engine(job.suite, options.engine, options.dtype))
+        engine = job.suite.engine
+        engine = replace(engine, name=options.engine or engine.name, dtype=options.dtype or engine.dtype)
+        yield replace(job, suite=replace(job.suite, engine=engine))
 
 
 # -- What is printed -----------------------------------------------------------------------------------------------

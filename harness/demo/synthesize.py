@@ -18,17 +18,17 @@ from harness.demo import checkpoint_path
 from harness.errors import UserError
 from harness.model.checkpoint import (
     INDEX,
-    PIECE_BYTES,
     NewTensor,
     check_disk,
     index_json,
     new_shard,
+    row_pieces,
     sync_folder,
     write_file,
 )
 from harness.model.families import parse_config
 from harness.model.family import expected_tensors
-from harness.progress import Progress
+from harness.progress import Meter, Progress
 
 _SHARD_BYTES = 4 * 10**9
 
@@ -79,19 +79,17 @@ def _write(
 ) -> None:
     total = sum(tensor.num_bytes for shard in shards for tensor in shard)
     generator = torch.Generator().manual_seed(seed)
-    weight_map, done = {}, 0
+    weight_map, meter = {}, Meter(progress, total, "synthesize")
     for number, members in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         with new_shard(folder / name, members) as writer:
             for tensor in members:
                 weight_map[tensor.name] = name
                 width = tensor.shape[-1]
-                rows, step = math.prod(tensor.shape) // width, max(1, PIECE_BYTES // (4 * width))
-                for first in range(0, rows, step):
-                    piece = torch.randn(min(step, rows - first), width, generator=generator)
+                for _, num_rows in row_pieces(math.prod(tensor.shape) // width, 4 * width):
+                    piece = torch.randn(num_rows, width, generator=generator)
                     writer.write(tensor.name, (piece / math.sqrt(width)).bfloat16())
-                done += tensor.num_bytes
-                progress(done, total, "synthesize")
+                meter.advance(tensor.num_bytes)
             writer.close()
     write_file(folder / INDEX, index_json(weight_map, total))
     tokenizer = checkpoint_path("dense")

@@ -151,6 +151,13 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def row_pieces(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Rows of `row_bytes` in pieces of at most `PIECE_BYTES`, or of one row: the first row and the number of each."""
+    step = max(1, PIECE_BYTES // row_bytes)
+    for first in range(0, num_rows, step):
+        yield first, min(step, num_rows - first)
+
+
 def _read_into(file: BinaryIO, view: memoryview, offset: int, path: Path) -> None:
     done = 0
     while done < len(view):

@@ -43,7 +43,7 @@ from harness.model.checkpoint import (
 )
 from harness.model.family import Family
 from harness.model.source import census_of
-from harness.progress import Progress
+from harness.progress import Meter, Progress
 from harness.quantize import layerwise
 from harness.quantize.artifact import (
     CALIBRATION,
@@ -80,19 +80,6 @@ class _Unfinished:
             self.folder / PROGRESS,
             pretty_json({"identity": self.identity, "layers": self.layers, "shards": self.shards}),
         )
-
-
-@dataclass
-class _Meter:
-    """Source bytes done so far, for the progress bar."""
-
-    progress: Progress
-    total: int
-    done: int = 0
-
-    def advance(self, num_bytes: int) -> None:
-        self.done += num_bytes
-        self.progress(self.done, self.total, "build")
 
 
 def build(
@@ -140,7 +127,7 @@ def build(
             )
             seconds["calibrate"] = time.perf_counter() - started
         started = time.perf_counter()
-        _write_shards(checkpoint, tensors, formats, recipe, state, _Meter(progress, what.source_bytes))
+        _write_shards(checkpoint, tensors, formats, recipe, state, Meter(progress, what.source_bytes, "build"))
         digest = _finish(checkpoint, family, recipe, state, tensors, formats, calibration)
         seconds["write"] = time.perf_counter() - started
     unfinished.replace(out)
@@ -214,7 +201,7 @@ def _write_shards(
     formats: Mapping[str, Format],
     recipe: Recipe,
     state: _Unfinished,
-    meter: _Meter,
+    meter: Meter,
 ) -> None:
     """Writes every shard that is not written yet: kept tensors from the source, quantized ones from the layers' files
     where calibration made them and else encoded on the way."""
@@ -241,7 +228,7 @@ def _write_shards(
             state.save()
 
 
-def _copy(checkpoint: Checkpoint, name: str, writer: ShardWriter, meter: _Meter) -> None:
+def _copy(checkpoint: Checkpoint, name: str, writer: ShardWriter, meter: Meter) -> None:
     entry = checkpoint.tensors[name]
     for piece in checkpoint.pieces(name):
         if entry.dtype in WEIGHT_DTYPES:
@@ -263,7 +250,7 @@ def _collect(made: Checkpoint, tensor: SourceTensor, form: Format, writer: Shard
                 writer.write(name, piece)
 
 
-def _encode(encoder: Encoder, tensor: SourceTensor, writer: ShardWriter, meter: _Meter) -> None:
+def _encode(encoder: Encoder, tensor: SourceTensor, writer: ShardWriter, meter: Meter) -> None:
     form = encoder.formats[tensor.name]
     for linear in tensor.linears:
         for num_rows, stored in encoder.pieces(tensor.name, linear):

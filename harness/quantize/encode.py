@@ -19,7 +19,7 @@ from torch import Tensor
 from harness.errors import BadWeightError
 from harness.formats.format import Format
 from harness.model.census import SourceTensor
-from harness.model.checkpoint import PIECE_BYTES, Checkpoint, TensorEntry
+from harness.model.checkpoint import Checkpoint, TensorEntry, row_pieces
 from harness.model.family import Linear
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
@@ -29,6 +29,8 @@ GPU."""
 
 T = TypeVar("T")
 R = TypeVar("R")
+_Rows = tuple[int, int]
+"""Consecutive rows of a source tensor: the first and their number."""
 
 
 @dataclass
@@ -80,25 +82,16 @@ def layers_that_share(
     return groups
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Consecutive rows of a source tensor."""
-
-    first: int
-    count: int
-
-
 def _row_pieces(checkpoint: Checkpoint, name: str, linear: Linear) -> Iterator[_Rows]:
     """The rows of `linear` in source tensor `name`, in pieces of about `PIECE_BYTES`."""
     entry = checkpoint.tensors[name]
     row_bytes = entry.num_bytes // entry.num_elements * linear.in_features
-    step = max(1, PIECE_BYTES // row_bytes)
-    for first in range(0, linear.out_features, step):
-        yield _Rows(linear.first_row + first, min(step, linear.out_features - first))
+    for first, count in row_pieces(linear.out_features, row_bytes):
+        yield linear.first_row + first, count
 
 
 def _amax(checkpoint: Checkpoint, name: str, rows: _Rows) -> Tensor:
-    return finite_amax(checkpoint.tensors[name], checkpoint.rows(name, rows.first, rows.count))
+    return finite_amax(checkpoint.tensors[name], checkpoint.rows(name, *rows))
 
 
 def finite_amax(entry: TensorEntry, values: Tensor) -> Tensor:
@@ -117,7 +110,7 @@ def _encode(
     checkpoint: Checkpoint, form: Format, name: str, rows: _Rows, *, shared: Tensor, scales: str
 ) -> tuple[int, dict[str, Tensor]]:
     """Some rows of a source tensor: how many, and their stored tensors by suffix."""
-    weights = checkpoint.rows(name, rows.first, rows.count)
+    weights = checkpoint.rows(name, *rows)
 
     def encode(part: slice) -> dict[str, Tensor]:
         chunk = weights[part].float()
@@ -125,7 +118,7 @@ def _encode(
         return form.pack(form.encode(chunk, chosen, shared), chosen)
 
     parts = [encode(part) for part in row_slices(weights)]
-    return rows.count, {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+    return len(weights), {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
 
 
 # -- On all processors: what comes out does not depend on their number -----------------------------------------------

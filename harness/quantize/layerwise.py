@@ -20,7 +20,7 @@ from harness.formats.format import Format
 from harness.model.census import SourceTensor
 from harness.model.checkpoint import Checkpoint, NewTensor, new_shard, read_header
 from harness.model.family import Linear, ModelConfig
-from harness.progress import Progress
+from harness.progress import Meter, Progress
 from harness.quantize.calibrate import Streams, quantize_layer
 from harness.quantize.encode import finite_amax
 from harness.quantize.plan import CalibrationMemory, calibration_memory, quantized
@@ -95,15 +95,9 @@ def quantize_layers(
         if (index := family.layer_of(tensor.name)) is not None:
             linears[index] += [(linear, form) for linear in tensor.linears]
     batches = batches_of(calibration.samples.samples, calibration.batch_tokens)
-    total = model.num_layers * 2 * calibration.samples.num_tokens
-    done = len(finished) * 2 * calibration.samples.num_tokens
-    progress(done, total, "calibrate")
-
-    def advance(num_tokens: int) -> None:
-        nonlocal done
-        done += num_tokens
-        progress(done, total, "calibrate")
-
+    passes = 2 * calibration.samples.num_tokens
+    meter = Meter(progress, model.num_layers * passes, "calibrate")
+    meter.advance(len(finished) * passes)
     with torch.inference_mode():
         before = _streams(folder, len(finished), batches, model, method, calibration)
         if not finished:
@@ -122,7 +116,7 @@ def quantize_layers(
             started = time.perf_counter()
             with new_shard(folder / layer_file(index), new) as writer:
                 report = quantize_layer(
-                    model, index, linears[index], method, batches, before, after, writer.write, advance
+                    model, index, linears[index], method, batches, before, after, writer.write, meter.advance
                 )
                 writer.close()
             for stream in after:

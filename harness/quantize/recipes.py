@@ -51,7 +51,6 @@ class Recipe:
     """Which blocks get which format; every tensor outside of them is kept byte for byte."""
 
     name: str
-    summary: str
     stored: tuple[tuple[Format, tuple[Block, ...]], ...]
     method: Method = RTN
 
@@ -99,33 +98,12 @@ def _patterns(roles: Iterable[Role]) -> list[str]:
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe(
-            "rtn-a16",
-            "NVFP4 weights by round-to-nearest, 16-bit activations; attention and MLP; no data",
-            ((NVFP4A16, _MAIN),),
-        ),
-        Recipe(
-            "a16", "NVFP4 weights, calibrated, 16-bit activations; attention and MLP", ((NVFP4A16, _MAIN),), CALIBRATED
-        ),
-        Recipe("w4a4", "NVFP4 weights and activations; attention and MLP", ((NVFP4, _MAIN),), CALIBRATED),
-        Recipe(
-            "w4a4-experts",
-            "NVFP4 weights and activations; attention and routed experts (MLP in dense models); shared expert kept",
-            ((NVFP4, ("attention", *_MLP)),),
-            CALIBRATED,
-        ),
-        Recipe(
-            "w4a4-deltanet",
-            "NVFP4 weights and activations; attention, MLP and DeltaNet's large projections",
-            ((NVFP4, ("attention", "deltanet", *_MLP, "shared-expert")),),
-            CALIBRATED,
-        ),
-        Recipe(
-            "mixed-fp8",
-            "NVFP4 weights and activations in MLP or experts; FP8 in attention and the shared expert",
-            ((NVFP4, _MLP), (FP8_DYNAMIC, ("attention", "shared-expert"))),
-            CALIBRATED,
-        ),
+        Recipe("rtn-a16", ((NVFP4A16, _MAIN),)),
+        Recipe("a16", ((NVFP4A16, _MAIN),), CALIBRATED),
+        Recipe("w4a4", ((NVFP4, _MAIN),), CALIBRATED),
+        Recipe("w4a4-experts", ((NVFP4, ("attention", *_MLP)),), CALIBRATED),
+        Recipe("w4a4-deltanet", ((NVFP4, ("attention", "deltanet", *_MLP, "shared-expert")),), CALIBRATED),
+        Recipe("mixed-fp8", ((NVFP4, _MLP), (FP8_DYNAMIC, ("attention", "shared-expert"))), CALIBRATED),
     )
 }
 

@@ -42,7 +42,7 @@ from harness.model.census import SourceTensor
 from harness.model.checkpoint import Checkpoint
 from harness.model.family import Family, Linear
 from harness.model.source import census_of
-from harness.progress import Progress
+from harness.progress import Meter, Progress
 from harness.quantize.calibrate import down_input
 from harness.quantize.layerwise import CalibrationInput, text_model
 from harness.quantize.plan import check_widths
@@ -115,14 +115,8 @@ def measure_sensitivity(
     groups = groups_by_layer(model.family, source.tensors)
     batches = batches_of(calibration.samples.samples, calibration.batch_tokens)
     passes = 2 * model.num_layers + len(FORMATS) * sum(map(len, groups.values()))
-    done, total = 0, passes * calibration.samples.num_tokens
-
-    def advance(num_tokens: int) -> None:
-        nonlocal done
-        done += num_tokens
-        progress(done, total, "sensitivity")
-
-    advance(0)
+    meter = Meter(progress, passes * calibration.samples.num_tokens, "sensitivity")
+    meter.advance(0)
     with contextlib.ExitStack() as stack:
         memory = calibration.hidden_bytes // 2
         hidden, added = (
@@ -137,7 +131,7 @@ def measure_sensitivity(
             samples: list[dict[str, Any]] = []
             with torch.inference_mode():  # never around a yield: it would hold for the caller as well
                 for half in model.layer(index):
-                    samples += measure_half(half, groups.get(index, ()), batches, hidden, added, advance)
+                    samples += measure_half(half, groups.get(index, ()), batches, hidden, added, meter.advance)
             for sample in samples:
                 yield {"kind": "sensitivity", "index": index, **sample}
 

@@ -12,7 +12,7 @@ from tests.artifacts import quiet
 from tests.qwen3_next import WINDOWS, save_source
 from tests.vllm.conftest import Engines
 
-EVERYTHING = Recipe("everything", "", ((NVFP4A16, ("attention", "deltanet", "mlp", "experts", "shared-expert")),))
+EVERYTHING = Recipe("everything", ((NVFP4A16, ("attention", "deltanet", "mlp", "experts", "shared-expert")),))
 """Weights alone: rounded activations of random weights send tokens to other experts in bfloat16."""
 
 
