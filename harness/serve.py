@@ -3,11 +3,10 @@
     budget   = GPU memory x utilization - weights - overhead
     KV cache = budget, of which every running sequence takes its DeltaNet states and, token by token, keys and values
 
-The weights are the artifact's, from the census. The overhead is what vLLM keeps for activations, CUDA graphs and its
-own context; it measures that as it starts, so the figure here is a guess that can be given: two published settings of
-one 9B checkpoint on a 32 GiB GPU leave it 6.3 and 6.8 GB with images, far less without.
-
-Arguments with dots (`--speculative-config.method`) are vLLM's own way around JSON, which every shell quotes otherwise.
+The overhead is what vLLM keeps for activations, CUDA graphs and its own context. vLLM measures it as it starts, so
+the figure here is a guess that can be given: two published settings of one 9B checkpoint on a 32 GiB GPU leave it 6.3
+and 6.8 GB with images, far less without. Arguments with dots (`--speculative-config.method`) are vLLM's way around
+quoting JSON in a shell.
 """
 
 import json

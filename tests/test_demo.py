@@ -15,13 +15,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
 from harness.demo import checkpoint_path, corpus
-from harness.demo.language import FAR, NEAR
+from harness.demo.language import NEAR
 from harness.errors import UserError
 from harness.model.checkpoint import open_checkpoint
 from harness.model.families import parse_config
 from harness.model.family import expected_tensors
 from studies.demo_model import network
 from studies.demo_model.figures import arithmetic_items
+from studies.languages import FAR
 
 DENSE = checkpoint_path("dense")
 MODELS = ("dense", "moe")

@@ -1,7 +1,7 @@
-"""What the auditor says: one finding a fault, and one for many where a layer's experts share it.
+"""What the auditor says: one finding a fault.
 
-A layer of 256 experts has 3,072 tensors. A tool that forgot them forgot them all, and 3,072 sentences would hide the
-one that matters, so findings that differ in nothing but the expert and their numbers are told once, with a count.
+Findings that differ in nothing but the expert and their numbers are told once, with a count: a tool that forgets the
+experts of a layer forgets thousands of tensors.
 """
 
 import re

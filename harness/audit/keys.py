@@ -1,7 +1,7 @@
 """Which tensors a checkpoint should hold, worked out again from its configuration, and which it holds instead.
 
-Where configuration and disk contradict each other about a layer (16-bit weights under a group, quantized ones that
-`ignore` lists), that is told once, in those words, and not as a handful of missing and surplus tensors.
+Where configuration and disk contradict each other about a layer, that is told once, and not as missing and surplus
+tensors.
 """
 
 from collections.abc import Iterator, Mapping

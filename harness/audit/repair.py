@@ -1,20 +1,13 @@
-"""Mends in a quantized checkpoint what can be mended without its 16-bit source, into a new folder.
+"""Mends in a quantized checkpoint what can be mended without quantizing again, into a new folder.
 
-Shards that vLLM fuses and that have global scales of their own decode wrongly there and rightly everywhere else. So a
-shared scale is chosen, and every shard is written against it.
+* Shards that vLLM fuses get one global scale, the smallest of theirs, which belongs to the largest weight. Block
+  scales are multiplied by shared / own <= 1, so none passes E4M3's 448. Each is rounded to E4M3 again, by at most
+  1/16 of itself, and the codes are chosen anew from the decoded values. The error of that is computed for every group
+  before anything is written; scales that differ by a power of two cost nothing.
+* Of unequal scales of activations the smallest covers the largest activation that calibration saw.
+* Missing kept tensors and missing tokenizer and processor files are copied from the source, where it is given.
 
-* The shared divisor is the smallest, which belongs to the largest weight of the group. Block scales are multiplied by
-  shared / own <= 1, so none passes E4M3's 448 and nothing is clipped.
-* A block scale is rounded to E4M3 again, by at most 1/16 of itself, and the codes are chosen anew for the rounded
-  scale from the decoded values. The error of this second rounding is computed for every group before anything is
-  written. Scales that differ by a power of two cost nothing.
-* Of unequal scales of activations the smallest covers the largest activation that calibration saw. Nothing else
-  changes: block scales of activations are computed when the model runs.
-
-Missing kept tensors (the MTP head, the vision tower) and missing tokenizer and processor files are copied from the
-source byte for byte, where it is given. Every other fault stays, and stays a finding.
-
-    verified shards ─▶ shared scale, error per group ─▶ <out>.partial/ ─▶ rename to <out> ─▶ verified again
+Every other fault stays, and stays a finding.
 """
 
 import fcntl

@@ -1,7 +1,6 @@
 """Scales and codes on their own: finite, positive, the right way round, equal where vLLM fuses, alike among experts.
 
-vLLM checks none of it. A scale that is no number makes a layer's outputs NaN, a reciprocal makes them noise, and
-unequal global scales of fused shards make one of them decode too small.
+vLLM checks none of it: such a layer's outputs become NaN or noise, or too small.
 """
 
 import math

@@ -1,14 +1,8 @@
 """Checks a finished compressed-tensors checkpoint, ours or not, without loading it into an engine.
 
-vLLM trusts what it is given: a tensor that is missing stays uninitialised, unequal scales of fused layers decode
-one shard too small, a scale stored as its reciprocal turns weights into noise, and none of it stops the loading.
-So the auditor compares the files with what `config.json` and its `quantization_config` call for and, where it is given,
-with the source. Nothing comes from the builder: the keys are worked out again from the configuration, and the weights
-are decoded by the format's equation.
-
-    findings.py   what is said about a fault               scales.py   scales and codes on their own
-    matching.py   which format vLLM takes for which layer  source.py   kept tensors, round-trip errors
-    keys.py       which tensors there should be            repair.py   mends what can be
+vLLM trusts what it is given, and none of the faults that are looked for stops the loading. The auditor compares the
+files with what `config.json` and its `quantization_config` call for and, where it is given, with the source: what is
+kept is identical, what is quantized decodes nearby. It uses nothing of the builder.
 """
 
 import math

@@ -1,10 +1,8 @@
 """`harness fidelity`: every variant beside the source, and the source beside itself.
 
 Where the torch engine computes, all models go through the layers together, and whole distributions are compared. An
-engine that serves holds one model: each variant is compared with a pack of the source's most probable tokens.
-
-The source beside itself, in a second pass (of an engine that serves: after a restart), in another batch, on another
-engine, is the noise floor, which a difference must exceed. Its rows are called after what was changed.
+engine that serves holds one model: each variant is compared with a pack of the source's most probable tokens. The
+source beside itself (in a second pass or after a restart, in another batch, on another engine) is the noise floor.
 """
 
 import argparse

@@ -1,15 +1,13 @@
 """A seeded corpus, on which the embedded models are trained and measured: the same bytes on every machine (`language`).
 
-The text shows four skills, each of which needs another part of a hybrid model:
-
 * **prose**: stories in an invented language.
-* **arithmetic**: sums and differences of numbers below 100. A fixed share of the problems never occurs in training, not
-  even as a step of another problem.
+* **arithmetic**: sums and differences of numbers below 100. A fixed share of the problems never occurs in training,
+  not even as a step of another problem.
 * **recall**: `key: value` lists and questions about them, at distances that a recurrent state forgets.
 * **chat**: all three as conversations, rendered exactly as the chat template does, some with a thought.
 
-Document `i` depends on nothing but (language, split, i), so any prefix of a split is stable. Items are questions with
-one right answer, for the embedded tasks.
+Document `i` depends on nothing but (language, split, i). Items are questions with one right answer, for the embedded
+tasks.
 """
 
 from __future__ import annotations

@@ -1,16 +1,11 @@
-"""Two invented languages: chance, words, and the grammar that makes stories of them.
+"""Invented languages: chance, words, and the grammar that makes stories of them.
 
-The same seed gives the same story on every machine and every Python from 3.11 on. Two rules make that so. Chance comes
-only from `random.Random(int).random()`, the one method whose stream Python guarantees. Everything derived from it is
-integer arithmetic, never `choice`, `shuffle`, libm or the iteration order of a set.
+The same seed gives the same story on every machine and every Python from 3.11 on: chance comes only from
+`random.Random(int).random()`, whose stream Python guarantees, and everything derived from it is integer arithmetic.
 
-A story is made by a probabilistic grammar over a lexicon with Zipf's frequencies. Verbs agree in number with a subject
-that a relative clause may have pushed far away, pronouns agree with the gender of a name, people go home to the place
-that the story names at its start, and a story keeps to one topic. Verbs like some objects and nouns like some
-adjectives: facts that only weights can hold.
-
-The models are trained on `NEAR`. `FAR` has other words and another word order, and no model is trained on it: its text
-is foreign to the models, though the same process makes it.
+Words have Zipf's frequencies. Verbs agree in number with a subject that a relative clause may have pushed far away,
+pronouns agree with the gender of a name, people go home to the place that the story names at its start, and a story
+keeps to one topic. Verbs like some objects and nouns like some adjectives: facts that only weights can hold.
 """
 
 from __future__ import annotations
@@ -71,25 +66,6 @@ NEAR = Language(
     lives_in=("lives", "in"),
     returns_to=("returns", "to"),
     pronouns=("he", "she", "they"),
-)
-FAR = Language(
-    name="far",
-    seed=23,
-    onsets=("ch", "h", "j", "w", "y", "z", "sh", "th", "k", "m", "n", "v", "kw", "sk", "fl"),
-    nuclei=("a", "o", "u", "y", "ea"),
-    codas=("", "", "", "k", "p", "f", "x", "sk"),
-    verb_final=True,
-    modifiers_follow=True,
-    plural="im",
-    verb_endings=("ak", "ud"),
-    article="eth",
-    relative="zu",
-    both="ja",
-    when="wo",
-    because="kwer",
-    lives_in=("haltak", "ni"),
-    returns_to=("vendak", "cha"),
-    pronouns=("oth", "ath", "uth"),
 )
 
 

@@ -9,10 +9,9 @@
       results/exports/, .eval_results/   the same numbers for programs
       harness-publish.json               the list of all these files
 
-Nothing is built or measured here: the artifact is published that the records measured. It is read whole and compared
-with its manifest, and its manifest with the records; `verify`, the suite's gate and its claims must find nothing wrong.
-The folder is written under a temporary name beside its own; its card is traced, its text is searched for what belongs
-to this machine, and only then is it renamed.
+Nothing is built or measured here. The artifact is compared with its manifest, and that with the records; `verify`,
+the gate and the claims must find nothing wrong; the card is traced, and the text is searched for what belongs to this
+machine.
 """
 
 from __future__ import annotations

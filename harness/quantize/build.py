@@ -1,12 +1,8 @@
 """Builds an artifact: a source checkpoint in, a compressed-tensors checkpoint out, as a stream of pieces.
 
-    source shards ─▶ largest magnitude per fused group ─▶ scales and codes ─▶ <out>.partial/ ─▶ rename to <out>
-
 The layers that vLLM fuses into one matrix share one global scale, even where they lie in different shards. Everything
-not quantized is copied byte for byte; `config.json` gains `quantization_config` and nothing else.
-
-The same source and recipe give the same bytes. A build that is killed leaves `<out>.partial`, which holds no
-`config.json` and so is no checkpoint; the same command continues it at the shard it was in.
+not quantized is copied byte for byte; `config.json` gains `quantization_config` and nothing else. A build that is
+killed leaves `<out>.partial`, which is no checkpoint; the same command continues it at the shard it was in.
 """
 
 import fcntl

@@ -1,15 +1,12 @@
 """Calibration: what the inputs of a layer are like, and the layer's scales and codes from that.
 
 One decoder layer is in memory, as two halves (engines/layers.py). The hidden states that go in have passed through
-everything quantized so far, so every scale is chosen for the inputs that the layer will really see. The layers that
-vLLM fuses read the same input and are one *site*. In a half, the sites that read the normed hidden states come first,
-the projections behind them second. For each:
+everything quantized so far. Layers that vLLM fuses read the same input, one *site*; those that read the normed hidden
+states come first, the projections behind them second. For each:
 
     amax      the largest input, from which input_global_scale follows          every W4A4 site
     moments   H = X̂ᵀX̂ [in, in] of the rounded inputs, its diagonal where that is enough    gptq, weighted-search
     shift     X̂ᵀ(X - X̂) [in, in] against the inputs X that the unquantized model sees     gptq
-
-GPTQ needs the unquantized model's hidden states too; plain rounding needs one pass over each half, and no moments.
 """
 
 import time

@@ -1,7 +1,7 @@
 """Round-to-nearest from the shards: no model class, no data, a piece of a tensor at a time.
 
-Shared scales are chosen from all the layers that share one before any other scale, even where they lie in different
-shards. Each piece is encoded by one thread; memory is that of the pieces under way.
+Shared scales are chosen from all the layers that share one before any other scale. Each piece is encoded by one thread;
+memory is that of the pieces under way.
 """
 
 import os

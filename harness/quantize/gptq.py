@@ -1,21 +1,17 @@
 """Codes that answer for each other: GPTQ (arXiv 2210.17323) on block scales that are already fixed.
 
-A layer's output error on its calibration inputs X is |(Q - W) X|², a quadratic form in each row with the matrix
-H = X Xᵀ. Columns are rounded one after another, those that the inputs weigh most first, and what rounding a column
-does to the output is taken back by moving the columns that are still free. The scales stay attached to their
-columns, so the result is an ordinary checkpoint.
+A layer's output error on its calibration inputs X is |(Q - W) X|², a quadratic form in each row with H = X Xᵀ.
+Columns are rounded one after another, those that the inputs weigh most first, and what rounding a column does to the
+output is taken back by moving the columns that are still free.
 
-The target may be an output that these inputs cannot quite produce: a layer deep in a quantized model sees inputs X̂
-that earlier layers have already changed, and should still give W X. The best full-precision weights for that are
+A layer deep in a quantized model sees inputs X̂ that earlier layers have changed, rounded as the kernel will round
+them, and should still give W X. The best full-precision weights for that, which GPTQ then rounds under H = X̂ X̂ᵀ
+(asymmetric calibration, arXiv 2504.02692), are
 
     W* = W + W D,   D = (X - X̂) X̂ᵀ (X̂ X̂ᵀ + λ)⁻¹
 
-and GPTQ then rounds W* under H = X̂ X̂ᵀ (asymmetric calibration, arXiv 2504.02692). With X̂ rounded as the kernel will
-round it, that repairs a part of the activations' error too.
-
 Afterwards the columns are visited again (coordinate descent): each moves to the grid point that is best while all
-others stay, so no visit makes the output error worse (damping included). No row comes out worse than rounded to
-nearest: where it would, it is rounded to nearest, and counted.
+others stay. A row that would come out worse than rounded to nearest is rounded to nearest, and counted.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,5 @@
 """The calibrated part of a build: every decoder layer in turn, each of them finished on the disk before the next.
 
-    samples ─▶ embeddings ─▶ layer 0 ─▶ hidden states ─▶ layer 1 ─▶ …
-                               └▶ layer-00000.safetensors    └▶ layer-00001.safetensors
-
 The files of the layers hold the quantized tensors; the build puts them into the source's shards afterwards. Hidden
 states alternate between two files, so a build that is killed continues at the layer it was in, with the same bytes.
 """

@@ -1,12 +1,8 @@
 """Calibration samples: from the sources that a suite names to lists of token ids, the same on every machine.
 
-* `shuffled` chooses rows by integer arithmetic over the one stream that Python guarantees for a seed.
-* A chat becomes text by the model's own template and ids by its `tokenizer.json`, without special tokens beside those
-  that the template writes.
-* The manifest says which rows of every source were taken, and the SHA-256 of every sample's ids.
-
 A *row* of a table makes one sample, cut after `max_tokens`; empty rows are passed over. A *text* (a .txt file, or a
-part of the embedded corpus) is tokenized as a whole and cut into windows of `max_tokens`, which are chosen like rows. A
+part of the embedded corpus) is tokenized as a whole and cut into windows of `max_tokens`, which are chosen like rows.
+A chat becomes text by the model's own template, without special tokens beside those that the template writes. A
 source that cannot give what is asked of it is refused before any weight is read.
 """
 

@@ -3,13 +3,11 @@
     output_error    |Δy|² / |y|²              at the group's own output y, over all calibration tokens
     layer_error     |Δf(x)|² / |f(x)|²        at what the half adds to the residual stream, hidden + f(x)
 
-A *group* is what vLLM fuses (q, k and v; gate and up; …) or a projection that stands alone; all routed experts of a
-layer are one. Everything else keeps its 16 bits. Weights are rounded to nearest under absolute-maximum scales, and so
-are the inputs where the format rounds them: with one scale from all calibration tokens in NVFP4, token by token in FP8.
-
-The two errors differ where the half forgives or amplifies: an error in q and k goes through a softmax, one in
-DeltaNet's projections through a recurrent state. Both are shares of energy, so 0.01 is a tenth of the norm, and errors
-of independent groups add up. On an accelerator the half computes in bfloat16, whose own noise is about 4e-6.
+A *group* is what vLLM fuses or a projection that stands alone; all routed experts of a layer are one. Everything else
+keeps its 16 bits. Weights are rounded to nearest under absolute-maximum scales, and so are the inputs where the
+format rounds them: with one scale from all calibration tokens in NVFP4, token by token in FP8. Both errors are shares
+of energy, so 0.01 is a tenth of the norm. On an accelerator the half computes in bfloat16, whose own noise is about
+4e-6.
 """
 
 import contextlib

@@ -21,8 +21,9 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
 from harness.demo import corpus
-from harness.demo.language import FAR, NEAR, Draw, Language, Story, sentence
+from harness.demo.language import NEAR, Draw, Language, Story, sentence
 from studies.demo_model.network import MtpHead, Network, draft, read_mtp
+from studies.languages import FAR
 
 WINDOW = 512
 _BATCH = 8

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.demo import corpus
-from harness.demo.language import FAR, NEAR
+from harness.demo.language import NEAR
 from harness.engines.protocol import open_engine
 from harness.errors import UserError
 from harness.measure import fidelity, perplexity
@@ -21,6 +21,7 @@ from harness.progress import named
 from harness.record import store
 from harness.record.run import Record
 from harness.record.store import RunWriter
+from studies.languages import FAR
 from studies.peers import contest
 from studies.peers.contest import Contestant
 from studies.peers.quantizers import Data, quantize_once, remarks_on, write_calibration
