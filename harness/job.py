@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 import harness
 from harness import resolve
 from harness.engines.protocol import ENGINES, Engine, EngineDied, Purpose, open_engine
+from harness.model.census import kv_bytes_per_token, state_bytes
+from harness.model.checkpoint import open_checkpoint
+from harness.model.sources import fetched_revision
 from harness.progress import Progress, named
+from harness.quantize.artifact import VERSION as BUILDER_VERSION
+from harness.quantize.artifact import Artifact
+from harness.quantize.recipes import Recipe, recipe_named
 from harness.record import provenance, store
 from harness.record.run import Record, Run
 from harness.record.store import RunWriter
@@ -25,9 +31,7 @@ from harness.suite.names import SOURCE, row_name
 from harness.suite.schema import Suite
 
 if TYPE_CHECKING:
-    from harness.quantize.artifact import Artifact
     from harness.quantize.layerwise import CalibrationInput
-    from harness.quantize.recipes import Recipe
 
 _ENVIRONMENT = ("ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 """The environment variables that decide what an engine computes with, beside vLLM's own."""
@@ -111,8 +115,6 @@ class Job:
 
     def recipe(self, variant: str) -> Recipe:
         """The recipe of a variant, with the methods that the suite gives it."""
-        from harness.quantize.recipes import recipe_named
-
         wanted = self.suite.variants[variant]
         return recipe_named(wanted.recipe).with_method(wanted.scales, wanted.codes)
 
@@ -120,14 +122,13 @@ class Job:
 
     def build(self, variant: str) -> Artifact:
         """Builds a variant of the suite, or finds it built. A build is recorded."""
-        from harness.quantize.artifact import VERSION
         from harness.quantize.build import build
 
         recipe = self.recipe(variant)
         calibration = self.calibration if recipe.needs_calibration else None
         artifact = build(self.source, recipe, self.artifact(variant), self.progress, calibration)
         if not artifact.reused:
-            run = self.new_run("build", VERSION, Model(variant, artifact.folder, artifact.digest))
+            run = self.new_run("build", BUILDER_VERSION, Model(variant, artifact.folder, artifact.digest))
             self.store(run, self._build_samples(artifact, recipe))
         return artifact
 
@@ -190,8 +191,6 @@ class Job:
 
     def computed_by(self, model: Model) -> dict[str, Any]:
         """The identity of the numbers that the engine gives of a model: what decides them, known before it starts."""
-        from harness.model.checkpoint import open_checkpoint
-
         engine, machine = self.suite.engine, provenance.machine()
         named = sorted(name for name in os.environ if name.startswith("VLLM_"))
         return {
@@ -218,8 +217,6 @@ class Job:
         dataset: dict[str, Any] | None = None,
     ) -> Run:
         """The header of a run of this command: what was measured, on what, by what."""
-        from harness.model.sources import fetched_revision
-
         built = self.suite.variants.get(model.variant)
         return Run(
             measure=measure,
@@ -245,8 +242,6 @@ class Job:
 
     def _engine_header(self, engine: Engine) -> dict[str, Any]:
         """What a run's header says of its engine, with what decides the ceiling of its speed."""
-        from harness.model.census import kv_bytes_per_token, state_bytes
-
         gpu = provenance.machine()["gpu"]
         on_gpu = gpu is not None and engine.info.device not in ("cpu", "unknown")
         bandwidth = provenance.bandwidth_bytes_per_second(gpu["name"]) if on_gpu else None
@@ -321,6 +316,4 @@ def _write_failure(writer: RunWriter, error: EngineDied) -> None:
 @cache
 def fingerprint(source: Path) -> str:
     """The digest of a source folder's files, read once a command."""
-    from harness.model.checkpoint import open_checkpoint
-
     return open_checkpoint(source).fingerprint()

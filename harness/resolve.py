@@ -6,24 +6,29 @@ A name that means nothing is a `UserError`, before a model is loaded or anything
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness import demo
+from harness.demo import corpus
 from harness.errors import UserError, did_you_mean
+from harness.measure.texts import load_text
+from harness.model.census import RoleCount, kv_bytes_per_token, state_bytes
+from harness.model.checkpoint import read_json
+from harness.model.families import parse_config, part_of_role
+from harness.model.family import ModelConfig
+from harness.model.source import census_at
+from harness.model.sources import locate
+from harness.progress import Progress
+from harness.quantize.plan import Plan, plan
+from harness.quantize.recipes import Recipe
 from harness.serve import Footprint
 from harness.suite.names import SOURCE
 
 if TYPE_CHECKING:
-    from harness.demo import corpus
-    from harness.model.census import RoleCount
-    from harness.model.family import ModelConfig
-    from harness.progress import Progress
     from harness.quantize.layerwise import CalibrationInput
-    from harness.quantize.plan import Plan
-    from harness.quantize.recipes import Recipe
     from harness.suite import texts
     from harness.suite.schema import Suite
 
@@ -41,7 +46,6 @@ def find_source(location: str, revision: str | None = None, *, config_only: bool
     """The folder of a source: an embedded model (`demo:dense`), a folder or a hub id."""
     if location.startswith(DEMO):
         return demo.checkpoint_path(location.removeprefix(DEMO))
-    from harness.model.sources import locate
 
     return locate(location, revision, config_only=config_only)
 
@@ -53,18 +57,12 @@ def suite_source(suite: Suite) -> Path:
 
 def source_config(source: Path) -> ModelConfig:
     """The configuration of the model in a source folder."""
-    from harness.model.checkpoint import read_json
-    from harness.model.families import parse_config
-
     return parse_config(read_json(source / "config.json"), str(source))
 
 
 def plan_source(location: str, recipe: Recipe | None, revision: str | None = None) -> tuple[ModelConfig, Plan]:
     """The plan of a recipe for a `config.json`, a folder or a hub id. Weights are not read: where shards lie
     beside the configuration their headers say what there is, else the configuration does, without an MTP head."""
-    from harness.model.source import census_at
-    from harness.quantize.plan import plan
-
     path = Path(location)
     source = census_at(path if path.is_file() else find_source(location, revision, config_only=True))
     if source.unknown:
@@ -77,9 +75,6 @@ def plan_source(location: str, recipe: Recipe | None, revision: str | None = Non
 
 def serving_footprint(config: ModelConfig, counts: Sequence[RoleCount]) -> Footprint:
     """What a variant of these roles takes of a GPU that serves it."""
-    from harness.model.census import kv_bytes_per_token, state_bytes
-    from harness.model.families import part_of_role
-
     return Footprint(
         weight_bytes=sum(count.output_bytes for count in counts),
         visual_bytes=sum(count.output_bytes for count in counts if part_of_role(count.role) == "visual"),
@@ -95,13 +90,10 @@ def serving_footprint(config: ModelConfig, counts: Sequence[RoleCount]) -> Footp
 def read_text(suite: Suite, text: texts.Text, *, as_lines: bool = False) -> tuple[dict[str, Any], str]:
     """What identifies a text of the suite, and the text. `as_lines`: the rows of a dataset end as they do in its file,
     as `texts.load_text` says."""
-    from harness.measure.texts import load_text
     from harness.suite.texts import DatasetText, DemoText, FileText
 
     match text:
         case DemoText(split):
-            from harness.demo import corpus
-
             known = {"heldout": corpus.heldout_text}
             if split not in known:
                 raise UserError(f"The embedded corpus has no text '{split}'.", did_you_mean(split, known))
@@ -128,16 +120,12 @@ def read_calibration(wanted: texts.Calibration, folder: Path, source: Path, prog
     from harness.quantize import samples
     from harness.quantize.layerwise import CalibrationInput
 
-    embedded = {"train": partial(_demo_documents, "train"), "validation": partial(_demo_documents, "validation")}
+    embedded = {
+        "train": partial(corpus.split_text, "train", num_documents=_NUM_CALIBRATION_DOCUMENTS),
+        "validation": partial(corpus.split_text, "validation", num_documents=_NUM_CALIBRATION_DOCUMENTS),
+    }
     read = samples.read_samples(wanted, source, folder, embedded, progress)
     return CalibrationInput(read, wanted.batch_tokens, round(wanted.hidden_memory_gb * 1e9))
-
-
-def _demo_documents(split: corpus.Split) -> Iterator[str]:
-    from harness.demo import corpus
-
-    for document in corpus.documents(split, num_documents=_NUM_CALIBRATION_DOCUMENTS):
-        yield document.text + corpus.END_OF_TEXT
 
 
 # -- Rows: variants and setups -------------------------------------------------------------------------------------

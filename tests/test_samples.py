@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ CHATS = [
 ]
 
 
-def documents() -> Iterator[str]:
-    return (d.text + corpus.END_OF_TEXT for d in corpus.documents("train", num_documents=40))
+def documents() -> str:
+    return corpus.split_text("train", num_documents=40)
 
 
 def taken(*sources: Samples, folder: Path = Path(), tokenizer: Path = DENSE) -> CalibrationSet:
@@ -197,7 +197,7 @@ def test_fields_that_a_table_fills_up_with_nulls_do_not_reach_the_template(tmp_p
 
 def test_the_embedded_corpus_is_cut_into_windows(encode: Callable[[str], tuple[int, ...]]) -> None:
     found = taken(DemoSamples(demo="train", samples=4, max_tokens=32, seed=5))
-    ids = encode("".join(documents()))
+    ids = encode(documents())
     indexes = found.manifest["sources"][0]["row_indexes"]
     assert indexes == list(shuffled(-(-len(ids) // 32), 5))[:4]
     assert found.samples == tuple(ids[index * 32 : index * 32 + 32] for index in indexes)

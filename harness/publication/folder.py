@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from harness import __version__
@@ -37,14 +37,15 @@ from harness.model.families import family_of
 from harness.quantize.artifact import MANIFEST, altered
 from harness.record import baselines
 from harness.record.run import Record, Skipped
+from harness.report import card, claims, export, gate
+from harness.report.claim_words import check_words
+from harness.report.evidence import Evidence
+from harness.report.gate import Judgement
+from harness.report.gather import gather
 from harness.resolve import chosen_variants
 from harness.serve import CONTAINER_CACHE
 from harness.suite.load import narrowed
 from harness.suite.names import SOURCE, row_parts
-
-if TYPE_CHECKING:
-    from harness.report.evidence import Evidence
-    from harness.report.gate import Judgement
 
 PUBLISHED = "harness-publish.json"
 """The file that lists what `harness publish` put into a folder; a folder with it may be replaced."""
@@ -96,9 +97,6 @@ def assemble(
     is not the one that the records measured; for a suite without a rule for the variant; and for an `out` that holds
     anything but what this function wrote.
     """
-    from harness.report import card, claims, gate
-    from harness.report.claim_words import check_words
-    from harness.report.gather import gather
     from harness.report.trace import trace
 
     chosen_variants(job.suite, [variant], with_source=False)
@@ -224,7 +222,6 @@ def _judgements(job: Job, variant: str, records: Sequence[Record], skipped: Sequ
             f"Suite '{job.suite.name}' has no [[gate]] rule about '{variant}'.", "Say what it may lose: add one."
         )
     baseline = baselines.baseline_in_force(job.results, job.suite.name)
-    from harness.report import gate
 
     return gate.judge(replace(job.suite, gate=rules), records, baseline, skipped)
 
@@ -242,16 +239,12 @@ def _contents(artifact: _Artifact, evidence: Evidence) -> dict[str, bytes | Path
     licences = {path.name: path for pattern in _LICENCES for path in sorted(artifact.source.glob(pattern))}
     contents |= {name: path for name, path in licences.items() if name not in contents and path.is_file()}
     _add(contents, {evidence.record_path(record): record.path for record in evidence.chosen}, "the records")
-    from harness.report import export
 
     (variant,) = evidence.suite.variants
     exported = export.variant_files(evidence, variant) | export.shared_files(evidence, evidence.suite.rows())
-    _add(contents, {_place_of_export(name): data for name, data in exported.items()}, "the exports")
+    placed = {name if name.startswith(_EVAL_RESULTS) else f"{_EXPORTS}/{name}": data for name, data in exported.items()}
+    _add(contents, placed, "the exports")
     return contents
-
-
-def _place_of_export(name: str) -> str:
-    return name if name.startswith(_EVAL_RESULTS) else f"{_EXPORTS}/{name}"
 
 
 def _add(contents: dict[str, bytes | Path], more: Mapping[str, bytes | Path], what: str) -> None:

@@ -187,11 +187,14 @@ def new_tensors(checkpoint: Checkpoint, tensor: SourceTensor, form: Format | Non
 
 def copied_files(folder: Path) -> list[Path]:
     """The files of a source that go into the artifact unread: tokenizer, template, processor, licence, ..."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and _iscopied(path.name))
-
-
-def _iscopied(name: str) -> bool:
-    return not (name.startswith(".") or name in _NOT_COPIED_NAMES or name.endswith(_NOT_COPIED_SUFFIXES))
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.name not in _NOT_COPIED_NAMES
+        and not path.name.endswith(_NOT_COPIED_SUFFIXES)
+    )
 
 
 def pretty_json(value: Any) -> bytes:

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,13 +36,13 @@ class Content:
         return f"{self.name}, {unit} {int(first) + index}"
 
 
-def open_samples(source: Samples, base_folder: Path, demo_texts: Mapping[str, Callable[[], Iterator[str]]]) -> Content:
+def open_samples(source: Samples, base_folder: Path, demo_texts: Mapping[str, Callable[[], str]]) -> Content:
     """Opens a source, and checks that it has the columns that the calibration reads."""
     match source:
         case DemoSamples(demo=demo):
             if demo not in demo_texts:
                 raise UserError(f"The embedded corpus has no text '{demo}'.", did_you_mean(demo, demo_texts))
-            return Content(f"demo:{demo}", text="".join(demo_texts[demo]()))
+            return Content(f"demo:{demo}", text=demo_texts[demo]())
         case FileSamples(path=path):
             return _open_file(source, base_folder / Path(path).expanduser())
         case DatasetSamples():

@@ -61,13 +61,13 @@ def read_samples(
     calibration: Calibration,
     tokenizer_folder: Path,
     base_folder: Path,
-    demo_texts: Mapping[str, Callable[[], Iterator[str]]],
+    demo_texts: Mapping[str, Callable[[], str]],
     progress: Progress,
 ) -> CalibrationSet:
     """The samples of a calibration set, by the tokenizer in `tokenizer_folder`. Relative paths start at `base_folder`.
 
-    `demo_texts` has the texts of each part of the embedded corpus; they are joined with nothing in between. `UserError`
-    for a file, column, row, template or dataset that is missing or wrong, and for too few usable rows.
+    `demo_texts` has the text of each part of the embedded corpus. `UserError` for a file, column, row, template or
+    dataset that is missing or wrong, and for too few usable rows.
     """
     encoder = _Encoder(tokenizer_folder)
     if any(isinstance(one, FileSamples | DatasetSamples) and (one.messages or one.user) for one in calibration.sources):

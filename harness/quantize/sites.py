@@ -146,14 +146,7 @@ def quantize_matrices(
         decode_scales = form.decode_scales(scales, per_row).view(*shared.shape[:2], -1)
         rounded = gptq.gptq(form, shared, target, decode_scales, site.moments, method.damping, method.sweeps)
         codes = rounded.codes.view(-1, width)
-        report = replace(
-            report,
-            error=rounded.error,
-            rtn_error=rounded.rtn_error,
-            output=rounded.output,
-            num_rows_rtn=rounded.num_rows_rtn,
-            damping=rounded.damping,
-        )
+        report = replace(report, **{name: value for name, value in vars(rounded).items() if name != "codes"})
     else:
         flat = w.view(-1, width)
         codes = by_rows(lambda rows: form.encode(flat[rows], scales[rows], per_row[rows]), flat)
