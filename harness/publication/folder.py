@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from harness import __version__
@@ -34,7 +33,7 @@ from harness.errors import UserError
 from harness.job import Job
 from harness.model.checkpoint import open_checkpoint, read_json
 from harness.model.families import family_of
-from harness.quantize.artifact import MANIFEST, altered
+from harness.quantize.artifact import MANIFEST, altered, pretty_json
 from harness.record import baselines
 from harness.record.run import Record, Skipped
 from harness.report import card, claims, export, gate
@@ -127,7 +126,8 @@ def assemble(
     with _new_folder(out) as made:
         files = _write(made, contents)
         about = {"suite": job.suite.name, "variant": variant, "repo": repo, "artifact_digest": artifact.digest}
-        files[PUBLISHED] = _write_list(made, {**about, "files": files})
+        listed = pretty_json({"schema": 1, "harness": __version__, **about, "files": files})
+        files[PUBLISHED] = (made / PUBLISHED).write_bytes(listed)
         findings = [f"trace: README.md: {one}" for one in trace(made / "README.md", job.suite).findings]
         findings += of_this_machine(made, files, _places(job, artifact), os.environ)
         if findings:
@@ -314,11 +314,6 @@ def _link(file: Path, target: Path) -> None:
         target.hardlink_to(file)
     except OSError:  # another disk, or one without links
         shutil.copyfile(file, target)
-
-
-def _write_list(made: Path, listed: Mapping[str, Any]) -> int:
-    document = {"schema": 1, "harness": __version__, **listed}
-    return (made / PUBLISHED).write_bytes((json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _places(job: Job, artifact: _Artifact) -> list[Path]:

@@ -79,19 +79,19 @@ def read_samples(
     samples: list[tuple[int, ...]] = []
     manifests = []
     for source, content in zip(calibration.sources, opened, strict=True):
-        chosen = _choose(source, content, encoder, _within(progress, len(samples), total))
-        samples += chosen.samples
+        num_rows, chosen = _choose(source, content, encoder, _within(progress, len(samples), total))
+        samples += chosen.values()
         manifests.append(
             {
                 "name": content.name,
                 "source": as_json(source),
                 "revision": content.revision,
                 "file_sha256": content.file_sha256,
-                "num_rows": chosen.count,
-                "row_indexes": chosen.indexes,
-                "num_samples": len(chosen.samples),
-                "num_tokens": sum(map(len, chosen.samples)),
-                "sample_sha256": [hashlib.sha256(_as_bytes(sample)).hexdigest() for sample in chosen.samples],
+                "num_rows": num_rows,
+                "row_indexes": list(chosen),
+                "num_samples": len(chosen),
+                "num_tokens": sum(map(len, chosen.values())),
+                "sample_sha256": [hashlib.sha256(_as_bytes(sample)).hexdigest() for sample in chosen.values()],
             }
         )
     found = CalibrationSet(tuple(samples), {})
@@ -126,17 +126,11 @@ def _as_bytes(ids: Sequence[int]) -> bytes:
     return np.asarray(ids, dtype="<u4").tobytes()
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """Which rows (or windows) of how many, and what they came to."""
-
-    indexes: list[int]
-    count: int
-    samples: list[tuple[int, ...]]
-
-
-def _choose(source: Samples, content: Content, encoder: "_Encoder", progress: Progress) -> _Chosen:
-    """As many samples as the source asks for; `progress` counts those of this source."""
+def _choose(
+    source: Samples, content: Content, encoder: "_Encoder", progress: Progress
+) -> tuple[int, dict[int, tuple[int, ...]]]:
+    """How many rows (or windows) the source has, and as many samples as it asks for, by the row that each is of.
+    `progress` counts those of this source."""
     length = source.max_tokens
     if content.text is not None:
         ids = encoder.encode(content.text)
@@ -144,7 +138,7 @@ def _choose(source: Samples, content: Content, encoder: "_Encoder", progress: Pr
     else:
         assert content.rows is not None
         what, candidates = "rows", len(content.rows)
-    chosen = _Chosen([], candidates, [])
+    chosen: dict[int, tuple[int, ...]] = {}
     for index in shuffled(candidates, source.seed):
         if content.text is not None:
             sample = ids[index * length : (index + 1) * length]
@@ -158,13 +152,12 @@ def _choose(source: Samples, content: Content, encoder: "_Encoder", progress: Pr
             sample = encoder.encode(text)[:length] if text else []
         if len(sample) < _MIN_TOKENS:
             continue
-        chosen.indexes.append(index)
-        chosen.samples.append(tuple(sample))
-        progress(len(chosen.samples), source.samples, content.name)
-        if len(chosen.samples) == source.samples:
-            return chosen
+        chosen[index] = tuple(sample)
+        progress(len(chosen), source.samples, content.name)
+        if len(chosen) == source.samples:
+            return candidates, chosen
     raise UserError(
-        f"{content.name} has {len(chosen.samples):,} usable samples in {candidates:,} {what}, "
+        f"{content.name} has {len(chosen):,} usable samples in {candidates:,} {what}, "
         f"and the calibration asks for {source.samples:,}.",
         "Ask for fewer samples or give more text: empty rows do not count.",
     )
