@@ -21,7 +21,7 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser().parse_args(given)
+    options = parser(given).parse_args(given)
     try:
         _keep_freed_memory()
         code = command_named(options.command)(options, given)

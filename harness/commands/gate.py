@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 
 from harness.commands.shared import load_suite, print_json, stored_records
 from harness.errors import UserError
-from harness.record import baselines
-from harness.record.provenance import git
-from harness.record.run import Record
 
 if TYPE_CHECKING:
+    from harness.record.run import Record
     from harness.suite.schema import Suite
 
 
@@ -32,6 +30,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if options.update_baseline:
         return _update_baseline(options, suite, folder, records)
 
+    from harness.record import baselines
     from harness.report import gate, gate_output, tables
 
     judgements = gate.judge(suite, records, baselines.baseline_in_force(folder, suite.name), skipped)
@@ -50,6 +49,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 def _update_baseline(options: argparse.Namespace, suite: Suite, folder: Path, records: Sequence[Record]) -> int:
     """Makes the newest records the baseline of the suite, and names them."""
+    from harness.record import baselines
+    from harness.record.provenance import git
     from harness.report import gate
 
     checkout = git(Path(__file__).parent)

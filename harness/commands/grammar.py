@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,27 +47,35 @@ def tables() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The grammar of a command line; the chosen subcommand is `command` of what it parses."""
+def parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The grammar of a command line: a sentence for every subcommand, and the arguments of the subcommand that the line
+    begins with, which is `command` of what is parsed."""
     said = tables()
     top = argparse.ArgumentParser(
         prog="harness", description="Build, verify, measure and report NVFP4 variants of hybrid DeltaNet models."
     )
     top.add_argument("--version", action="version", version=f"harness {__version__}")
-    _add_commands(top, said["commands"], said["shared"], dest="command", metavar="COMMAND")
+    _add_commands(top, said["commands"], said["shared"], given[:1], dest="command", metavar="COMMAND")
     return top
 
 
 def _add_commands(
-    parser: argparse.ArgumentParser, commands: Mapping[str, Any], shared: Mapping[str, Any], **names: str
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    whole: Container[str],
+    **names: str,
 ) -> None:
+    """Adds subcommands to a parser, and the arguments of those that are named in `whole`: adding them takes time."""
     subparsers = parser.add_subparsers(required=True, **names)
     for name, about in commands.items():
         command = subparsers.add_parser(name, help=about["sentence"], description=about["sentence"])
+        if name not in whole:
+            continue
         for argument, said in about.get("arguments", {}).items():
             keywords = dict(shared[argument] if said == "shared" else said)
             if "type" in keywords:
                 keywords["type"] = TYPES[keywords["type"]]
             command.add_argument(argument, **keywords)
         if "commands" in about:
-            _add_commands(command, about["commands"], shared, metavar="WHAT")
+            _add_commands(command, about["commands"], shared, about["commands"], metavar="WHAT")
