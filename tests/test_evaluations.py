@@ -18,7 +18,7 @@ from harness.record import stats
 from harness.record.comparable import COMPARABLE
 from harness.record.run import Record
 from harness.record.store import RunWriter, read
-from harness.report import tables, task_tables
+from harness.report import runs, tables, task_tables
 from harness.report.tables import Table
 from harness.suite.schema import Source, Suite, Task, Variant
 from tests.records import AUDIT, ENGINE, TASK, answer, choice, make_run, mean_results, result, tasks_record
@@ -564,7 +564,7 @@ def test_a_run_says_how_many_of_its_answers_are_of_earlier_ones() -> None:
         },
         "facts": {"nvfp4": tasks_record("nvfp4", [choice(0, 1), choice(1, 1)], num_reused=2)},
     }
-    assert list(task_tables.reused_answers(by_task)) == [
+    assert list(runs.reused(by_task, "answers")) == [
         "source, sums: 1,100 of 1,200 answers are of earlier runs.",
         "nvfp4, facts: 2 of 2 answers are of earlier runs.",
     ]
@@ -637,4 +637,4 @@ def test_rows_are_json_with_estimates_as_objects() -> None:
 
 def test_no_records_give_empty_tables() -> None:
     assert not task_tables.score_table({}) and not task_tables.answer_table({})
-    assert list(task_tables.reused_answers({})) == []
+    assert list(runs.reused({}, "answers")) == []

@@ -11,14 +11,7 @@ from scipy import optimize
 from scipy import stats as scipy_stats
 
 from harness.record import stats
-from harness.record.significance import (
-    holm,
-    mcnemar,
-    non_inferiority_p,
-    num_needed,
-    p_above,
-    paired_permutation,
-)
+from harness.record.significance import holm, mcnemar, num_needed, p_above, paired_permutation
 from harness.record.stats import (
     Estimate,
     hodges_lehmann_ratio,
@@ -30,7 +23,7 @@ from harness.record.stats import (
     ratio_of_groups,
     weighted_mean,
 )
-from studies.simulation.planning import detectable_margin, equivalence_p, num_for_margin
+from studies.simulation.planning import detectable_margin, equivalence_p, non_inferiority_p, num_for_margin
 
 
 def expanded_level(num: int) -> float:

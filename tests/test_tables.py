@@ -235,7 +235,7 @@ def test_windows_of_earlier_runs_are_counted_out_loud() -> None:
         "a16": make_record("ppl", "a16", [*windows(8.0), {**told[0], "num_reused": 0}]),
         "w4a4": make_record("ppl", "w4a4", windows(8.0)),
     }
-    assert list(perplexity_tables.reused_windows({"wikitext2-512": records})) == [
+    assert list(runs.reused({"wikitext2-512": records}, "windows")) == [
         "source, wikitext2-512: 300 of 581 windows are of earlier runs."
     ]
 

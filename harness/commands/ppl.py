@@ -39,7 +39,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         shown = {name: {**stored.get(name, {}), **rows} for name, rows in found.records.items()}
         frame = perplexity_tables.perplexity_table(shown, fidelity_tables.log_ppl_floor(stored_noise(job), shown))
     frames = [frame] if found.records else []
-    notes = perplexity_tables.reused_windows(found.records)
+    notes = runs.reused(found.records, "windows")
     return print_measured(options, found.records, frames, found.failures, notes=notes)
 
 

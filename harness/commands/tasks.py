@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         print_models(options, work.models)
         found = _answered(job, work, limit=options.limit, fresh=options.fresh)
 
-        from harness.report import task_tables
+        from harness.report import runs, task_tables
 
         stored = task_tables.newest_by_task(job.stored(), job.suite, (SOURCE,))
         shown = {label: {**stored.get(label, {}), **rows} for label, rows in found.records.items()}
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         for reason in task_tables.invalid(record, shown[label].get(SOURCE))
     ]
     frames = (task_tables.score_table(shown), task_tables.answer_table(shown))
-    notes = task_tables.reused_answers(found.records)
+    notes = runs.reused(found.records, "answers")
     return print_measured(options, found.records, frames, found.failures, notes=notes, invalid=invalid)
 
 

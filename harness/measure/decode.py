@@ -1,17 +1,8 @@
 """Decode speed and prefill time of one engine start, and the memory that it took.
 
-Decoding one token at batch 1 reads every weight once and computes little, so memory bandwidth bounds its speed. On the
-torch engine the weights are *decompressed*: there a 4-bit checkpoint decodes no faster than its source.
-
-Before anything is timed the model must be coherent: a state that decoding corrupts costs no time. The engine continues
-real text and then scores its own continuation as a prompt. If decoding and prefill agree, greedy text is about as
-probable as real text, or more. If it is far less probable, or real text is hardly more probable than chance, or the
-model accepts hardly any draft of an MTP head, the run is a failure and gives no speed.
-
 Prompts are real text, a different piece for each row of a batch: random tokens mislead speculative decoding and expert
-routing. Warm-ups are marked and kept, and every step time is kept, because the median of many hides one slow step.
-One call measures one engine start. Starts differ (memory layout, clocks), so measure each variant in at least two, in
-the order A B B A, and compare by ratio.
+routing. Warm-ups and every step time are kept. Starts differ (memory layout, clocks), so each variant is measured in
+several, in the order A B B A, and compared by ratio. Before anything is timed the model must be coherent (`coherence`).
 """
 
 import math
@@ -66,7 +57,12 @@ def coherence(
     engine: Engine, ids: Sequence[int], vocabulary: int, prompt_tokens: int = COHERENCE_TOKENS
 ) -> dict[str, Any]:
     """The `coherence` sample: mean negative log-likelihoods of `COHERENCE_TOKENS` tokens of real text after a prompt
-    and of as many that the engine decodes in their place, and the share of its drafts that were accepted, if any."""
+    and of as many that the engine decodes in their place, and the share of its drafts that were accepted, if any.
+
+    A state that decoding corrupts costs no time, so speed alone does not show it. Where decoding and prefill agree,
+    greedy text is about as probable as real text, or more. A model is not coherent if it is far less probable, if real
+    text is hardly more probable than chance, or if hardly any draft of an MTP head is accepted.
+    """
     prompt, real = list(ids[:prompt_tokens]), list(ids[prompt_tokens : prompt_tokens + COHERENCE_TOKENS])
     decoded = engine.decode([prompt], len(real))
     text, generated = (

@@ -1,20 +1,8 @@
 """Fidelity: how far a variant's predictions are from its source's, token by token.
 
 A quantized model may by luck find a text more probable than its source does, and then perplexity says that it is
-better. The Kullback-Leibler divergence KL(P || Q) asks instead how much of the source's whole distribution P over the
-next token the variant's Q has lost. It is never negative, and zero only where the two agree on the whole vocabulary.
-
-Probabilities of float32 log-probabilities miss a sum of 1 by about 1e-6, while a good variant's divergence is 1e-3.
-Written as usual, Σ p (ln p - ln q), that miss enters at first order. So every token of the vocabulary contributes
-
-    p (ln p - ln q) - p + q   >= 0
-
-in float64: the two further terms add up to zero for exact distributions, and a miss enters at second order only.
-
-An engine that serves tells the k most probable tokens. Two such lists are compared over the tokens that both name, the
-token that really came, and one bucket for all others. A sum over coarser events never exceeds the sum over finer ones
-(the log-sum inequality: Cover and Thomas, Elements of Information Theory, theorem 2.7.1), so this divergence is a lower
-bound, and is called one.
+better. The Kullback-Leibler divergence KL(P || Q) asks instead how much of the source's distribution P over the next
+token the variant's Q has lost. It is never negative, and zero only where the two agree on the whole vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,7 +69,12 @@ def token_kl_nats(reference: NDArray[np.float32], variant: NDArray[np.float32]) 
 
 
 def _terms(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What each event contributes to a divergence, of the shape of both arguments."""
+    """What each event contributes to a divergence, of the shape of both arguments: p (ln p - ln q) - p + q >= 0.
+
+    Probabilities of float32 log-probabilities miss a sum of 1 by about 1e-6, while a good variant's divergence is 1e-3.
+    In Σ p (ln p - ln q) that miss enters at first order; with the two further terms, which add up to zero for exact
+    distributions, at second order only.
+    """
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):  # 0 · (-inf - x), replaced by its limit 0
         lost = np.where(p > 0, p * (log_p - log_q), 0.0)
@@ -101,8 +94,12 @@ def compare_whole(reference: NDArray[np.float32], variant: NDArray[np.float32], 
 
 
 def compare_top(reference: Top, variant: Top, actual: Sequence[int]) -> Compared:
-    """The comparison of what two engines name at n places, where the n tokens `actual` came. Its divergence is a lower
-    bound."""
+    """The comparison of what two engines name at n places, where the n tokens `actual` came.
+
+    Its events are the tokens that both name, the token that came, and all others together. A sum over coarser events
+    never exceeds the sum over finer ones (the log-sum inequality: Cover and Thomas, Elements of Information Theory,
+    theorem 2.7.1), so its divergence is a lower bound.
+    """
     both, log_q = _found(reference.ids, variant)
     is_actual = (reference.ids == np.asarray(actual)[:, None]) & both
     named_p, named_q = (np.where(both, one, -np.inf) for one in (reference.log_probs.astype(np.float64), log_q))

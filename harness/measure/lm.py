@@ -1,9 +1,8 @@
 """An engine as a model of lm-eval: it answers lm-eval's requests, and keeps what lm-eval forgets about the answers.
 
-Tokenization is lm-eval's own (`TemplateLM`), so a prompt has the ids that `lm_eval --model hf` gives it, and so are the
-rules by which a text is cut at its stops. Two things differ: a prompt that is too long is refused before a model is
-loaded instead of cut from the left, and every request has a seed of its own, so that neither the batch nor an
-interruption changes an answer.
+Tokenization and the rules by which a text is cut at its stops are lm-eval's own. Two things differ: a prompt that is
+too long is refused before a model is loaded instead of cut from the left, and every request has a seed of its own, so
+that neither the batch nor an interruption changes an answer.
 """
 
 import json
@@ -294,7 +293,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         groups = list(by_context.values())
         wanted = [Choice(context, tuple(pairs[place][1] for place in group)) for context, group in by_context.items()]
         before = time.perf_counter()
-        for number, scored in self._running().choices(wanted, self._settings.batch_size):
+        assert self._engine is not None
+        for number, scored in self._engine.choices(wanted, self._settings.batch_size):
             seconds = (time.perf_counter() - before) / len(scored)
             for place, one in zip(groups[number], scored, strict=True):
                 yield place, {"log_prob": one.log_prob, "greedy": one.greedy, "seconds": seconds}
@@ -302,14 +302,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     def _texts(self, prompts: Sequence[Prompt], places: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         wanted = [prompts[place] for place in places]
-        for number, answer in self._running().generate(wanted, self._settings.batch_size):
+        assert self._engine is not None
+        for number, answer in self._engine.generate(wanted, self._settings.batch_size):
             text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
             yield places[number], {**asdict(answer), "text": text}
-
-    def _running(self) -> Engine:
-        if self._engine is None:
-            raise RuntimeError("no engine: this model only measures lengths")
-        return self._engine
 
     def _answered(
         self,
@@ -327,36 +323,20 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         open_.reverse()
         self.log.num_answers += len(keys)
         self.log.num_reused += sum(journal.get(key) is not None for key in keys)
-        tell = _Teller(self._progress, name, len(keys) - len(open_), len(keys))
+        done, num_tokens, num_cut, seconds = len(keys) - len(open_), 0, 0, 0.0
+        if keys:
+            self._progress(done, len(keys), name)
         for place, answer in ask(open_) if open_ else ():
             journal.put(keys[place], answer)
-            tell.one(answer)
+            done += 1
+            seconds += answer["seconds"]
+            note = f"{done:,} of {len(keys):,}"
+            if "token_ids" in answer:
+                num_tokens += len(answer["token_ids"])
+                num_cut += answer["finish_reason"] == "length"
+                note += f", {num_tokens / max(seconds, 1e-9):,.0f} tok/s, {num_cut:,} cut off"
+            self._progress(done, len(keys), name, note)
         return [cast(dict[str, Any], journal.get(key)) for key in keys]
-
-
-class _Teller:
-    """Tells how far a run is: items, tokens per second, and answers that were cut off."""
-
-    def __init__(self, progress: Progress, name: str, done: int, total: int) -> None:
-        self._progress, self._name, self._done, self._total = progress, name, done, total
-        self._tokens = self._cut = 0
-        self._seconds = 0.0
-        self._tell("")
-
-    def one(self, answer: Mapping[str, Any]) -> None:
-        """Counts an answer that has come."""
-        self._done += 1
-        self._seconds += answer["seconds"]
-        note = f"{self._done:,} of {self._total:,}"
-        if "token_ids" in answer:
-            self._tokens += len(answer["token_ids"])
-            self._cut += answer["finish_reason"] == "length"
-            note += f", {self._tokens / max(self._seconds, 1e-9):,.0f} tok/s, {self._cut:,} cut off"
-        self._tell(note)
-
-    def _tell(self, note: str) -> None:
-        if self._total:
-            self._progress(self._done, self._total, self._name, note)
 
 
 def _place(instance: Instance) -> Request:

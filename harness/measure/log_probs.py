@@ -1,13 +1,11 @@
 """Log-probabilities of a text's tokens, kept on the disk window by window, so that no window is scored twice.
 
-A file belongs to one `identity`: everything that the numbers depend on and that is known before an engine is started
-(the checkpoint's content, what is asked of the engine, packages, machine, token ids, windows, batch size). It holds
+A file belongs to one `identity`: everything that the numbers depend on and that is known before an engine is started.
+A run whose windows are all there is recorded without starting an engine, and an interrupted run goes on where it was.
+A window that a killed process left half written is dropped.
 
     {"identity": {...}, "engine": {...}}        the engine that computed them, as a run's header describes it
     <float32, little-endian>                    ln P of tokens 1 … n - 1 of window 0, then of window 1 …
-
-A run whose windows are all there is recorded without starting an engine, and an interrupted run goes on where it was.
-A window that a killed process left half written is dropped.
 """
 
 import hashlib

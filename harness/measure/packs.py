@@ -1,14 +1,11 @@
 """Reference packs: what a source predicts, kept on the disk to compare a variant with it when the source is not loaded.
 
 An engine that serves needs all memory for one model, so the source is gone when the variant is measured. A pack belongs
-to one source, one engine and one text, which are its `identity`, and is built once. It is one file:
+to one source, one engine and one text, which are its `identity`. Its file gets its name when it is whole:
 
-    {"identity": {...}, "num": 64}                  a line of JSON
+    {"identity": {...}, "num": 64}                  a line of JSON; num is k
     ids, log_probs, actual of window 0              little-endian int32 [n - 1, k], float32 [n - 1, k], float32 [n - 1]
     ids, log_probs, actual of window 1 ...
-
-A token takes 512 bytes at k = 64. The file gets its name when it is whole; a file that was cut later is refused by its
-size.
 """
 
 import json

@@ -1,11 +1,8 @@
 """Perplexity: under a named protocol, the negative log-likelihood of each window of a text.
 
-Perplexity is exp of the mean negative log-likelihood per scored token. The same model on the same text gives several
-"perplexities", because a protocol decides how the text is cut and which tokens of a window count: a token at
-the start of its window is predicted from nothing and costs much more. So a protocol has a name, its windows are
-data (`PROTOCOLS`), and the name, the number of tokens, windows and scored tokens belong to every number.
-
-Protocols may read the same windows and differ in the tokens that count: `log_probs` keeps the engine's answers for all.
+Perplexity is exp of the mean negative log-likelihood per scored token. A protocol (`PROTOCOLS`) decides how the text is
+cut and which tokens of a window count: a token at the start of its window is predicted from nothing and costs much
+more. So its name and the numbers of tokens, windows and scored tokens belong to every number.
 """
 
 import hashlib

@@ -1,10 +1,8 @@
 """Tasks by lm-eval: its tasks, its prompts, its metrics, on the engines of the harness, with every item kept.
 
-`take_task` takes a task from lm-eval by name or from a file, and `ready_task` writes its prompts. Together they find
-everything that can be wrong before a model is loaded: an unknown name, a template that does not render, a missing
-dataset, a prompt that is too long. `task_samples` runs the task. An item's sample says which document and tokens were
-asked, how the item was scored and how the answer ended: two models can be compared item by item, and answers that were
-cut off or empty do not pass for a measurement. lm-eval's own figures are samples too.
+`take_task` takes a task from lm-eval, and `ready_task` writes its prompts: together they find what can be wrong before
+a model is loaded. `task_samples` runs the task. An item's sample says what was asked, how the answer was scored and how
+it ended, so that models can be compared item by item. lm-eval's own figures are samples too.
 """
 
 import contextlib
@@ -110,11 +108,9 @@ def task_samples(
     limit: int | None = None,
     progress: Progress = silent,
 ) -> Iterator[dict[str, Any]]:
-    """Runs the task `repeats` times and yields samples, every one with its `kind`.
-
-    an `item` a document, a `result` a figure of lm-eval, and `reused`, last, which counts the answers that the journal
-    had (keys: `record/samples.py`). `EngineDied` passes through; what was answered is in the journal.
-    """
+    """Runs the task `repeats` times and yields samples: an `item` a document, a `result` a figure of lm-eval, and
+    `reused`, last, which counts the answers that the journal had. `EngineDied` passes through; what was answered is in
+    the journal."""
     wanted = loaded.wanted
     model = EngineLM(loaded.texts, loaded.settings, engine=engine, journal=journal, progress=progress)
     limits = [one for one in (wanted.limit, limit) if one is not None]

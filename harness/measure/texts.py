@@ -1,7 +1,6 @@
 """Where the text of a measurement comes from: a local file, or a column of a dataset on the model hub.
 
-A text is one string: the rows of a dataset joined with nothing in between (WikiText's rows carry their own line ends),
-since the way to join them changes the tokens, and with them every number.
+A text is one string: the rows of a dataset joined with nothing in between (WikiText's rows carry their own line ends).
 """
 
 from pathlib import Path

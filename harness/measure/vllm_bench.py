@@ -4,8 +4,7 @@
     vllm bench latency --output-json                    a sample per generation of a whole batch
     vllm bench throughput --output-json                 one sample in all
 
-A summary of `serve` without its requests is refused: medians leave nothing to make an interval from. Times between
-chunks are added up, since a chunk may carry several tokens; a request's own output length counts its tokens.
+A summary of `serve` without its requests is refused: medians leave nothing to make an interval from.
 """
 
 import json

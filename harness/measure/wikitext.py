@@ -1,9 +1,8 @@
 """WikiText as lm-eval measures it: page by page, detokenized, as perplexity per word of the original page.
 
-The documents of lm-eval's task `wikitext` are pages. A page is written back into ordinary English
-(`wikitext_detokenizer`), made into tokens, and read after one end-of-text token in windows as long as the model takes;
-the mean is over the words that the page had *before* that. Detokenizer and windows are lm-eval's own functions. The
-pages are made here: lm-eval's dataset (EleutherAI/wikitext_document_level) is WikiText's files cut at their headings.
+A page is written back into ordinary English, made into tokens, and read after one end-of-text token in windows as long
+as the model takes; the mean is over the words that the page had *before* that. Detokenizer and windows are lm-eval's
+own functions. Its dataset (EleutherAI/wikitext_document_level) is WikiText's files cut at their headings, as here.
 """
 
 import re

@@ -6,9 +6,8 @@
       {"utc": "...", "reason": "first baseline", "commit": "...", "records": {
         "ppl/wikitext2-512": {"w4a4": {"file": "<machine>/<file>.jsonl", "sha256": "..."}}}}]}
 
-A baseline holds no numbers. It names whole runs, by their path from the folder that holds `baselines/` and by their
-digest, so that every comparison is made anew from raw observations. The last entry is in force; earlier entries stay
-with their reasons. A run that is gone, cut or changed is an error and never left out.
+A baseline holds no numbers: it names whole runs by their path from the folder that holds `baselines/` and by their
+digest, and every comparison is made anew. The last entry is in force. A run that is gone, cut or changed is an error.
 """
 
 import hashlib

@@ -61,12 +61,15 @@ def p_above(estimate: Estimate, bound: float) -> float | None:
     the p-value is 2.5 % exactly where that end of the interval meets `bound`. Assumes that each half is about that of a
     normal distribution.
     """
-    return _tail(estimate.value - bound, estimate, estimate.low if bound <= estimate.value else estimate.high)
-
-
-def non_inferiority_p(loss: Estimate, margin: float) -> float | None:
-    """One-sided p-value of "the true loss is at least `margin`": small where the loss is shown to be less."""
-    return _tail(margin - loss.value, loss, loss.high if margin >= loss.value else loss.low)
+    distance = estimate.value - bound
+    end = estimate.low if distance >= 0 else estimate.high
+    if end is None:
+        return None
+    reach = abs(end - estimate.value)
+    if reach == 0:
+        return 0.0 if distance > 0 else 1.0
+    degrees = estimate.degrees_of_freedom
+    return float(special.stdtr(degrees, -distance / reach * student_quantile(degrees)))
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
@@ -80,18 +83,6 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     scaled = (min(1.0, (len(order) - step) * p_values[at]) for step, at in enumerate(order))
     by_place = dict(zip(order, accumulate(scaled, max), strict=True))
     return tuple(by_place[at] for at in range(len(p_values)))
-
-
-def _tail(distance: float, estimate: Estimate, end: float | None) -> float | None:
-    """The probability that noise alone brings an estimate `distance` or more above a true value; `end` of its interval
-    says how large the noise is."""
-    if end is None:
-        return None
-    degrees = estimate.degrees_of_freedom
-    reach = abs(end - estimate.value)
-    if reach == 0:
-        return 0.0 if distance > 0 else 1.0
-    return float(special.stdtr(degrees, -distance / reach * student_quantile(degrees)))
 
 
 # -- Sample sizes ------------------------------------------------------------------------------------------------

@@ -79,23 +79,18 @@ def paired_mean_difference(
 
     Args (all [clusters]): each cluster's total under the baseline and under the variant, and its weight: how many
     observations the total adds up. Totals of negative log-likelihood with token counts give the difference of
-    log-perplexities. `block`: how many neighbouring clusters belong together, see below.
+    log-perplexities. With `block` = b, every b neighbours are added up to one cluster (a last, shorter block is one
+    too): neighbouring windows of an article are not independent.
 
     Whole clusters are resampled, pair and weight together, because observations within a cluster are correlated and
-    both sides saw the same ones; every resample has a ratio of sums of its own. Assumes that the clusters, or the
-    blocks of them, are exchangeable and independent of each other.
+    both sides saw the same ones. Assumes that the clusters are exchangeable and independent of each other.
 
     The interval is Hesterberg's expanded percentile interval: the percentile interval of n clusters is too narrow by
     sqrt(1 - 1/n) and by the ratio of normal to Student's t quantiles (10 % at 20 clusters), so the quantiles are taken
-    at the level where sqrt(n / (n - 1)) times Student's t would be. Resamples never leave the range of the data, and
-    the range of five clusters or fewer holds their mean in less than 95 % of cases; so a bound is never nearer than
-    Student's t times the standard error. It is too narrow where clusters are few and rare ones decide. BCa corrects
-    little here, since the statistic is almost linear in the clusters, and has no answer when all differences are
-    equal, as those of a model and itself are. Fewer than two clusters have no interval.
-
-    Neighbouring windows of one article are not independent: what the article makes hard is hard in all of them. With
-    `block` = b, every b neighbours are added up to one cluster (a last, shorter block is one too), and the blocks are
-    resampled; `block_length` is the b that the simulation found to suffice.
+    at the level where sqrt(n / (n - 1)) times Student's t would be. Resamples never leave the range of the data, which
+    holds the mean of five clusters or fewer in less than 95 % of cases; so a bound is never nearer than Student's t
+    times the standard error. It is too narrow where clusters are few and rare ones decide. BCa has no answer when all
+    differences are equal, as those of a model and itself are. Fewer than two clusters have no interval.
     """
     difference = np.asarray(variant, float) - np.asarray(baseline, float)
     weight = np.asarray(weights, float)
@@ -108,11 +103,8 @@ def paired_sum_ratio(variant: Sequence[float], baseline: Sequence[float], block:
     """sum(variant) / sum(baseline) of two totals over the same clusters.
 
     Args (both [clusters]): each cluster's total under the variant and under the baseline, never negative and of the
-    baseline not all zero. Divergences of two variants from one source, summed over each window, give the share of
-    the baseline's divergence that the variant has left.
-
-    Whole clusters are resampled as pairs, so what makes a cluster hard for both sides cancels. Assumptions, interval
-    and `block` are those of `paired_mean_difference`. There is no interval where a resample draws a baseline of zero.
+    baseline not all zero. Assumptions, interval and `block` are those of `paired_mean_difference`. There is no interval
+    where a resample draws a baseline of zero.
     """
     above, below = np.asarray(variant, float), np.asarray(baseline, float)
     if above.shape != below.shape or above.ndim != 1 or (above < 0).any() or (below < 0).any() or not below.any():
@@ -123,9 +115,8 @@ def paired_sum_ratio(variant: Sequence[float], baseline: Sequence[float], block:
 def block_length(num: int) -> int:
     """How many neighbouring windows of running text to take for one cluster, of `num` windows in all: a twelfth.
 
-    A block must be longer than what its windows have in common reaches, else the blocks are correlated themselves; the
-    longer it is, the fewer are left. The simulation finds that a twelfth covers what single windows do not; where the
-    windows are independent after all, the interval is a tenth longer than it need be.
+    The longer a block is, the less the blocks are correlated, and the fewer are left. The simulation finds that a
+    twelfth suffices; where the windows are independent after all, the interval is a tenth longer than it need be.
     """
     return max(1, num // 12)
 
@@ -246,8 +237,7 @@ def ratio_of_groups(variant: Sequence[Sequence[float]], baseline: Sequence[Seque
 
     Each group counts as one value, its mean logarithm; the interval is Student's t for two samples with common
     variance, on the logarithms, with as many degrees of freedom as there are groups less two, and the value is exp of
-    the difference. Assumes that groups are independent and their means, as logarithms, normal with one variance. It is
-    wide: with two groups a side, 4.3 standard errors to each side.
+    the difference. Assumes that groups are independent and their means, as logarithms, normal with one variance.
     """
     sides = [np.array([np.log(_positive(group)).mean() for group in side]) for side in (variant, baseline)]
     above, below = sides

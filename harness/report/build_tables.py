@@ -2,6 +2,7 @@
 and what a server of a variant needs.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -54,23 +55,18 @@ def role_table(records: runs.Records) -> Table:
 
 def roundtrip_table(records: runs.Records) -> Table:
     """How far the decoded weights are from the source's, per role."""
-    return table_of(
-        [
-            {"variant": variant, **role, "run": record}
-            for variant, record in records.items()
-            for role in record.kind("roundtrip")
-        ]
-    )
+    return _samples_table(records, "roundtrip")
 
 
 def finding_table(records: runs.Records) -> Table:
     """What `harness verify` objects to; empty is good."""
+    return _samples_table(records, "finding")
+
+
+def _samples_table(records: runs.Records, kind: str) -> Table:
+    """A row for every sample of a kind."""
     return table_of(
-        [
-            {"variant": variant, **finding, "run": record}
-            for variant, record in records.items()
-            for finding in record.kind("finding")
-        ]
+        {"variant": variant, **one, "run": record} for variant, record in records.items() for one in record.kind(kind)
     )
 
 
@@ -173,26 +169,16 @@ def server_footprint(record: Record) -> serve.Footprint | None:
 def sizing_table(records: runs.Records) -> Table:
     """One row a variant and GPU: what `harness serve-command` finds to fit, images served and all else at its defaults;
     GPUs that a variant does not fit have no row."""
+    keys = ("weight_bytes", "max_model_len", "users", "shared_tokens")
     rows = []
     for variant, record in records.items():
-        needed = server_footprint(record)
-        for gib in GPUS_GIB if needed else ():
-            assert needed is not None
-            try:
+        if (needed := server_footprint(record)) is None:
+            continue
+        for gib in GPUS_GIB:
+            with contextlib.suppress(UserError):
                 sizing = serve.size(needed, gpu_gib=gib)
-            except UserError:
-                continue
-            rows.append(
-                {
-                    "variant": variant,
-                    "gpu_gib": gib,
-                    "weight_bytes": sizing.weight_bytes,
-                    "max_model_len": sizing.max_model_len,
-                    "users": sizing.users,
-                    "shared_tokens": sizing.shared_tokens,
-                    "run": record,
-                }
-            )
+                cells = {name: getattr(sizing, name) for name in keys}
+                rows.append({"variant": variant, "gpu_gib": gib, **cells, "run": record})
     return table_of(rows)
 
 

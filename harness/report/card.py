@@ -1,20 +1,8 @@
-"""The card: what a suite's records say, as `reports/<suite>/README.md`, and the same tables inside other pages.
+"""The card: what a suite's records say, as `reports/<suite>/README.md`, and the same sections inside other pages.
 
-`render` is a pure function from a suite, records and the pages to fill to the bytes of every file; `stale` and
-`write` compare those with a folder. Nothing in the output depends on when or where it is rendered, so a card is
-out of date exactly if its bytes differ (figures: if their data differ, see `figure_data`).
-
-A page may hold blocks:
-
-    <!-- harness:begin perplexity suite=demo -->
-    ...replaced...
-    <!-- harness:end perplexity -->
-
-Each marker stands alone on its line. Text around the blocks is never touched, and neither is a block of another
-suite, nor a marker shown inside a fenced code block.
-
-One run speaks for each variant in each measure, and by each protocol of perplexity: the newest whole one. The
-numbers of two runs stand in relation only if `comparable.incomparable` allows it.
+One run speaks for each variant in each measure, and by each protocol of perplexity: the newest whole one. Nothing in a
+file depends on when or where it is written, so a card is out of date exactly if its bytes differ (figures: if their
+data differ, see `figure_data`). `blocks` says how a page asks for a section.
 """
 
 import json
@@ -22,27 +10,19 @@ import posixpath
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from harness.record.run import Record
-from harness.report import (
-    build_tables,
-    columns,
-    figure_data,
-    figures,
-    headline,
-    hub_scores,
-    page,
-    sections,
-    usage,
-)
+from harness.report import build_tables, columns, figure_data, figures, headline, hub_scores, page, usage
 from harness.report.blocks import filled
 from harness.report.claims import judged_claims
 from harness.report.evidence import Evidence
 from harness.report.gather import gather
 from harness.report.pieces import Link, paragraphs
+from harness.report.sections import section
 from harness.suite.load import narrowed
 from harness.suite.schema import Suite
 
@@ -59,11 +39,14 @@ def generated_files(
     evidence = gather(suite, records, results_dir)
     folder = f"reports/{suite.name}"
     drawn = figures.drawn_files(evidence) if is_drawn else figures.undrawn_files(evidence)
-    return {
+    files = {
         **_card_files(evidence, f"{folder}/", _linker(f"{folder}/README.md"), drawn),
         **{f"{folder}/{name}": data for name, data in drawn.items()},
-        **{path: filled(path, text, suite.name, _bound(evidence, _linker(path))) for path, text in pages.items()},
     }
+    for path, text in pages.items():
+        blocks = {name: partial(block, evidence, _linker(path)) for name, (_, block) in BLOCKS.items()}
+        files[path] = filled(path, text, suite.name, blocks)
+    return files
 
 
 def variant_card(
@@ -147,9 +130,7 @@ def _title(evidence: Evidence) -> str:
 
 def _card(evidence: Evidence, link: Link) -> str:
     suite = evidence.suite
-    sections = [
-        paragraphs(f"## {heading}" if heading else None, block(evidence, link)) for heading, block in BLOCKS.values()
-    ]
+    headed = ((heading and f"## {heading}", block(evidence, link)) for heading, block in BLOCKS.values())
     source = suite.source.location + (f" at revision {suite.source.revision}" if suite.source.revision else "")
     return (
         paragraphs(
@@ -157,7 +138,7 @@ def _card(evidence: Evidence, link: Link) -> str:
             suite.description and suite.description.strip(),
             f"NVFP4 quantization of `{source}`. Every number is computed from the raw records that its row links to; "
             "`harness trace` resolves them.",
-            *sections,
+            *chain.from_iterable(headed),
         )
         + "\n"
     )
@@ -195,26 +176,21 @@ def _headline(evidence: Evidence, link: Link) -> str:
 # What a page may ask for by name, under the heading that it has in the card.
 BLOCKS: dict[str, tuple[str | None, Callable[[Evidence, Link], str]]] = {
     "headline": (None, _headline),
-    "figure": (None, sections.overview_section),
-    "size": ("What is quantized and what is kept", sections.size_section),
-    "method": ("Method and calibration", sections.method_section),
-    "roundtrip": ("Round-trip error", sections.roundtrip_section),
-    "sensitivity": ("Sensitivity", sections.sensitivity_section),
-    "perplexity": ("Perplexity", sections.perplexity_section),
-    "fidelity": ("Fidelity", sections.fidelity_section),
-    "tasks": ("Tasks", sections.tasks_section),
-    "decode": ("Decode speed", sections.decode_section),
-    "prefill": ("Prefill speed", sections.prefill_section),
-    "memory": ("Memory", sections.memory_section),
-    "served": ("Served elsewhere", sections.served_section),
+    "figure": (None, section("figure")),
+    "size": ("What is quantized and what is kept", section("size")),
+    "method": ("Method and calibration", section("method")),
+    "roundtrip": ("Round-trip error", section("roundtrip")),
+    "sensitivity": ("Sensitivity", section("sensitivity")),
+    "perplexity": ("Perplexity", section("perplexity")),
+    "fidelity": ("Fidelity", section("fidelity")),
+    "tasks": ("Tasks", section("tasks")),
+    "decode": ("Decode speed", section("decode")),
+    "prefill": ("Prefill speed", section("prefill")),
+    "memory": ("Memory", section("memory")),
+    "served": ("Served elsewhere", section("served")),
     "usage": ("Usage", usage.usage),
     "presets": ("Sampling presets", usage.presets),
     "limits": ("Known limits", usage.known_limits),
-    "reproduce": ("How to reproduce", sections.reproduce_section),
-    "runs": ("Provenance", sections.runs_section),
+    "reproduce": ("How to reproduce", section("reproduce")),
+    "runs": ("Provenance", section("runs")),
 }
-
-
-def _bound(evidence: Evidence, link: Link) -> dict[str, Callable[[], str]]:
-    """The blocks of one suite for one page, by the name that the page asks for."""
-    return {name: partial(block, evidence, link) for name, (_, block) in BLOCKS.items()}

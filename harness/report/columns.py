@@ -37,10 +37,6 @@ def lacks_interval(value: object) -> bool:
     return isinstance(value, Estimate) and (value.low is None or value.high is None)
 
 
-def _plain(value: object) -> str:
-    return str(value)
-
-
 def _show_spread(spread: Spread) -> str:
     return f"{format_percent(spread.median, '.2g')} (layer {spread.layer}: {format_percent(spread.largest, '.2g')})"
 
@@ -62,17 +58,16 @@ class Column:
     that is `named_in_headings` stands where a heading has its key in braces."""
 
     heading: str
-    show: Callable[[Any], str] = _plain
+    show: Callable[[Any], str] = str
     numeric: bool = True
     describes: bool = False
     named_in_headings: bool = False
 
 
-def _described(heading: str, show: Callable[[Any], str] = _plain, numeric: bool = False) -> Column:
+def _described(heading: str, show: Callable[[Any], str] = str, numeric: bool = False) -> Column:
     return Column(heading, show, numeric, describes=True)
 
 
-# In the order in which they stand in a table.
 COLUMNS: dict[str, Column] = {
     "rule": Column("rule", numeric=False),
     "loss": Column("loss [95 %]", _as("+.3g")),
@@ -151,17 +146,12 @@ COLUMNS: dict[str, Column] = {
     "distribution": _described("compared over"),
     "before": Column("tokens before"),
     "kl": Column("KL, nats [95 %]", _as("#.3g")),
-    **{
-        name: Column(heading, _as(".2g"))
-        for name, heading in (
-            ("kl_median", "median"),
-            ("kl_p90", "90 %"),
-            ("kl_p95", "95 %"),
-            ("kl_p99", "99 %"),
-            ("kl_p999", "99.9 %"),
-            ("kl_max", "max"),
-        )
-    },
+    "kl_median": Column("median", _as(".2g")),
+    "kl_p90": Column("90 %", _as(".2g")),
+    "kl_p95": Column("95 %", _as(".2g")),
+    "kl_p99": Column("99 %", _as(".2g")),
+    "kl_p999": Column("99.9 %", _as(".2g")),
+    "kl_max": Column("max", _as(".2g")),
     "agreement": Column("same top token [95 %]", lambda share: format_estimate(scaled(share, 100), ".2f") + " %"),
     "rms_dp": Column("RMS Δp", lambda share: format_percent(share, ".2g")),
     "kl_log_ppl": Column("Δ log-PPL, nats [95 %]", _as("+.4f")),

@@ -1,6 +1,4 @@
-"""The evidence of a suite: of every measure the newest whole run of each row, every table of these runs, and what each
-figure shows. Cards, pages, figures and exports all look at the same evidence, which `gather` makes.
-"""
+"""The evidence that cards, pages, figures and exports look at; `gather` makes it."""
 
 import posixpath
 from collections.abc import Mapping

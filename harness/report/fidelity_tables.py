@@ -1,5 +1,4 @@
-"""Records of fidelity to tables: how far each variant predicts from its source, how far the source is from itself, and
-whether the distance grows with what a window has gathered.
+"""Records of fidelity to tables: how far each variant predicts from its source, in all and by place in the window.
 
 The source beside itself, after a restart, in another batch or on another engine, is the noise floor. A variant's
 divergence that does not exceed it says nothing of the variant, and is printed so.
@@ -54,7 +53,7 @@ def divergence_table(records: runs.Records) -> Table:
                 "num_scored": sum(window["num_scored"] for window in windows),
                 "kl": columns.AT_NOISE if floor and kl.value <= floor.kl_nats else kl,
                 **{name: float(value) for name, value in zip(PERCENTILES, percentiles, strict=True)},
-                "agreement": _agreement(windows),
+                "agreement": _mean(windows, "num_agreed"),
                 "rms_dp": _rms(windows),
                 "kl_log_ppl": log_ppl_difference(record),
                 "run": record,
@@ -79,24 +78,20 @@ def band_table(records: runs.Records) -> Table:
                 by_end.setdefault(band["end"], []).append(band)
         ends = sorted(by_end)
         for first, end in zip([1, *ends], ends, strict=False):
-            sums = by_end[end]
+            sums, last = by_end[end], min(end, longest) - 1
             rows.append(
                 {
                     **_told(variant, record),
-                    "before": _numbers(first, min(end, longest) - 1),
+                    "before": f"{first:,}" if first == last else f"{first:,} – {last:,}",
                     "num_scored": sum(one["num_scored"] for one in sums),
                     "kl": _mean(sums, "kl_nats"),
-                    "agreement": _agreement(sums),
+                    "agreement": _mean(sums, "num_agreed"),
                     "rms_dp": _rms(sums),
                     "run": record,
                 }
             )
     frame = table_of(rows)
     return frame if len({row["before"] for row in rows}) > 1 else table_of([])
-
-
-def _numbers(first: int, last: int) -> str:
-    return f"{first:,}" if first == last else f"{first:,} – {last:,}"
 
 
 def mean_kl(record: Record) -> Estimate:
@@ -149,8 +144,7 @@ def _family(engine: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def _bound(estimate: Estimate) -> float:
-    ends = (estimate.value, estimate.low, estimate.high)
-    return max(abs(end) for end in ends if end is not None)
+    return max(abs(end) for end in (estimate.value, estimate.low, estimate.high) if end is not None)
 
 
 def _told(variant: str, record: Record) -> dict[str, Any]:
@@ -166,10 +160,6 @@ def _told(variant: str, record: Record) -> dict[str, Any]:
 def _mean(sums: Sequence[Mapping[str, Any]], key: str) -> Estimate:
     weights = [one["num_scored"] for one in sums]
     return stats.weighted_mean([one[key] for one in sums], weights, stats.block_length(len(sums)))
-
-
-def _agreement(sums: Sequence[Mapping[str, Any]]) -> Estimate:
-    return _mean(sums, "num_agreed")
 
 
 def _rms(sums: Sequence[Mapping[str, Any]]) -> float:

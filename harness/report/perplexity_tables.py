@@ -1,7 +1,7 @@
 """Records of perplexity to tables: what every variant loses against the source, by protocol."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from harness.record import stats
@@ -75,15 +75,3 @@ def _ppl(clusters: Sequence[tuple[float, int]]) -> float | None:
     if not clusters:
         return None
     return math.exp(math.fsum(nll for nll, _ in clusters) / sum(weight for _, weight in clusters))
-
-
-def reused_windows(by_protocol: runs.ByProtocol) -> Iterator[str]:
-    """Which runs took log-probabilities from earlier ones, a sentence each."""
-    for protocol, records in by_protocol.items():
-        for variant, record in records.items():
-            for told in record.kind("reused"):
-                if told["num_reused"]:
-                    yield (
-                        f"{variant}, {protocol}: {told['num_reused']:,} of {told['num_windows']:,} windows are of "
-                        "earlier runs."
-                    )

@@ -25,9 +25,9 @@ def image(evidence: Evidence, link: Link, name: str) -> str | None:
     return f"[![{FIGURES[name]}]({link(f'{path}.png')})]({link(f'{path}.svg')})"
 
 
-def table(evidence: Evidence, link: Link, frame: Table) -> str:
-    """A table whose runs are links to their records."""
-    return markdown_table(frame, lambda record: link(evidence.record_path(record)))
+def table(evidence: Evidence, link: Link, frame: Table) -> str | None:
+    """A table whose runs are links to their records; None where it has no rows."""
+    return markdown_table(frame, lambda record: link(evidence.record_path(record))) if frame else None
 
 
 def part(evidence: Evidence, link: Link, title: str, frame: Table, figure: str | None = None) -> str | None:

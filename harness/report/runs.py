@@ -1,7 +1,7 @@
 """Which run speaks for a variant, what forbids comparing two runs, and where every number comes from."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.record import stats
@@ -96,6 +96,16 @@ def clustering(record: Record) -> tuple[str, int]:
     if "documents" in (record.run.dataset or {}):
         return "documents", 1
     return "windows", stats.block_length(len(record.kind("window")))
+
+
+def reused(by_label: Mapping[str, Records], units: str) -> Iterator[str]:
+    """Which runs took `units` (answers, or windows) from earlier ones, a sentence each."""
+    for label, records in by_label.items():
+        for row, record in records.items():
+            for told in record.kind("reused"):
+                if told["num_reused"]:
+                    of_all = f"{told['num_reused']:,} of {told[f'num_{units}']:,} {units}"
+                    yield f"{row}, {label}: {of_all} are of earlier runs."
 
 
 def engine_warnings(records: Iterable[Record]) -> list[str]:

@@ -1,10 +1,8 @@
 """Tables: rows of values, and how a table is written as Markdown, for a terminal, and as JSON.
 
 How a value of a column looks is written once, in `columns.COLUMNS`. Columns that describe the measurement (protocol,
-number of tokens ...) move into the caption where all rows agree, and stay columns where the rows differ, so that
-nothing is hidden. The row that all others are divided by stands in neither: the headings name it.
-
-An estimate without an interval carries a mark, and a line below the table says what the mark means.
+number of tokens ...) move into the caption where all rows agree. The row that all others are divided by is named in the
+headings. An estimate without an interval carries a mark, which a line below the table explains.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -1,14 +1,14 @@
 """Records of tasks to tables: what was scored beside the source, item by item, and whether the answers can be believed.
 
-Two runs are compared over the same items, joined by document; an item that one of them lacks, or whose prompt is
-another one (other examples, another template, another tokenizer), refuses the comparison instead of being averaged
-over. A run of which too many answers were cut off, empty or without an answer in them measures its limits and not the
-model: above the bounds of its suite's [audit] table it is invalid, says why, and is compared with nothing.
+Two runs are compared over the same items and prompts, or not at all. A run of which too many answers were cut off,
+empty or without an answer in them measures its limits and not the model: above the bounds of its suite's [audit] table
+it is invalid, says why, and is compared with nothing.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,19 +27,19 @@ ALL_TASKS = "all tasks"
 Item = tuple[str, int, str, int]
 """What is the same item in two runs: task, document and its digest, repetition."""
 
-# A share of answers -> what tells them, of a sample of a generated answer.
-_BAD_ANSWERS = {
-    "cap_hit_share": lambda item: "length" in item["finish_reasons"],
-    "unclosed_share": lambda item: item["unclosed"],
-    "empty_share": lambda item: item["empty"],
-    "extraction_failure_share": lambda item: not item["extracted"],
+_BAD_ANSWERS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
+    "cap_hit_share": (
+        "of the answers were cut off at the most new tokens",
+        lambda item: "length" in item["finish_reasons"],
+    ),
+    "unclosed_share": ("of the thoughts were never closed", lambda item: item["unclosed"]),
+    "empty_share": ("of the answers are empty", lambda item: item["empty"]),
+    "extraction_failure_share": (
+        "of the answers have none that the task's filters find",
+        lambda item: not item["extracted"],
+    ),
 }
-_WORDS = {
-    "cap_hit_share": "of the answers were cut off at the most new tokens",
-    "unclosed_share": "of the thoughts were never closed",
-    "empty_share": "of the answers are empty",
-    "extraction_failure_share": "of the answers have none that the task's filters find",
-}
+"""A share of answers -> its words, and what tells such an answer by the sample of its item."""
 
 
 def newest_by_task(records: Sequence[Record], suite: Suite, rows: Sequence[str]) -> dict[str, dict[str, Record]]:
@@ -155,7 +155,7 @@ def invalid(record: Record, source: Record | None) -> list[str]:
         return []
     bounds: Mapping[str, float] = asdict(Audit()) | record.run.suite.get("audit", {})
     reasons = [
-        f"{format_percent(share)} {_WORDS[name]}, and the bound is {format_percent(bounds[name])}"
+        f"{format_percent(share)} {_BAD_ANSWERS[name][0]}, and the bound is {format_percent(bounds[name])}"
         for name, share in _shares(items).items()
         if share > bounds[name]
     ]
@@ -168,21 +168,12 @@ def invalid(record: Record, source: Record | None) -> list[str]:
     return reasons
 
 
-def reused_answers(records: runs.ByTask) -> Iterator[str]:
-    """Which runs took answers from earlier ones, a sentence each."""
-    for label, rows in records.items():
-        for row, record in rows.items():
-            (told,) = record.kind("reused")
-            if told["num_reused"]:
-                yield f"{row}, {label}: {told['num_reused']:,} of {told['num_answers']:,} answers are of earlier runs."
-
-
 def _generated(record: Record) -> list[dict[str, Any]]:
     return [item for item in record.kind("item") if "finish_reasons" in item]
 
 
 def _shares(items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {name: sum(map(is_bad, items)) / len(items) for name, is_bad in _BAD_ANSWERS.items()}
+    return {name: sum(map(is_bad, items)) / len(items) for name, (_, is_bad) in _BAD_ANSWERS.items()}
 
 
 def _first_metrics(items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -199,7 +190,7 @@ def _token_totals(record: Record, source: Record | None) -> tuple[list[float], l
     such source."""
     if source is None or source is record or incomparable(source, record):
         return None
-    pairs = [(theirs, mine) for mine, theirs in _joined(record, source) if "finish_reasons" in mine]
+    pairs = [(theirs, mine) for theirs, mine in _joined(record, source) if "finish_reasons" in mine]
     before, after, _ = _totals(pairs, lambda item: item["num_tokens"])
     return (after, before) if any(before) else None
 
@@ -238,9 +229,11 @@ def item_differences(record: Record, other: Record, *, over_time: bool = False) 
     nothing does."""
     if keys := incomparable(other, record, over_time=over_time):
         return keys
-    if twice := [doc_id for one in (record, other) if (doc_id := _duplicated(one)) is not None]:
-        return [f"item {twice[0]} twice"]
-    if any(mine["prompt_sha256"] != theirs["prompt_sha256"] for mine, theirs in _joined(record, other)):
+    for one in (record, other):
+        counts = Counter(map(_item, one.kind("item")))
+        if twice := [doc_id for (_, doc_id, _, _), count in counts.items() if count > 1]:
+            return [f"item {twice[0]} twice"]
+    if any(mine["prompt_sha256"] != theirs["prompt_sha256"] for theirs, mine in _joined(record, other)):
         return ["prompts"]
     return ["items"] if _by_item(record).keys() != _by_item(other).keys() else []
 
@@ -253,19 +246,10 @@ def _by_item(record: Record) -> dict[Item, dict[str, Any]]:
     return {_item(sample): sample for sample in record.kind("item")}
 
 
-def _duplicated(record: Record) -> int | None:
-    """The document of an item that a record has twice; None where there is none."""
-    seen = set()
-    for sample in record.kind("item"):
-        if _item(sample) in seen:
-            return int(sample["doc_id"])
-        seen.add(_item(sample))
-    return None
-
-
-def _joined(record: Record, source: Record) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _joined(record: Record, source: Record) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(The source's sample, the record's) of every item that both have."""
     theirs = _by_item(source)
-    return ((sample, theirs[item]) for item, sample in _by_item(record).items() if item in theirs)
+    return [(theirs[item], sample) for item, sample in _by_item(record).items() if item in theirs]
 
 
 def _is_number(value: object) -> bool:
@@ -309,25 +293,21 @@ def _compared(record: Record, source: Record, task: str, metric: str) -> dict[st
     def score(item: Mapping[str, Any]) -> float:
         return float(item["outcomes"][metric])
 
-    theirs = _by_item(source)
-    pairs = [(theirs[_item(item)], item) for item in _of_task(record, task)]
+    pairs = [pair for pair in _joined(record, source) if pair[1]["task"] == task]
     every = [(score(before), score(after)) for before, after in pairs]
     flips = None
     if all(value in (0.0, 1.0) for pair in every for value in pair):
         flips = f"{sum(a > b for a, b in every)} / {sum(a < b for a, b in every)}"
     before, after, weights = _totals(pairs, score)
     lost_won = _flips(before, after, weights)
-    is_share = any(before) and min(*before, *after) >= 0 and not _is_better_low(record, task, metric)
+    is_better_low = any(one.get("higher_is_better") is False for one in by_metric(record).get((task, metric), ()))
+    is_share = any(before) and min(*before, *after) >= 0 and not is_better_low
     return {
         "delta_score": _difference(before, after, weights),
         "recovery_ratio": stats.paired_sum_ratio(after, before) if is_share else None,
         "flips": flips,
         "p_value": significance.mcnemar(*lost_won) if lost_won else significance.paired_permutation(before, after),
     }
-
-
-def _is_better_low(record: Record, task: str, metric: str) -> bool:
-    return any(result.get("higher_is_better") is False for result in by_metric(record).get((task, metric), ()))
 
 
 def _flips(before: Sequence[float], after: Sequence[float], weights: Sequence[float]) -> tuple[int, int] | None:
@@ -355,8 +335,7 @@ def _difference(before: Sequence[float], after: Sequence[float], weights: Sequen
 
 def same_outcomes(record: Record, other: Record) -> bool:
     """Whether two runs of the same items came to the same scores in each of them."""
-    theirs = _by_item(other)
-    return all(item["outcomes"] == theirs[_item(item)]["outcomes"] for item in record.kind("item"))
+    return all(mine["outcomes"] == theirs["outcomes"] for theirs, mine in _joined(record, other))
 
 
 def score_loss(record: Record, other: Record) -> tuple[stats.Estimate, str] | str:
@@ -376,10 +355,7 @@ def score_loss(record: Record, other: Record) -> tuple[stats.Estimate, str] | st
     ups = {result.get("higher_is_better") for result in record.kind("result") if result["metric"] == metric}
     if {True, False} <= ups:
         return f"{metric} is better high in one of its tasks and low in another"
-    theirs = _by_item(other)
-    before, after, weights = _totals(
-        ((theirs[_item(item)], item) for item in items), lambda item: float(item["outcomes"][metric])
-    )
+    before, after, weights = _totals(_joined(record, other), lambda item: float(item["outcomes"][metric]))
     if False in ups:
         before, after = after, before
     told = metric if ups <= {True, False} else f"{metric}, taken to be better high"

@@ -1,10 +1,11 @@
-"""What only a study needs of the statistics: sample sizes of items, and the test of equivalence."""
+"""What only a study needs of the statistics: sample sizes of items, and tests of non-inferiority and equivalence."""
 
 import math
+from dataclasses import replace
 
 from scipy import special
 
-from harness.record.significance import non_inferiority_p, p_above
+from harness.record.significance import p_above
 from harness.record.stats import TAIL, Estimate
 
 
@@ -30,6 +31,12 @@ def num_for_margin(flip_share: float, margin: float, power: float = 0.8, alpha: 
 
 def _detectable_errors(power: float, alpha: float) -> float:
     return float(special.ndtri(power) - special.ndtri(alpha))
+
+
+def non_inferiority_p(loss: Estimate, margin: float) -> float | None:
+    """One-sided p-value of "the true loss is at least `margin`": small where the loss is shown to be less."""
+    low, high = (None if end is None else -end for end in (loss.high, loss.low))
+    return p_above(replace(loss, value=-loss.value, low=low, high=high), -margin)
 
 
 def equivalence_p(difference: Estimate, margin: float) -> float | None:

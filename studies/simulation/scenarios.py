@@ -276,7 +276,7 @@ def _verdicts(populations: Populations) -> Iterator[Scenario]:
         return p_value is not None and p_value <= ALARMS
 
     def no_worse(num: int, rng: Generator) -> bool:
-        p_value = significance.non_inferiority_p(_loss(0.05 + MARGIN, 0.05, num, rng), MARGIN)
+        p_value = planning.non_inferiority_p(_loss(0.05 + MARGIN, 0.05, num, rng), MARGIN)
         return p_value is not None and p_value <= ALARMS
 
     def equal(windows: Windows, num: int, rng: Generator) -> bool:
