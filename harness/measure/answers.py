@@ -1,13 +1,11 @@
 """Journals of an engine's answers, written to the disk as they come, so that no request is answered twice.
 
 A journal belongs to one checkpoint's content, one engine and one version of a task, which are its `identity`. The key
-of a request is the digest of everything that the answer depends on: token ids, stop texts, sampling, seed. So an
-interrupted run goes on at the request that it was in, and no answer of another model can come back.
+of a request is the digest of everything that the answer depends on: token ids, stop texts, sampling, seed. A last line
+that a killed process left half written is dropped.
 
     {"identity": {...}}                                     the first line
     {"key": "<sha256>", "value": {...}}                     an answer, written as soon as it is known
-
-A last line that a killed process left half written is dropped.
 """
 
 import fcntl

@@ -1,7 +1,6 @@
-"""Where a number came from: the machine, the versions, the commit.
+"""Where a number came from: the machine, the versions, the commit. Nothing here identifies a person or a place.
 
-Nothing here identifies a person or a place: no host name, no user, no path. `nvidia-smi` tells of GPUs, so provenance
-neither needs torch nor wakes a device.
+`nvidia-smi` tells of GPUs, so provenance neither needs torch nor wakes a device.
 """
 
 import importlib.metadata

@@ -118,10 +118,9 @@ SAMPLES: Mapping[str, Mapping[str, Keys]] = {
             num_prompt_tokens=Key("count", "Tokens of all its prompts.", "tokens"),
             num_tokens=Key("count", "Tokens that were generated or compared.", "tokens"),
             seconds=Key("number", "Its share of the time of all answers.", "seconds"),
-            **optional(  # of a choice
-                log_probs=Key("numbers", "ln p of each option.", "nats"),
-            ),
-            **optional(  # of a generated answer
+            **optional(
+                log_probs=Key("numbers", "Of a choice: ln p of each option.", "nats"),
+                # Of a generated answer.
                 finish_reasons=Key("texts", "How each answer ended: `stop`, or `length` where it was cut off."),
                 unclosed=Key("flag", "Whether a thought was left open."),
                 empty=Key("flag", "Whether an answer was empty."),

@@ -1,8 +1,8 @@
 """Estimates with intervals. Nothing here knows what is measured: numbers in, an `Estimate` out.
 
 All intervals are at 95 %. A bound is None where the data cannot support one at that level. Resampling uses one fixed
-seed, so the same records give the same figures everywhere. `python -m studies.simulation` measures what the intervals
-really cover, on data with the correlations of real windows, items and speeds: reports/statistics/README.md.
+seed, so the same records give the same figures everywhere. What the intervals really cover is simulated by
+`python -m studies.simulation`: reports/statistics/README.md.
 
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6, 8 and 13; Hesterberg, What Teachers
 Should Know About the Bootstrap, The American Statistician 69 (2015), section 5.3 (the expanded percentile interval);

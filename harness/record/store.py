@@ -2,9 +2,8 @@
 
     results/<machine>/<utc>-<measure>-<suite>-<variant>-<run_id>.jsonl
 
-Only raw observations are stored (`record/schema.py`): a better statistic needs no new measurement. A file is renamed
-from a temporary name when its last line has reached the disk, so a killed process leaves no `.jsonl` behind. A file
-that was cut in another way lacks its end line, or the newline after it; it is named, and never averaged.
+Only raw observations are stored (`record/schema.py`). A file is renamed from a temporary name when its last line has
+reached the disk. A file that was cut lacks its end line, or the newline after it; it is named, and never averaged.
 """
 
 import contextlib

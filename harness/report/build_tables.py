@@ -1,6 +1,4 @@
-"""Records of builds and of their verification to tables: bytes, method, calibration data, round-trip errors, findings,
-and what a server of a variant needs.
-"""
+"""Records of builds and of their verification to tables, and what a server of a variant needs."""
 
 import contextlib
 import dataclasses
@@ -132,8 +130,7 @@ def calibration_table(records: runs.Records) -> Table:
 
 
 def calibration_datasets(records: runs.Records) -> list[str]:
-    """The hub ids among the sources of calibration samples, for the front matter. The Hub has given every dataset an
-    owner; what is named without one may be a kind of local files as well, and is told in the table alone."""
+    """The hub ids among the sources of calibration samples, for the front matter."""
     suites = [record.run.suite for record in records.values() if record.kind("calibration")]
     sources = [one for suite in suites for one in (suite.get("calibration") or {}).get("sources", ())]
     return list(dict.fromkeys(one["dataset"] for one in sources if is_hub_id(one.get("dataset"))))

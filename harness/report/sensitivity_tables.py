@@ -23,28 +23,31 @@ def sensitivity_table(records: runs.Records) -> Table:
         by_role: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for sample in record.kind("sensitivity"):
             by_role.setdefault(sample["role"], {}).setdefault(sample["format"], []).append(sample)
-        found = []
+        dataset = record.run.dataset or {}
+        found: list[dict[str, Any]] = []
         for role, formats in by_role.items():
             spreads = {form: _spread(samples) for form, samples in formats.items()}
-            row: dict[str, Any] = {"variant": variant, "role": role, "num_layers": len(formats[NVFP4]), **spreads}
-            row["run"] = record
-            row["fp8_extra_bytes"] = sum(one["extra_bytes"] for one in formats[FP8_DYNAMIC])
+            extra_bytes = sum(one["extra_bytes"] for one in formats[FP8_DYNAMIC])
             saved = sum(
                 nvfp4["layer_error"] - fp8["layer_error"]
                 for nvfp4, fp8 in zip(formats[NVFP4], formats[FP8_DYNAMIC], strict=True)
                 if nvfp4["layer_error"] is not None
             )
-            row["fp8_gain_per_gb"] = saved / row["fp8_extra_bytes"] * 1e9
-            row["num_tokens"] = (record.run.dataset or {}).get("num_tokens")
-            row["dataset"] = (record.run.dataset or {}).get("name")
+            row = {
+                "variant": variant,
+                "role": role,
+                "num_layers": len(formats[NVFP4]),
+                **spreads,
+                "fp8_extra_bytes": extra_bytes,
+                "fp8_gain_per_gb": saved / extra_bytes * 1e9,
+                "num_tokens": dataset.get("num_tokens"),
+                "dataset": dataset.get("name"),
+                "run": record,
+            }
             found.append(row)
-        rows += sorted(found, key=_rank)
+        # The row with the largest median error in NVFP4 first; last where there is none.
+        rows += sorted(found, key=lambda row: -row[NVFP4].median if row[NVFP4] else math.inf)
     return table_of(rows)
-
-
-def _rank(row: Mapping[str, Any]) -> float:
-    """Falls with the median error in NVFP4; last where there is none."""
-    return -row[NVFP4].median if row[NVFP4] else math.inf
 
 
 def _spread(samples: Sequence[Mapping[str, Any]]) -> columns.Spread | None:

@@ -1,6 +1,4 @@
-"""Records of speed to tables: decode and prefill beside what memory allows, kernels, memory, and servers measured
-elsewhere.
-"""
+"""Records of speed to tables: decode, prefill, kernels, memory, and servers measured elsewhere."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +17,9 @@ def decode_table(records: runs.Records, versus: str = SOURCE) -> Table:
     """Decode speed per variant, prompt length and batch size, beside the speed that memory allows, and how many times
     it is that of the row `versus`; of a row with a setup also how many times that of the same variant without it.
 
-    One value per repetition: the tokens of all its steps over their time. The first new token belongs to the
-    prefill and is in neither. At batch 1 the ceiling is memory bandwidth over the bytes of a step: the weights once,
-    the DeltaNet states read and written, and the keys and values of the prompt. A model that does not fit
-    into the processor's caches cannot exceed it.
+    One value per repetition: the tokens of its steps after the first, which the prefill gives, over their time. At
+    batch 1 the ceiling is memory bandwidth over the bytes of a step: the weights once, the DeltaNet states read and
+    written, and the keys and values of the prompt. A model beyond the processor's caches cannot exceed it.
     """
     rows = _speeds(records, "decode", versus)
     for row in rows:
@@ -126,8 +123,7 @@ def served_table(records: runs.Records) -> Table:
 
 def single_user(decoded: Table) -> Table:
     """Decode speed of one sequence, of variants as they are."""
-    chosen = [row for row in _as_they_are(decoded) if _is_curve(row) and row["batch"] == 1]
-    return _about(chosen)
+    return _about([row for row in _as_they_are(decoded) if _is_curve(row) and row["batch"] == 1])
 
 
 def by_depth(decoded: Table) -> Table:

@@ -56,13 +56,11 @@ def score_table(by_task: runs.ByTask) -> Table:
     """One row a task, metric and variant: lm-eval's own figure with its standard error, and the paired difference.
 
     `score` is the mean over repetitions of what lm-eval says; its standard error is that of one repetition. The
-    difference is the mean over documents of the variant's score less the source's (repetitions of a document belong
-    together); see `_difference` for its interval. There is none of a metric that lm-eval aggregates in another way than
-    by the mean. `recovery_ratio` is the variant's score over the source's, on the same documents, where more is better.
-    `flips` are the items that the source solved and the variant does not, and the other way round, in a
-    metric that is right or wrong. `p_holm` is of the hypothesis that nothing differs (McNemar's exact test, or a
-    permutation of documents), of the first metric of each task, adjusted over all tasks of a variant. Where it has
-    several, a last row of the variant takes them together.
+    difference is the mean over documents of the variant's score less the source's, for metrics that are means (see
+    `_difference`). `recovery_ratio` is the variant's score over the source's, where more is better. `flips` are the
+    items that only the source, and only the variant, gets right. `p_holm` is of the hypothesis that nothing differs
+    (McNemar's exact test, or a permutation of documents), of the first metric of each task, adjusted over all tasks of
+    a variant. Where it has several, a last row of the variant takes them together.
     """
     rows: list[dict[str, Any]] = []
     compared: dict[str, list[dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""The names of rows in tables, and the names that the Hub takes. The module imports nothing of the harness."""
+"""The names of rows in tables, and the names that the Hub takes."""
 
 import re
 
