@@ -6,7 +6,6 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +33,7 @@ _WANTED = {
     "tuple_type": list,
 }
 """By pydantic's type of error: what the key takes, which is a table for all other types."""
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # each takes some 40 ms to make
 
 
 def read_table(table: type[T], document: Mapping[str, Any], file: Path, what: str) -> T:
@@ -54,9 +54,10 @@ def read_table(table: type[T], document: Mapping[str, Any], file: Path, what: st
     raise _refusal(table, next(unknown, problems[0]), file, what)
 
 
-@cache
 def _adapter(table: type) -> TypeAdapter[Any]:
-    return TypeAdapter(table)  # which takes some 40 ms
+    if table not in _ADAPTERS:
+        _ADAPTERS[table] = TypeAdapter(table)
+    return _ADAPTERS[table]
 
 
 def _refusal(table: type, problem: Mapping[str, Any], file: Path, what: str) -> UserError:
