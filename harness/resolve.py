@@ -17,7 +17,7 @@ from harness.errors import UserError, did_you_mean
 from harness.measure.texts import load_text
 from harness.model.census import RoleCount, kv_bytes_per_token, state_bytes
 from harness.model.checkpoint import read_json
-from harness.model.families import parse_config, part_of_role
+from harness.model.families import parse_config, role_is
 from harness.model.family import ModelConfig
 from harness.model.source import census_at
 from harness.model.sources import locate
@@ -77,7 +77,7 @@ def serving_footprint(config: ModelConfig, counts: Sequence[RoleCount]) -> Footp
     """What a variant of these roles takes of a GPU that serves it."""
     return Footprint(
         weight_bytes=sum(count.output_bytes for count in counts),
-        visual_bytes=sum(count.output_bytes for count in counts if part_of_role(count.role) == "visual"),
+        visual_bytes=sum(count.output_bytes for count in counts if role_is(count.role, "visual")),
         state_bytes=state_bytes(config),
         kv_bytes_per_token=kv_bytes_per_token(config),
         max_positions=config.max_position_embeddings,

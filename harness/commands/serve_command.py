@@ -7,7 +7,7 @@ from dataclasses import asdict
 from harness import serve
 from harness.commands.shared import format_table, load_suite, print_json
 from harness.errors import UserError
-from harness.model.families import part_of_role
+from harness.model.families import role_is
 from harness.quantize.recipes import recipe_named
 from harness.report.numbers import format_bytes
 from harness.resolve import chosen_variants, plan_source, serving_footprint
@@ -19,7 +19,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     (variant,) = chosen_variants(suite, [options.variant], with_source=False)
     recipe = recipe_named(suite.variants[variant].recipe)
     config, plan = plan_source(suite.source_location(), recipe, suite.source.revision)
-    if options.mtp and not any(part_of_role(count.role) == "mtp" for count in plan.counts):
+    if options.mtp and not any(role_is(count.role, "mtp") for count in plan.counts):
         raise UserError(
             f"The source of suite '{suite.name}' shows no MTP head.", "Leave --mtp out, or download the source first."
         )

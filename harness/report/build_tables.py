@@ -8,7 +8,7 @@ from typing import Any
 from harness import serve
 from harness.errors import UserError
 from harness.formats.names import FOUR_BIT_INPUTS, KEPT
-from harness.model.families import block_of_role, part_of_role
+from harness.model.families import role_is
 from harness.record.run import Record
 from harness.report import runs
 from harness.report.tables import Table, table_of
@@ -138,17 +138,17 @@ def calibration_datasets(records: runs.Records) -> list[str]:
 
 def has_vision(records: runs.Records) -> bool:
     """Whether a variant has a vision tower."""
-    return any(part_of_role(role["role"]) == "visual" for record in records.values() for role in record.kind("role"))
+    return any(role_is(role["role"], "visual") for record in records.values() for role in record.kind("role"))
 
 
 def has_mtp(record: Record) -> bool:
     """Whether a variant has an MTP head to speculate with."""
-    return any(part_of_role(role["role"]) == "mtp" for role in record.kind("role"))
+    return any(role_is(role["role"], "mtp") for role in record.kind("role"))
 
 
 def has_experts(record: Record) -> bool:
     """Whether a variant is a mixture of experts."""
-    return any(block_of_role(role["role"]) == "experts" for role in record.kind("role"))
+    return any(role_is(role["role"], "experts") for role in record.kind("role"))
 
 
 def has_four_bit_activations(record: Record) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.formats.names import FP8_DYNAMIC, NVFP4
-from harness.model.families import block_of_role
+from harness.model.families import role_is
 from harness.report import columns, runs
 from harness.report.numbers import format_bytes, format_percent
 from harness.report.tables import Table, table_of
@@ -74,7 +74,7 @@ def sensitivity_words(frame: Table) -> list[str]:
         f"{best['num_layers']} {'layer' if best['num_layers'] == 1 else 'layers'}."
     ]
     worst = f"NVFP4 costs most in {rows[0]['role']} (median layer error {median(rows[0])})"
-    is_deltanet = [block_of_role(row["role"]) == "deltanet" for row in rows]
+    is_deltanet = [role_is(row["role"], "deltanet") for row in rows]
     if len(set(is_deltanet)) == 2:
         other = rows[is_deltanet.index(not is_deltanet[0])]
         place = "outside of DeltaNet" if is_deltanet[0] else "in DeltaNet"

@@ -5,7 +5,7 @@ from typing import Any
 
 from harness.errors import UserError, did_you_mean
 from harness.model.families import qwen3_next, qwen35
-from harness.model.family import Block, Family, ModelConfig, Part, Role
+from harness.model.family import Block, Family, ModelConfig, Part
 
 FAMILIES = (qwen35.FAMILY, qwen3_next.FAMILY)
 
@@ -31,20 +31,8 @@ def parse_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     return family_of(config, where, text_only=False).read_config(config, where)
 
 
-def _role_named(name: str) -> Role | None:
-    roles = (role for family in FAMILIES for role in family.roles)
-    return next((role for role in roles if name in (role.name, role.group)), None)
-
-
-def part_of_role(name: str) -> Part | None:
-    """The part of the model that a role belongs to, by the name that records give the role; None for an unknown one.
-    Roles of one name have the same properties in all families."""
-    role = _role_named(name)
-    return None if role is None else role.part
-
-
-def block_of_role(name: str) -> Block | None:
-    """The block of a decoder layer that a role belongs to, by the role's own name or by that of the matrix that vLLM
-    fuses it into; None outside of the blocks, and for an unknown name."""
-    role = _role_named(name)
-    return None if role is None else role.block
+def role_is(name: str, kind: Part | Block) -> bool:
+    """Whether a role belongs to `kind`, a part of the model or a block of a decoder layer; by the name of the role, or
+    of the matrix that vLLM fuses it into. Roles of one name have the same properties in all families."""
+    roles = (role for family in FAMILIES for role in family.roles if name in (role.name, role.group))
+    return any(kind in (role.part, role.block) for role in roles)
