@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from harness.formats.format import num_bytes
+from harness.formats.format import DTYPES, num_bytes
 from harness.formats.fp8 import FP8_DYNAMIC
 from harness.formats.nvfp4 import NVFP4, NVFP4A16
 from harness.model.census import count_roles, output_bytes, source_tensors, token_traffic
-from harness.model.checkpoint import DTYPES, torch_dtype
+from harness.model.checkpoint import torch_dtype
 from harness.model.families.qwen35 import FAMILY
 from harness.quantize.plan import plan
 from harness.quantize.recipes import RECIPES

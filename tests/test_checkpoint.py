@@ -21,14 +21,14 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from harness.errors import UserError
+from harness.formats.format import DTYPES
 from harness.model import checkpoint as checkpoint_module
 from harness.model.checkpoint import (
-    DTYPES,
     INDEX,
     SINGLE,
     NewTensor,
-    ShardWriter,
     inspect_checkpoint,
+    new_shard,
     open_checkpoint,
     read_header,
     torch_dtype,
@@ -95,7 +95,7 @@ def test_the_writer_gives_the_librarys_bytes_whatever_the_order_and_the_pieces(
     order = data.draw(st.permutations([name for name, parts in pieces.items() for _ in parts]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
-        with ShardWriter(path, new_tensors(tensors)) as writer:
+        with new_shard(path, new_tensors(tensors)) as writer:
             for name in order:
                 writer.write(name, pieces[name].pop(0))
             digests = writer.close()
@@ -111,7 +111,7 @@ def test_the_writer_gives_the_librarys_bytes_whatever_the_order_and_the_pieces(
 def test_the_writer_takes_tensors_as_it_takes_their_bytes(tensors: dict[str, Tensor]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
-        with ShardWriter(path, new_tensors(tensors)) as writer:
+        with new_shard(path, new_tensors(tensors)) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
             writer.close()
@@ -322,7 +322,7 @@ def test_a_shard_that_is_a_link_to_a_file_elsewhere_opens_as_the_hubs_cache_does
 
 def test_an_unfinished_tensor_fails_the_writer_and_leaves_no_file(tmp_path: Path) -> None:
     new = [NewTensor("w", "F32", (4,)), NewTensor("v", "F32", (1,))]
-    with pytest.raises(ValueError, match="unfinished"), ShardWriter(tmp_path / "x.safetensors", new) as writer:
+    with pytest.raises(ValueError, match="unfinished"), new_shard(tmp_path / "x.safetensors", new) as writer:
         writer.write("w", torch.ones(4))
         writer.close()
     assert list(tmp_path.iterdir()) == []
@@ -331,7 +331,7 @@ def test_an_unfinished_tensor_fails_the_writer_and_leaves_no_file(tmp_path: Path
 def test_too_many_bytes_fail_the_writer_and_leave_no_file(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match="16 bytes to write, 12 left"),
-        ShardWriter(tmp_path / "x.safetensors", [NewTensor("w", "F32", (4,))]) as writer,
+        new_shard(tmp_path / "x.safetensors", [NewTensor("w", "F32", (4,))]) as writer,
     ):
         writer.write("w", torch.ones(1))
         writer.write("w", torch.ones(4))
@@ -340,7 +340,7 @@ def test_too_many_bytes_fail_the_writer_and_leave_no_file(tmp_path: Path) -> Non
 
 def test_no_file_of_the_final_name_exists_before_the_writer_is_closed(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    with ShardWriter(path, [NewTensor("w", "F32", (1,))]) as writer:
+    with new_shard(path, [NewTensor("w", "F32", (1,))]) as writer:
         writer.write("w", torch.ones(1))
         assert not path.exists()
         writer.close()

@@ -61,8 +61,7 @@ def test_a_plans_totals_are_those_of_the_tensors_that_a_build_would_quantize(
     chosen = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
     assert what.num_quantized == len(chosen)
     saved = sum(
-        tensor.num_bytes
-        - sum(s.num_bytes for li in tensor.linears for s in form.stored(li.out_features, li.in_features))
+        tensor.num_bytes - sum(form.num_bytes(linear.out_features, linear.in_features) for linear in tensor.linears)
         for tensor, form in quantized(tensors, recipe)
     )
     assert what.source_bytes - what.output_bytes == saved > 0

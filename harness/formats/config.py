@@ -1,11 +1,8 @@
 """`quantization_config`: which modules of a checkpoint are stored in which format.
 
-`quantization_config` writes the JSON that vLLM and transformers read; `parse` reads any such JSON, of every writer.
-
-Two rules of vLLM's loader shape what is written (compressed_tensors.py and utils.py of its quantization layer,
-releases 0.17 to 0.33): `re:` patterns are matched against vLLM's own module names, so they must not be anchored
-to a prefix; and a layer that vLLM fuses is looked up by its fused name in some releases and by its shards' in
-others, so a pattern names both. `QuantizationArgs` of compressed-tensors 0.17 forbids any key that it does not know.
+`quantization_config` writes the JSON that vLLM and transformers read; `parse` reads any such JSON. vLLM's loader (0.17
+to 0.33) matches `re:` patterns against its own module names, so they must not be anchored to a prefix. Some releases
+look a fused layer up by its fused name and others by its shards', so a pattern names both.
 """
 
 import re
@@ -38,11 +35,9 @@ class QuantizationConfig:
     kv_cache_scheme: bool
 
     def group_of(self, module: str) -> Group | None:
-        """The group that stores linear `module`, or None where it is ignored or nothing targets it.
-
-        Exact names win over patterns, patterns over the class name, and of several patterns the first in the
-        alphabet, whatever the order of the groups: as in compressed-tensors' `match_targets`.
-        """
+        """The group that stores linear `module`, or None where it is ignored or nothing targets it. As in
+        compressed-tensors' `match_targets`, exact names win over patterns, patterns over the class name, and of several
+        patterns the first in the alphabet."""
         if any(matches(module, pattern) for pattern in self.ignore):
             return None
         for target, group in self._by_target.items():
@@ -132,11 +127,8 @@ _DEFINING = ("num_bits", "type", "strategy", "group_size", "dynamic")
 def _recognise(group: Mapping[str, Any], compressor: str) -> Format | None:
     """The format that a group of the configuration describes."""
 
-    def defining(arguments: Mapping[str, Any] | Arguments | None) -> tuple[Any, ...] | None:
-        if arguments is None:
-            return None
-        known = dict(arguments)
-        return tuple(known.get(key) for key in _DEFINING)
+    def defining(arguments: Mapping[str, Any] | Arguments | None) -> list[Any] | None:
+        return None if arguments is None else [dict(arguments).get(key) for key in _DEFINING]
 
     wanted = compressor, defining(group.get("weights")), defining(group.get("input_activations"))
     for form in FORMATS.values():

@@ -1,16 +1,9 @@
 """What a number format is: how the weight of a linear layer is stored, chosen and read, and what becomes of its inputs.
 
-A `Format` stores a weight `w [out, in]` as codes and scales. Its functions are called in this order:
-
-    writing    shared_scale(max|w|) ─▶ choose_scales(w) ─▶ encode(w) ─▶ pack     by rows, of any number
-    reading    decode                                                            by rows, of any number
-    inputs     input_scale(max|x|) where the scale is stored, then rounding
-
-A *shared scale* is one number for a whole weight. Layers that vLLM fuses into one matrix must have the same, so that it
-is chosen from the largest magnitude of all of them, before any other scale. A format without one takes a 1.
-
-Scales are named by direction: an *encode* scale multiplies weights on their way into the format, a *decode* scale
-multiplies codes on their way out.
+A `Format` stores a weight `w [out, in]` as codes and scales, some rows at a time: `shared_scale(max|w|)`, then
+`choose_scales(w)`, `encode(w)` and `pack`; `decode` reads them. A *shared scale* is one number for all layers that vLLM
+fuses into one matrix. An *encode* scale multiplies weights on their way into the format, a *decode* scale multiplies
+codes on their way out.
 """
 
 from __future__ import annotations
@@ -18,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -37,20 +31,27 @@ SCALE_METHODS = (ABSMAX, SEARCH, WEIGHTED_SEARCH)
 E4M3_MAX = 448.0
 """The largest number of the 8-bit float E4M3, in which codes of FP8 and block scales of NVFP4 are written."""
 
-_ITEM_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
+DTYPES = {
+    "I64": ("int64", 8),
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "I32": ("int32", 4),
+    "BF16": ("bfloat16", 2),
+    "F16": ("float16", 2),
+    "I16": ("int16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
+"""The dtypes of safetensors, with torch's names and the bytes of an item, in the order in which the library lays
+tensors out."""
 
 
 def num_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor of a safetensors `dtype`; `KeyError` for a dtype that is not whole bytes."""
-    total = _ITEM_BYTES[dtype]
-    for size in shape:
-        total *= size
-    return total
+    """Bytes of a tensor of a safetensors `dtype`; `KeyError` for one that is not in `DTYPES`."""
+    return DTYPES[dtype][1] * prod(shape)
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,6 @@ class StoredTensor:
     suffix: str
     dtype: str
     shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size on disk."""
-        return num_bytes(self.dtype, self.shape)
 
 
 class TensorReader(Protocol):
@@ -120,7 +116,7 @@ class Format(ABC):
 
     def num_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of a weight `[out_features, in_features]` on the disk, scales included."""
-        return sum(tensor.num_bytes for tensor in self.stored(out_features, in_features))
+        return sum(num_bytes(tensor.dtype, tensor.shape) for tensor in self.stored(out_features, in_features))
 
     # From weights to codes.
 

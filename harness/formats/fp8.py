@@ -1,12 +1,8 @@
 """FP8_DYNAMIC: 8-bit floats (E4M3) with one scale an output channel, and activations quantized token by token.
 
-A weight `w [out, in]` is stored as two tensors (compressed-tensors `float-quantized`):
-
-    weight        float8_e4m3fn  [out, in]
-    weight_scale  bfloat16       [out, 1]     a multiplier, max|w| of the row / 448
-
-and means w[i, j] = weight[i, j] * weight_scale[i]. Activations store nothing: every token is divided by its own
-max|x| / 448 when the model runs.
+A weight `w [out, in]` is stored as two tensors (compressed-tensors `float-quantized`), `weight` float8_e4m3fn
+`[out, in]` and `weight_scale` bfloat16 `[out, 1]`, and means w[i, j] = weight[i, j] * weight_scale[i]. Of activations
+nothing is stored: every token is divided by its own max|x| / 448 when the model runs.
 """
 
 from __future__ import annotations
@@ -24,11 +20,8 @@ if TYPE_CHECKING:
 
 
 def channel_decode_scales(w: Tensor) -> Tensor:
-    """One bfloat16 multiplier `[out, 1]` a row of `w [out, in]`; 1.0 for a row of zeros, which decodes to zeros.
-
-    Rounded to bfloat16 before any weight is divided by it, so that codes and scale fit each other. Where that rounds
-    the scale down, the row's largest weight lies beyond the format's last value by at most 1/256 and is clamped.
-    """
+    """One bfloat16 multiplier `[out, 1]` a row of `w [out, in]`; 1.0 for a row of zeros. It is rounded before any
+    weight is divided by it; where that is down, the row's largest weight is beyond the last value and is clamped."""
     import torch
 
     scales = (w.float().abs().amax(-1, keepdim=True) / E4M3_MAX).bfloat16()

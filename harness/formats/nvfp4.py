@@ -10,18 +10,13 @@ and means, for column j:
 
     w[i, j] = E2M1[code[i, j]] * weight_scale[i, j // 16] / weight_global_scale
 
-That equation is the contract with every reader (vLLM, transformers, compressed-tensors). All arithmetic is float32: the
-reference writer computes the global scale in bfloat16, so its files differ from ours in that last digit.
+All arithmetic is float32. In NVFP4 (W4A4) a layer's inputs are rounded in the same way when the model runs, with block
+scales of their own and a stored divisor, `input_global_scale [1]`, from the largest input that calibration saw. In
+NVFP4A16 they keep their 16 bits.
 
-**W4A4.** In the format NVFP4 the inputs of a layer are rounded in the same way when the model runs, with block scales
-of their own and a stored divisor, `input_global_scale [1]`, from the largest input that calibration saw. In NVFP4A16
-inputs keep their 16 bits.
-
-**Block scales** are chosen by the largest magnitude, or searched for the least error: a smaller scale clips the largest
-magnitude and rounds the other 15 finer, a larger one may put more of them near grid points. With the global scale
-fixed, the E4M3 codes from 3 below to 7 above that of the largest magnitude contain the best scale (ScaleSweep, arXiv
-2606.07618): the search is exact. The weighted search counts each column's squared error times the second moment of its
-input, and takes the best of the same codes.
+Block scales are chosen by the largest magnitude, or searched for the least squared error, which may be weighted by the
+second moments of the inputs. The search is exact: under a fixed global scale, the E4M3 codes from 3 below to 7 above
+that of the largest magnitude contain the best one (ScaleSweep, arXiv 2606.07618).
 """
 
 from __future__ import annotations
@@ -66,11 +61,8 @@ _LOWEST_CODE, _HIGHEST_CODE = 1, 126
 
 
 def global_encode_scale(amax: Tensor) -> Tensor:
-    """The divisor `[1]` float32 that puts the largest block scale at E4M3's maximum: 2688 / `amax`.
-
-    `amax []` is the largest magnitude over every tensor that shares the scale. A tensor of zeros, or one so
-    small that the quotient overflows float32, gets 1.0, which is finite and decodes to zeros.
-    """
+    """The divisor `[1]` float32 that puts the largest block scale at E4M3's maximum: 2688 / `amax []`, the largest
+    magnitude over every tensor that shares the scale; 1.0 where that overflows, which decodes to zeros."""
     import torch
 
     scale = E4M3_MAX * E2M1_MAX / amax.float().reshape(1)
@@ -110,11 +102,9 @@ def _block_scales(exact: Tensor) -> Tensor:
 
 
 def encode(w: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
-    """Codes `[out, in]` uint8, each weight of `w [out, in]` rounded to the nearest E2M1 value, ties to even.
-
-    The grid steps by 0.5 up to 2, by 1 up to 4 and by 2 up to 6, so the code of a magnitude is the least of
-    round(2a), 2 + round(a) and 4 + round(a/2): three roundings (ties to even) and no comparisons by case.
-    """
+    """Codes `[out, in]` uint8, each weight of `w [out, in]` rounded to the nearest E2M1 value, ties to even. The grid
+    steps by 0.5 up to 2, by 1 up to 4 and by 2 up to 6, so the code of a magnitude is the least of round(2a),
+    2 + round(a) and 4 + round(a/2)."""
     import torch
 
     decode_scale = scales.float() / global_scale
@@ -129,12 +119,10 @@ def encode(w: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
 
 
 def round_magnitudes(magnitude: Tensor, *, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
-    """E2M1 values nearest to float32 `magnitude` in 0 ... 6, ties to even, without going through codes.
-
-    The grid's step is half the largest power of two in the magnitude, and 0.5 below 1. Adding a number whose own last
-    place is that step, and taking it away, rounds to it as the hardware rounds: to nearest, ties to even. `out` (which
-    may be `magnitude`) and `scratch`, float32 of the same shape, save a loop its allocations.
-    """
+    """E2M1 values nearest to float32 `magnitude` in 0 ... 6, ties to even, without codes. The grid's step is half the
+    largest power of two in the magnitude, and 0.5 below 1. A number whose own last place is that step is added and
+    taken away, which rounds as the hardware does. `out` (which may be `magnitude`) and `scratch`, float32 of the same
+    shape, save a loop its allocations."""
     import torch
 
     bits = None if scratch is None else scratch.view(torch.int32)
@@ -185,11 +173,8 @@ def decode(packed: Tensor, scales: Tensor, global_scale: Tensor, dtype: torch.dt
 
 def block_scales(w: Tensor, global_scale: Tensor, method: str, importance: Tensor | None = None) -> Tensor:
     """Block scales `[rows, in/16]` float8_e4m3fn of `w [rows, in]` under `global_scale` (`[1]`, or `[rows, 1]`).
-
     `importance [in]` is the second moment of every input (`weighted-search` only); a block all of whose inputs have
-    none is searched unweighted, since otherwise any scale would do. The search is float32 on tensors laid out
-    `[16, blocks]`, so that sums over a block are sums of whole rows.
-    """
+    none is searched unweighted, since otherwise any scale would do."""
     import torch
 
     rows, width = w.shape

@@ -1,7 +1,7 @@
-"""What a model weighs, from its configuration alone: tensors, bytes, bytes read per decoded token, cache sizes.
+"""The census of a model: its tensors and their bytes, the bytes read per decoded token, the sizes of its caches.
 
-Decoding at batch 1 is bound by memory: every weight that a token touches is read once. So bytes per token over
-bandwidth is the ceiling of its speed, and the census is what every size, ceiling and plan is computed from.
+No weight is read: a configuration and the headers of files say it all. Decoding at batch 1 is bound by memory, since
+every weight that a token touches is read once, so bandwidth over bytes per token is the ceiling of its speed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,16 +82,14 @@ def count_roles(tensors: Sequence[SourceTensor], formats: Mapping[str, Format]) 
 
 @dataclass(frozen=True)
 class TokenTraffic:
-    """Bytes that memory moves for one decoded token of one sequence, and what a sequence occupies.
-
-    `weight_bytes`: every text weight once, one row of the embedding table, the routed experts' active share.
-    `state_bytes`: recurrent and convolution states of all DeltaNet layers; each step reads and writes them.
-    `kv_bytes_per_token`: keys and values that one token adds to the cache; a step at depth d reads d of them.
-    """
+    """Bytes that memory moves for one decoded token of one sequence, and what a sequence occupies."""
 
     weight_bytes: int
+    """Every text weight once, one row of the embedding table, the routed experts' active share."""
     state_bytes: int
+    """Recurrent and convolution states of all DeltaNet layers; each step reads and writes them."""
     kv_bytes_per_token: int
+    """Keys and values that one token adds to the cache; a step at depth d reads d of them."""
 
     def bytes_per_step(self, depth: int = 0) -> int:
         """What one step moves when `depth` tokens are in the cache."""

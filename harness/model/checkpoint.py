@@ -1,10 +1,8 @@
 """Safetensors shards as a stream: read rows, write tensors, never hold a shard.
 
-The safetensors library maps whole files, and mapped pages count as resident memory. Here tensors are read with `pread`
-and written with `pwrite` in pieces, so memory stays at the size of a piece.
-
-Layout of a file (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header
-{name: {dtype, shape, data_offsets}}, then the tensors' bytes without gaps.
+The safetensors library maps whole files, and mapped pages count as resident memory; here they are read and written in
+pieces. A file (https://huggingface.co/docs/safetensors) has 8 bytes little-endian header length, a JSON header
+{name: {dtype, shape, data_offsets}}, and then the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -19,14 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from blake3 import blake3
 
 from harness.errors import UserError
-from harness.formats.format import num_bytes
+from harness.formats.format import DTYPES, num_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -40,29 +38,12 @@ PIECE_BYTES = 16 << 20
 _MAX_HEADER_BYTES = 100 << 20
 _MAX_PENDING = 4
 
-DTYPES = {
-    "I64": "int64",
-    "F64": "float64",
-    "F32": "float32",
-    "I32": "int32",
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "I16": "int16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-"""The dtypes of safetensors and torch's names for them, in the order in which the library lays tensors out: by falling
-item size."""
-
 
 def torch_dtype(name: str) -> torch.dtype:
     """torch's dtype of a safetensors dtype."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    dtype: torch.dtype = getattr(torch, DTYPES[name][0])
     return dtype
 
 
@@ -90,7 +71,7 @@ class TensorEntry(NewTensor):
     @property
     def num_elements(self) -> int:
         """Its values."""
-        return num_bytes("U8", self.shape)
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -159,12 +140,35 @@ def row_pieces(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def _read_into(file: BinaryIO, view: memoryview, offset: int, path: Path) -> None:
+    done = read_at(file.fileno(), view, offset)
+    if done < len(view):
+        raise UserError(f"{path} ends at byte {offset + done}, before its tensor does.", "Download it again.")
+
+
+def read_at(file: int, view: memoryview, offset: int) -> int:
+    """Fills `view` from byte `offset` of an open file; returns the bytes read, which are fewer where the file ends."""
+    done = 0
+    while done < len(view) and (read := os.preadv(file, [view[done:]], offset + done)):
+        done += read
+    return done
+
+
+def write_at(file: int, view: bytes | bytearray | memoryview, offset: int) -> None:
+    """Writes all of `view` at byte `offset` of an open file."""
     done = 0
     while done < len(view):
-        read = os.preadv(file.fileno(), [view[done:]], offset + done)
-        if read == 0:
-            raise UserError(f"{path} ends at byte {offset + done}, before its tensor does.", "Download it again.")
-        done += read
+        done += os.pwrite(file, view[done:], offset + done)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Failures to write (a full disk, a folder that may not be written) are the user's errors, which name `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}).", "Make room, or give a folder on another disk."
+        ) from error
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -178,10 +182,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def inspect_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     """Opens a checkpoint folder as far as that goes, with every disagreement between its index and its shards.
-
-    Raises `UserError` where there is nothing to open: no folder, no `config.json`, no safetensors (pickled
-    weights are refused: loading one runs code), or an index that is not one.
-    """
+    `UserError` without a folder, a `config.json`, an index that is one, or safetensors: loading a pickle runs code."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.", "Give the folder of a checkpoint.")
     config = read_json(folder / "config.json")
@@ -292,11 +293,8 @@ def _whole(value: object) -> int:
 
 
 def header_bytes(tensors: Sequence[NewTensor]) -> tuple[bytes, dict[str, int]]:
-    """The head of a safetensors file of `tensors` and each tensor's absolute offset.
-
-    Tensors lie by dtype in the order of `DTYPES` and then by name, as the library writes them: each is then aligned to
-    its items, and the bytes depend on names, dtypes and shapes alone.
-    """
+    """The head of a safetensors file of `tensors` and each tensor's absolute offset. Tensors lie by dtype in the order
+    of `DTYPES` and then by name, as the library writes them: each is then aligned to its items."""
     rank = {dtype: place for place, dtype in enumerate(DTYPES)}
     ordered = sorted(tensors, key=lambda tensor: (rank[tensor.dtype], tensor.name))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -316,11 +314,8 @@ def header_bytes(tensors: Sequence[NewTensor]) -> tuple[bytes, dict[str, int]]:
 
 
 class ShardWriter:
-    """Writes one safetensors file whose tensors are known beforehand, in any order and in pieces.
-
-    One thread writes and one hashes while the caller computes. `close` checks that every tensor is complete,
-    flushes the file to disk and renames it into place, so a file of the final name is a whole one.
-    """
+    """Writes one safetensors file whose tensors are known beforehand, in any order and in pieces. One thread writes and
+    one hashes while the caller computes. A file of the final name is a whole one, since only `close` renames it."""
 
     def __init__(self, path: Path, tensors: Sequence[NewTensor]) -> None:
         head, self._offsets = header_bytes(tensors)
@@ -337,7 +332,7 @@ class ShardWriter:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         # Claims the space first, so that a full disk is found at the beginning of the work and not at its end.
         claim = self._writer.submit(os.posix_fallocate, self._file.fileno(), 0, total)
-        self._pending: deque[Future[Any]] = deque([claim, self._writer.submit(self._put, head, 0)])
+        self._pending: deque[Future[Any]] = deque([claim, self._writer.submit(write_at, self._file.fileno(), head, 0)])
 
     def write(self, name: str, data: Tensor | bytearray) -> None:
         """Appends the next piece of tensor `name`: its elements in order, of its dtype."""
@@ -352,12 +347,7 @@ class ShardWriter:
         while len(self._pending) >= 2 * _MAX_PENDING:
             self._pending.popleft().result()
         self._pending.append(self._hasher.submit(self._hashes[name].update, view))
-        self._pending.append(self._writer.submit(self._put, view, offset))
-
-    def _put(self, view: bytes | bytearray | memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self._file.fileno(), view[done:], offset + done)
+        self._pending.append(self._writer.submit(write_at, self._file.fileno(), view, offset))
 
     def close(self) -> dict[str, str]:
         """Finishes the file; returns the BLAKE3 digest of the head (under the empty name) and of every tensor."""
@@ -378,12 +368,8 @@ class ShardWriter:
             for pool in (self._hasher, self._writer):
                 pool.shutdown(wait=True)
 
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def discard(self) -> None:
+        """Removes a file that was not finished by `close`."""
         if not self._file.closed:
             for pool in (self._hasher, self._writer):
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -401,15 +387,14 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 @contextmanager
 def new_shard(path: Path, tensors: Sequence[NewTensor]) -> Iterator[ShardWriter]:
-    """A `ShardWriter`, whose failures to write (a full disk, a folder that may not be written) are the user's errors.
-    Left by an exception, or without `close`, it leaves no file."""
-    try:
-        with ShardWriter(path, tensors) as writer:
+    """A `ShardWriter`, whose failures to write are the user's errors. Left by an exception, or without `close`, it
+    leaves no file."""
+    with writing(path):
+        writer = ShardWriter(path, tensors)
+        try:
             yield writer
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}).", "Make room, or give a folder on another disk."
-        ) from error
+        finally:
+            writer.discard()
 
 
 def check_disk(out: Path, size: int) -> None:

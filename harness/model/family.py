@@ -1,13 +1,8 @@
 """What the harness knows of a family of models, as data: the names, roles and shapes of its tensors.
 
-A family is one file of `families/`. Everything else in the package asks a `Family` and tests no part of a tensor's name
-itself, so that another family is another file. Four kinds of names occur:
-
-* the checkpoint's (`model.language_model.layers.0.mlp.up_proj.weight`), which the roles' patterns describe;
-* those of the linear layers in it (`Linear.module`), by which a `quantization_config` names them;
-* vLLM's (`Family.engine_name`), which differ in their prefixes, and in the layers that vLLM fuses (`Role.fused`);
-* those of transformers' modules (`Modeling`, `LayerNames`), which are the checkpoint's but for routed experts:
-  transformers keeps all experts of a layer in two 3-D parameters (`ExpertNames`).
+Everything outside of `families/` asks a `Family` and tests no part of a tensor's name itself. There are the names of
+the checkpoint (`model.language_model.layers.0.mlp.up_proj.weight`), of the linear layers in it (`Linear.module`), of
+vLLM's modules (`Family.engine_name`), and of transformers', which are the checkpoint's but for routed experts.
 """
 
 import re
@@ -30,20 +25,17 @@ _NUMBER = re.compile(r"\.\d+\.")
 
 @dataclass(frozen=True)
 class Role:
-    """What a tensor does.
-
-    `pattern` is a regular expression of the tensor's name without the text part's prefix. Roles that are linear layers
-    have a `target`: the pattern that names their modules in a `quantization_config`, unanchored, with vLLM's fused name
-    beside the shards' (vLLM looks up either, by release). `fused` is the name of the matrix that vLLM makes of several
-    shards, which must share one format and one global scale.
-    """
+    """What a tensor does."""
 
     name: str
     pattern: str
+    """A regular expression of the tensor's name without the text part's prefix."""
     part: Part = "trunk"
     block: Block | None = None
     target: str | None = None
+    """Of a linear layer: the pattern that names its modules in a `quantization_config` (see `formats.config`)."""
     fused: str | None = None
+    """The matrix that vLLM makes of several shards, which must share one format and one global scale."""
     quantizable: bool = False
     """Whether a recipe that names the role's block quantizes it."""
     reads_hidden: bool = True
@@ -191,33 +183,33 @@ class ModelConfig:
         return self.linear_num_value_heads * self.linear_value_head_dim
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Family:
     """One family of models: what `families/<family>.py` writes down."""
 
     name: str
     modeling: Mapping[str, Modeling]
     """By architecture. A checkpoint of one of these can be planned, built and verified."""
-    text_only: Mapping[str, str]
+    text_only: Mapping[str, str] = field(default_factory=dict)
     """Architectures of the text part alone, which engines load too, with the architecture that they are the part of."""
     roles: tuple[Role, ...]
     """The first role whose pattern matches a name is the tensor's."""
     published: Layout
-    other_prefixes: tuple[str, ...]
+    other_prefixes: tuple[str, ...] = ()
     """Prefixes of the text part in checkpoints that were saved in another way."""
     parts: Mapping[Part, str]
     """The prefixes of the parts that a checkpoint may lack."""
     embedding: str
     head: str
-    not_linear: tuple[str, ...]
+    not_linear: tuple[str, ...] = ()
     """Ends of the names of matrices that are no linear layers though their role is one."""
     experts: ExpertNames
     layer: LayerNames
-    engine_prefixes: tuple[tuple[str, str], ...]
+    engine_prefixes: tuple[tuple[str, str], ...] = ()
     """Prefixes of a checkpoint's names, with those of the same modules inside vLLM."""
     engine_attention: tuple[str, ...]
     """vLLM's layers that compute full attention, by the last two parts of their names."""
-    optional_modules: tuple[str, ...]
+    optional_modules: tuple[str, ...] = ()
     """Linear layers of parts that some models of the family have and others have not."""
     read_config: Callable[[Mapping[str, Any], str], ModelConfig] = field(repr=False)
     """Reads a `config.json` of this family; `UserError`, naming the second argument, for one that is not complete."""

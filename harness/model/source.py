@@ -36,11 +36,8 @@ def census_of(checkpoint: Checkpoint) -> SourceCensus:
 
 
 def census_at(path: Path) -> SourceCensus:
-    """The census of what a `config.json`, or a folder with one, describes; `UserError` as in `census_of`.
-
-    Where all shards lie beside the configuration, their headers say what there is. Else the configuration does, with an
-    MTP head if an index in the folder names its tensors.
-    """
+    """The census of a `config.json`, or of a folder with one; `UserError` as in `census_of`. Where not all shards lie
+    beside it, the configuration says what there is, with an MTP head if an index in the folder names its tensors."""
     folder = None if path.is_file() else path
     config_file = path if folder is None else folder / "config.json"
     raw = read_json(config_file)

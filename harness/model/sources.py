@@ -20,10 +20,7 @@ def fetched_revision(folder: Path) -> str | None:
 
 def locate(location: str, revision: str | None = None, *, config_only: bool = False) -> Path:
     """The folder of a checkpoint, fetched first if `location` is a hub id; `config_only` fetches no weights.
-
-    `UserError` for what is neither a folder nor a hub id, and for a hub that cannot be reached while the model is
-    not in its cache.
-    """
+    `UserError` for what is neither, and for a hub that cannot be reached while the model is not in its cache."""
     path = Path(os.path.expanduser(location))  # noqa: PTH111 - pathlib raises where the user is unknown
     if path.is_dir():
         return path

@@ -1,9 +1,7 @@
-"""Qwen3.5, Qwen3.6 and the dense Qwen3.8: `Qwen3_5ForConditionalGeneration`, `Qwen3_5MoeForConditionalGeneration`.
+"""Qwen3.5, Qwen3.6 and the dense Qwen3.8: three DeltaNet layers to one of full attention, each with an MLP or experts.
 
-Three DeltaNet layers (linear attention) to one of full attention, each followed by an MLP or by a mixture of experts,
-beside a vision tower and a multi-token-prediction (MTP) head. On the disk the projections of DeltaNet lie apart
-(`in_proj_qkv`, `in_proj_z`, `in_proj_b`, `in_proj_a`), which vLLM fuses in pairs, and the experts of a layer in two
-3-D tensors.
+Beside them stand a vision tower and a multi-token-prediction (MTP) head. The projections of DeltaNet are stored apart,
+and vLLM fuses them in pairs; the experts of a layer are stored in two 3-D tensors.
 """
 
 from collections.abc import Mapping

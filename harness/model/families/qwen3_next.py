@@ -1,14 +1,8 @@
-"""Qwen3-Next: `Qwen3NextForCausalLM`.
+"""Qwen3-Next: `Qwen3NextForCausalLM`, the hybrid of Qwen3.5 without a vision tower.
 
-The hybrid of Qwen3.5 without a vision tower, with these differences on the disk:
-
-* `in_proj_qkvz` and `in_proj_ba` of DeltaNet are stored fused, their rows interleaved by key head: each head's query,
-  key, values and gates (beta and alpha) follow one another. vLLM takes the matrices as they are, so each is one linear
-  layer with one global scale.
-* The experts of a layer lie one by one, and `mlp_only_layers` and `decoder_sparse_step` give some layers an MLP.
-* The MTP head is stored under `mtp.`, and `config.json` need not say so: vLLM takes one layer where nothing is said.
-
-Names and shapes follow transformers' modeling_qwen3_next.py and vLLM's qwen3_next.py and qwen3_next_mtp.py (0.32).
+DeltaNet's `in_proj_qkvz` and `in_proj_ba` are stored fused, their rows interleaved by key head, and vLLM takes them as
+they are. Experts lie one by one, and some layers may have an MLP. `config.json` need not count the layers of the MTP
+head: vLLM takes one then. Names and shapes follow transformers' modeling_qwen3_next.py and vLLM 0.32's qwen3_next.py.
 """
 
 from collections.abc import Mapping
@@ -85,19 +79,14 @@ FAMILY = Family(
             0,
         )
     },
-    text_only={},
     roles=_ROLES,
     published=Layout(_TEXT, fused_experts=False, fused_mtp_experts=False),
-    other_prefixes=(),
     parts={"mtp": "mtp."},
     embedding="embed_tokens",
     head="lm_head",
-    not_linear=(),
     experts=deltanet.EXPERT_NAMES,
     layer=deltanet.LAYER_NAMES,
-    engine_prefixes=(),
     engine_attention=("self_attn.attn", "attn.attn"),
-    optional_modules=(),
     read_config=_read_config,
     tensors=_tensors,
 )
