@@ -49,7 +49,7 @@ class Group:
 _ENGINE_ROOMS = ("engines", "formats", "model")
 GROUPS = {
     "the torch engine": Group("engine:torch", ("engines.torch_engine",), _ENGINE_ROOMS),
-    "the streamed engine": Group("engine:streamed", ("engines.streamed_engine",), _ENGINE_ROOMS),
+    "the streamed engine": Group("engine:streamed", ("engines.streamed",), _ENGINE_ROOMS),
     "the vLLM engine": Group(
         "engine:vllm", ("engines.vllm_engine", "engines.vllm_worker", "engines.vllm_cpu"), _ENGINE_ROOMS
     ),
@@ -65,7 +65,6 @@ GROUPS = {
 NO_NUMBERS = {
     "engines.protocol": "what an engine is asked, and the versions themselves",
     "engines.describing": "what an engine says of itself",
-    "engines.process": "one process of vLLM after another",
     "engines.scratch": "where hidden states lie",
     "engines.vllm_log": "what vLLM's log says",
     "measure.vllm_bench": "numbers of another program, read",

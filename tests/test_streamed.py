@@ -21,9 +21,9 @@ from torch import nn
 
 from harness.demo import checkpoint_path
 from harness.demo.synthesize import synthesize
-from harness.engines import heads
+from harness.engines import torch_common
 from harness.engines.protocol import Chunk, Engine, Prompt, open_engine
-from harness.engines.streamed import Streamed, log_probs
+from harness.engines.streamed import Streamed
 from harness.errors import UserError
 from harness.formats import nvfp4
 from harness.formats.nvfp4 import NVFP4, NVFP4A16
@@ -104,9 +104,8 @@ def streamed(
     dtype: str = "float32",
     **more: Any,
 ) -> list[list[Table]]:
-    return together(
-        log_probs(folders, windows, batch_size, dtype=dtype, device="cpu", scratch=scratch, **more), windows
-    )
+    opened = Streamed(folders, dtype=dtype, device="cpu")
+    return together(opened.log_probs(windows, batch_size, scratch=scratch, **more), windows)
 
 
 def equal(one: Sequence[Table], other: Sequence[Table]) -> bool:
@@ -183,9 +182,9 @@ def test_a_tied_head_is_the_embedding_table(tmp_path: Path) -> None:
 def test_rows_of_a_product_with_the_head_are_the_torch_engines_and_bound_a_chunk(
     tiny: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heads, "LOGITS_BYTES", 7 * 4 * TINY_VOCABULARY)  # seven tokens at once
+    monkeypatch.setattr(torch_common, "LOGITS_BYTES", 7 * 4 * TINY_VOCABULARY)  # seven tokens at once
     windows = tiny_windows(30, 30, 30, 8, 2)
-    chunks = list(log_probs(tiny, windows, 3, dtype="float32", device="cpu", scratch=tmp_path / "scratch"))
+    chunks = list(Streamed(tiny, dtype="float32", device="cpu").log_probs(windows, 3, scratch=tmp_path / "scratch"))
     assert max(len(chunk.log_probs[0]) for chunk in chunks) == 7
     for folder, tables in zip(tiny, together(iter(chunks), windows), strict=True):
         assert equal(tables, by_torch(folder, windows, 3))
@@ -353,7 +352,7 @@ def test_a_killed_pass_goes_on_at_the_layer_it_was_in_and_ends_with_the_same_bit
 def test_predictions_that_were_not_heard_out_are_made_again_without_a_layer(tiny: list[Path], tmp_path: Path) -> None:
     windows, scratch = tiny_windows(30, 12), tmp_path / "scratch"
     expected = streamed(tiny, windows, 2, tmp_path / "other")
-    chunks = log_probs(tiny, windows, 2, dtype="float32", device="cpu", scratch=scratch)
+    chunks = Streamed(tiny, dtype="float32", device="cpu").log_probs(windows, 2, scratch=scratch)
     next(chunks)
     del chunks
     calls: list[int] = []
@@ -364,7 +363,7 @@ def test_predictions_that_were_not_heard_out_are_made_again_without_a_layer(tiny
 
 def interrupted(folders: Sequence[Path], windows: Sequence[Sequence[int]], scratch: Path) -> None:
     """Leaves a pass in `scratch` whose layers are all finished."""
-    next(log_probs(folders, windows, 1, dtype="float32", device="cpu", scratch=scratch))
+    next(Streamed(folders, dtype="float32", device="cpu").log_probs(windows, 1, scratch=scratch))
 
 
 @pytest.mark.parametrize("other", ["windows", "batch size", "dtype", "models", "weights"])
@@ -469,14 +468,15 @@ def test_a_damaged_checkpoint_is_named_before_anything_is_computed(
 PEAK_MEMORY = """
 import sys
 from pathlib import Path
-from harness.engines.streamed import log_probs
+from harness.engines.streamed import Streamed
 
 def peak():
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 def run(*folders):
-    for chunk in log_probs(folders, [[1] * 64] * 2, 1, dtype="bfloat16", device="cpu", scratch=Path(sys.argv[1])):
+    streamed = Streamed(folders, dtype="bfloat16", device="cpu")
+    for chunk in streamed.log_probs([[1] * 64] * 2, 1, scratch=Path(sys.argv[1])):
         pass
 
 run(Path(sys.argv[2]))
@@ -513,10 +513,11 @@ def test_two_passes_do_not_share_a_scratch(tmp_path: Path) -> None:
 
     def begin(done: int, total: int, description: str, note: str = "", /) -> None:
         if done == 1:
-            other = log_probs([source], windows, 1, dtype="float32", device="cpu", scratch=scratch)
+            other = Streamed([source], dtype="float32", device="cpu").log_probs(windows, 1, scratch=scratch)
             with pytest.raises(UserError, match="is used by another run"):
                 next(other)
 
-    chunks = log_probs([source], windows, 1, dtype="float32", device="cpu", scratch=scratch, progress=begin)
+    opened = Streamed([source], dtype="float32", device="cpu")
+    chunks = opened.log_probs(windows, 1, scratch=scratch, progress=begin)
     assert len(list(chunks)) == 1
     assert not scratch.exists()

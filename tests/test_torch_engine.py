@@ -26,7 +26,6 @@ from compressed_tensors.quantization import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     Qwen3_5Config,
     Qwen3_5ForCausalLM,
@@ -34,11 +33,11 @@ from transformers import (
 )
 
 from harness.demo.synthesize import synthesize
-from harness.engines import decoding, heads, loading
+from harness.engines import loading, torch_common
 from harness.engines.protocol import Engine, open_engine
 from harness.errors import UserError
 from harness.formats import fp8, nvfp4
-from harness.formats.config import parse, quantization_config
+from harness.formats.config import quantization_config
 from harness.formats.nvfp4 import NVFP4A16
 from harness.measure import perplexity
 from harness.model.checkpoint import open_checkpoint
@@ -209,7 +208,7 @@ def test_bf16_scores_have_float32_logits(plain: Path) -> None:
 def test_cutting_the_logits_into_pieces_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = _windows(40, 40, 40)
     whole = np.concatenate(list(engine.score(windows, 3)))
-    monkeypatch.setattr(heads, "LOGITS_BYTES", 7 * 4 * VOCABULARY)  # seven tokens at once
+    monkeypatch.setattr(torch_common, "LOGITS_BYTES", 7 * 4 * VOCABULARY)  # seven tokens at once
     np.testing.assert_allclose(np.concatenate(list(engine.score(windows, 3))), whole, atol=1e-5)
 
 
@@ -510,7 +509,7 @@ def test_cutting_the_logits_anywhere_gives_the_same_distributions(
 ) -> None:
     windows = _windows(70, 70, 70, 2, 2)
     whole = list(engine.log_probs(windows, 3))
-    monkeypatch.setattr(heads, "LOGITS_BYTES", rows * 4 * VOCABULARY)
+    monkeypatch.setattr(torch_common, "LOGITS_BYTES", rows * 4 * VOCABULARY)
     for one, other in zip(engine.log_probs(windows, 3), whole, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -657,13 +656,12 @@ def test_our_own_decoding_of_a_dense_checkpoint_gives_the_logits_of_transformers
 ) -> None:
     artifact = _encode(dense_source, RECIPES[name], tmp_path / name)
     ids = _windows(60, 60)
-    config = AutoConfig.from_pretrained(artifact)
-    quantization = parse(config.quantization_config, "here")
-    del config.quantization_config
+    configuration = loading._configuration(artifact)
     for dtype in (torch.float32, torch.bfloat16):
-        ours, report = decoding.load_decoded(AutoModelForImageTextToText, config, quantization, artifact, dtype)
-        assert not report
-        theirs = loading.load_model(artifact, str(dtype).removeprefix("torch."))
+        dtype_name = str(dtype).removeprefix("torch.")
+        ours, stored = loading._empty(artifact, *configuration, dtype_name)
+        stored.fill(ours)
+        theirs = loading.load_model(artifact, dtype_name)
         assert theirs.model.language_model.layers[3].self_attn.q_proj.quantization_scheme is not None
         ours, theirs, source = (
             _logits(model, ids).log_softmax(-1) for model in (ours.eval(), theirs, _reference(dense_source, dtype))

@@ -127,7 +127,7 @@ def _batch_size(wanted: Fidelity, model: Model) -> int:
 
 def _together(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: Measured) -> None:
     """All models side by side through one pass over the layers, and the source's noise in passes of its own."""
-    from harness.engines import streamed
+    from harness.engines.streamed import HIDDEN_BYTES, Streamed
 
     wanted, engine = _wanted(job), job.suite.engine
     source, *others = (model for model in work.models if model.variant != _ENGINE)
@@ -139,14 +139,11 @@ def _together(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: 
     ]
     chunks = fidelity.side_by_side(
         *(
-            streamed.log_probs(
-                [model.folder for model in models],
+            Streamed([model.folder for model in models], dtype=engine.dtype, device=engine.device).log_probs(
                 windows,
                 batch_size,
-                dtype=engine.dtype,
-                device=engine.device,
                 scratch=job.artifact(_SCRATCH) / name,
-                hidden_bytes=streamed.HIDDEN_BYTES // len(passes),
+                hidden_bytes=HIDDEN_BYTES // len(passes),
                 progress=job.named_progress(name),
             )
             for name, models, batch_size in passes

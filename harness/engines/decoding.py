@@ -1,18 +1,13 @@
 """A quantized checkpoint as a 16-bit model, decoded by the harness.
 
-transformers 5.19 has no place for the `weight_global_scale` of experts, whose layers on disk (`experts.3.gate_proj`)
-are slices of two 3-D parameters in its model class (`experts.gate_up_proj [E, 2I, H]`, `experts.down_proj [E, H, I]`).
-Here the class is built empty and filled piece by piece: a **place** is a parameter, or a slice of one, together with
-the module on disk that it is decoded from. All names, shapes and dtypes are checked before the first weight is read.
-
-The arithmetic is that of transformers on a dense checkpoint: NVFP4 is decoded to BF16, and widened where the model
-computes in float32; FP8 is decoded into the model's dtype; `emulation` rounds activations.
+transformers 5.19 has no place for the `weight_global_scale` of experts, which it keeps in two 3-D parameters a layer.
+So its model class is built empty and filled piece by piece: a *place* is a parameter, or a slice of one, together with
+the module on the disk that it is decoded from. The arithmetic is that of transformers on a dense checkpoint.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,44 +19,17 @@ from harness.errors import UserError
 from harness.formats.config import QuantizationConfig
 from harness.formats.format import Format, Rounding
 from harness.formats.table import FORMATS
-from harness.model.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from harness.model.checkpoint import Checkpoint, NewTensor, TensorEntry
 from harness.model.families import family_of
-from harness.model.family import ExpertNames, Family
+from harness.model.family import Family
 
 _FLOATS = ("BF16", "F16", "F32")
 _CHUNK_ELEMENTS = 1 << 22
 """Weights read and decoded at a time: their float32 temporaries stay small beside the model."""
 
 
-@dataclass
-class Report:
-    """What does not fit, by name; the fields are those of transformers' own loading report."""
-
-    missing_keys: list[str] = field(default_factory=list)
-    mismatched_keys: list[tuple[str, ...]] = field(default_factory=list)
-    unexpected_keys: list[str] = field(default_factory=list)
-    error_msgs: list[str] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return any(vars(self).values())
-
-
-def load_decoded(
-    auto_class: Any, config: Any, quantization: QuantizationConfig, folder: Path, dtype: torch.dtype
-) -> tuple[Any, Report]:
-    """The model (of class `auto_class`) with the weights of `folder`, decoded, and what does not fit; where anything
-    does not, no weight was read. `UserError` for a module in a format that the harness does not know, and for an expert
-    whose gate and up projections round their common input differently."""
-    model = empty_model(auto_class, config, dtype)
-    stored = Stored(open_checkpoint(folder), quantization)
-    report = stored.prepare(model)
-    if not report:
-        stored.fill(model)
-    return model, report
-
-
 def empty_model(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
-    """The model of a configuration, tied as it says, whose weights have no values yet."""
+    """The model of a configuration, of class `auto_class`, tied as it says, whose weights have no values yet."""
     with initialization.no_init_weights():
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
@@ -73,11 +41,12 @@ class Stored:
     """The weights of a checkpoint, and the formats that they are in: what a model of transformers is filled from."""
 
     checkpoint: Checkpoint
-    quantization: QuantizationConfig
+    quantization: QuantizationConfig | None
 
-    def prepare(self, model: nn.Module) -> Report:
+    def prepare(self, model: nn.Module) -> dict[str, list[Any]]:
         """Notes in each module of a whole `model`, which may be on the meta device, what its weights will be decoded
-        from (`formats_of`), and returns what of the checkpoint does not fit the model."""
+        from (`formats_of`), and returns what of the checkpoint does not fit the model, as transformers' own loading
+        reports it. `UserError` for a module in a format that the harness does not know."""
         places = self._places(model)
         formats: dict[str, dict[Format | None, None]] = {}
         for place in places:
@@ -87,24 +56,19 @@ class Stored:
             module: Any = model.get_submodule(owner)
             module.decoded_from = tuple(found)
         aliases = set(model.state_dict()) - set(_tensors(model))  # a tied head may be stored though it is not needed
-        report = _check(places, self.checkpoint.tensors, aliases)
-        # No class of transformers has the MTP head.
-        report.unexpected_keys = [name for name in report.unexpected_keys if self.family.part_of(name) != "mtp"]
-        return report
+        return _check(places, self.checkpoint.tensors, aliases)
 
     @torch.no_grad()
     def fill(self, module: nn.Module, prefix: str = "") -> None:
         """Gives every parameter of `module`, which is on the CPU, its values; from now on it rounds its inputs as its
-        formats do. On the disk its names begin with `prefix`. To be called once, and after `prepare` found no fault."""
+        formats do. On the disk its names begin with `prefix`. To be called once, and after `prepare` found no fault;
+        `UserError` for an expert whose gate and up projections round their common input differently."""
         entries = self.checkpoint.tensors
         places = self._places(module, prefix)
         places.sort(key=lambda place: (entries[place.needs[0].name].shard, entries[place.needs[0].name].offset))
-        scales = {}
         for place in places:
             _fill(place, self.checkpoint)
-            if place.form is not None and place.form.needs_calibration:
-                scales[place.module] = self.checkpoint.tensor(f"{place.module}.{place.form.input_scale_name}")
-        _round(module, places, scales, self.family.experts, self.checkpoint.folder)
+        self._round(module, places)
 
     @cached_property
     def family(self) -> Family:
@@ -116,7 +80,7 @@ class Stored:
         return {name.rpartition(".")[0] for name in self.checkpoint.tensors}
 
     def _format_of(self, module: str) -> Format | None:
-        group = self.quantization.group_of(module)
+        group = None if self.quantization is None else self.quantization.group_of(module)
         if group is not None and group.format is None:
             raise UserError(
                 f"{self.checkpoint.folder} stores {module} in the format of '{group.name}', which the harness does not "
@@ -156,6 +120,46 @@ class Stored:
                 else:
                     yield _decoded(target, owner, module, form, (expert, shard))
 
+    def _round(self, model: nn.Module, places: Iterable["_Place"]) -> None:
+        """Lets every module round its inputs as its format does."""
+        names = self.family.experts
+        slices: dict[str, dict[tuple[int, str], _Place]] = {}
+        for place in places:
+            if place.expert is not None:
+                slices.setdefault(place.owner, {})[place.expert] = place
+            elif place.form is not None:
+                linear: Any = model.get_submodule(place.owner)
+                round_inputs(linear, self._rounding(place))
+        for owner, of_expert in slices.items():
+            experts: Any = model.get_submodule(owner)
+            roundings = []
+            for number in range(len(experts.down_proj)):
+                gate, up, down = (of_expert.get((number, shard)) for shard in (names.gate, names.up, names.down))
+                roundings.append(ExpertRounding(self._shared_rounding(gate, up), self._rounding(down)))
+            if any(rounding.gate_up or rounding.down for rounding in roundings):
+                round_expert_inputs(experts, roundings)
+
+    def _rounding(self, place: "_Place | None") -> Rounding | None:
+        return None if place is None or place.form is None else place.form.rounding(self._input_scale(place))
+
+    def _input_scale(self, place: "_Place") -> Tensor | None:
+        if place.form is None or not place.form.needs_calibration:
+            return None
+        return self.checkpoint.tensor(f"{place.module}.{place.form.input_scale_name}")
+
+    def _shared_rounding(self, gate: "_Place | None", up: "_Place | None") -> Rounding | None:
+        """The rounding of an input that gate and up projection read alike."""
+        if gate is None or up is None:
+            return None
+        activations = [place.form and place.form.input_activations for place in (gate, up)]
+        if activations[0] != activations[1] or self._input_scale(gate) != self._input_scale(up):
+            raise UserError(
+                f"{self.checkpoint.folder} rounds the input of {gate.module} and of {up.module} differently, and they "
+                "share it.",
+                "Run `harness verify` on it.",
+            )
+        return self._rounding(gate)
+
 
 def formats_of(module: nn.Module) -> tuple[Format | None, ...]:
     """The formats that `Stored` decodes the weights of `module` from, None among them for weights that are stored as
@@ -165,39 +169,28 @@ def formats_of(module: nn.Module) -> tuple[Format | None, ...]:
 
 
 @dataclass(frozen=True)
-class _Need:
-    """A tensor that a place is filled from; `dtypes` are those it may have."""
-
-    name: str
-    suffix: str
-    dtypes: tuple[str, ...]
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class _Place:
     """`target`, a parameter or a slice of one (`expert`: which expert's which projection), is decoded from `module` on
-    the disk, or copied where `form` is None. `owner` is the model's module that computes with it."""
+    the disk, or copied where `form` is None. `owner` is the model's module that computes with it. Of what it `needs`, a
+    float of 16 or 32 bits stands for any of them."""
 
     target: Tensor
     owner: str
     module: str
     form: Format | None
-    needs: tuple[_Need, ...]
+    needs: tuple[NewTensor, ...]
     expert: tuple[int, str] | None = None
 
 
 def _decoded(target: Tensor, owner: str, module: str, form: Format, expert: tuple[int, str] | None = None) -> _Place:
-    needs = tuple(
-        _Need(f"{module}.{part.suffix}", part.suffix, _FLOATS if part.dtype in _FLOATS else (part.dtype,), part.shape)
-        for part in form.stored(*target.shape)
-    )
+    stored = form.stored(*target.shape)
+    needs = tuple(NewTensor(f"{module}.{part.suffix}", part.dtype, part.shape) for part in stored)
     return _Place(target, owner, module, form, needs, expert)
 
 
 def _copied(target: Tensor, owner: str, name: str, expert: tuple[int, str] | None = None) -> _Place:
-    module, _, suffix = name.rpartition(".")
-    return _Place(target, owner, module, None, (_Need(name, suffix, _FLOATS, tuple(target.shape)),), expert)
+    need = NewTensor(name, _FLOATS[0], tuple(target.shape))
+    return _Place(target, owner, name.rpartition(".")[0], None, (need,), expert)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -208,20 +201,26 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(first.values())
 
 
-def _check(places: Iterable[_Place], on_disk: Mapping[str, TensorEntry], aliases: set[str]) -> Report:
+def _check(places: Iterable[_Place], on_disk: Mapping[str, TensorEntry], aliases: set[str]) -> dict[str, list[Any]]:
     """Names, shapes and dtypes of what the places need against what there is."""
-    report, needed = Report(), set()
+    missing, mismatched, errors, needed = [], [], [], set()
     for need in (need for place in places for need in place.needs):
         needed.add(need.name)
+        dtypes = _FLOATS if need.dtype in _FLOATS else (need.dtype,)
         found = on_disk.get(need.name)
         if found is None:
-            report.missing_keys.append(need.name)
+            missing.append(need.name)
         elif found.shape != need.shape:
-            report.mismatched_keys.append((need.name,))
-        elif found.dtype not in need.dtypes:
-            report.error_msgs.append(f"{need.name} is {found.dtype}, not {' or '.join(need.dtypes)}")
-    report.unexpected_keys.extend(on_disk.keys() - needed - aliases)
-    return report
+            mismatched.append((need.name,))
+        elif found.dtype not in dtypes:
+            errors.append(f"{need.name} is {found.dtype}, not {' or '.join(dtypes)}")
+    unexpected = list(on_disk.keys() - needed - aliases)
+    return {
+        "missing_keys": missing,
+        "mismatched_keys": mismatched,
+        "unexpected_keys": unexpected,
+        "error_msgs": errors,
+    }
 
 
 def _fill(place: _Place, checkpoint: Checkpoint) -> None:
@@ -235,47 +234,3 @@ def _fill(place: _Place, checkpoint: Checkpoint) -> None:
         else:
             dtype = place.form.loaded_dtype(into.dtype)
             into.copy_(place.form.decode_rows(checkpoint, place.module, start, len(into), dtype))
-
-
-def _round(
-    model: nn.Module, places: Iterable[_Place], scales: Mapping[str, Tensor], names: ExpertNames, folder: Path
-) -> None:
-    """Lets every module round its inputs as its format does."""
-    slices: dict[str, dict[tuple[int, str], _Place]] = {}
-    for place in places:
-        if place.expert is not None:
-            slices.setdefault(place.owner, {})[place.expert] = place
-        elif place.form is not None:
-            linear: Any = model.get_submodule(place.owner)
-            round_inputs(linear, place.form.rounding(scales.get(place.module)))
-    for owner, of_expert in slices.items():
-        experts: Any = model.get_submodule(owner)
-        roundings = []
-        for number in range(len(experts.down_proj)):
-            gate, up, down = (of_expert.get((number, shard)) for shard in (names.gate, names.up, names.down))
-            gate_up = _shared_rounding(gate, up, scales, folder)
-            roundings.append(ExpertRounding(gate_up=gate_up, down=_rounding(down, scales)))
-        if any(rounding.gate_up or rounding.down for rounding in roundings):
-            round_expert_inputs(experts, roundings)
-
-
-def _rounding(place: _Place | None, scales: Mapping[str, Tensor]) -> Rounding | None:
-    return None if place is None or place.form is None else place.form.rounding(scales.get(place.module))
-
-
-def _shared_rounding(
-    gate: _Place | None, up: _Place | None, scales: Mapping[str, Tensor], folder: Path
-) -> Rounding | None:
-    """The rounding of an input that gate and up projection read alike."""
-    if gate is None or up is None:
-        return None
-    of_input = [
-        (place.form and place.form.input_activations, scales[place.module].item() if place.module in scales else None)
-        for place in (gate, up)
-    ]
-    if of_input[0] != of_input[1]:
-        raise UserError(
-            f"{folder} rounds the input of {gate.module} and of {up.module} differently, and they share it.",
-            "Run `harness verify` on it.",
-        )
-    return _rounding(gate, scales)

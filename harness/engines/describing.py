@@ -12,7 +12,6 @@ from torch import nn
 
 from harness.engines.decoding import formats_of
 from harness.engines.protocol import EngineInfo
-from harness.formats.format import Format
 from harness.model.checkpoint import read_json
 from harness.model.families import family_of
 from harness.model.family import Family
@@ -66,7 +65,8 @@ def _kernels(family: Family, trunk: Any, head: Any, device: torch.device) -> dic
         if isinstance(module, nn.Linear):
             found.setdefault(kind, set()).add(_linear_kernel(module))
         elif _is_experts(family, module):
-            found.setdefault(kind, set()).add(_experts_kernel(module))
+            how = f"{_dtype_name(module.down_proj)} {_experts_way(module)}"
+            found.setdefault(kind, set()).add(_decoded_kernel(module, how))
     kernels = {kind: " | ".join(sorted(ways)) for kind, ways in sorted(found.items())}
     kernels["full_attention"] = trunk.config._attn_implementation
     deltanet = _deltanet_kernels(trunk.config, device)
@@ -77,11 +77,9 @@ def _kernels(family: Family, trunk: Any, head: Any, device: torch.device) -> dic
 
 def _linear_kernel(module: nn.Linear) -> str:
     product = f"{_dtype_name(module.weight)} F.linear"
-    if formats := formats_of(module):
-        return _decoded_kernel(formats, product)
     scheme = getattr(module, "quantization_scheme", None)
     if scheme is None:
-        return product
+        return _decoded_kernel(module, product)
     activations = scheme.input_activations
     inputs = "" if activations is None else f", {activations.num_bits}-bit {activations.type} activations emulated"
     weights = scheme.weights
@@ -91,12 +89,6 @@ def _linear_kernel(module: nn.Linear) -> str:
 def _is_experts(family: Family, module: nn.Module) -> bool:
     """Whether `module` is transformers' fused experts: all of a layer's in two 3-D parameters."""
     return isinstance(getattr(module, family.experts.down, None), nn.Parameter)
-
-
-def _experts_kernel(module: Any) -> str:
-    how = f"{_dtype_name(module.down_proj)} {_experts_way(module)}"
-    formats = formats_of(module)
-    return _decoded_kernel(formats, how) if formats else how
 
 
 def _experts_way(module: Any) -> str:
@@ -114,19 +106,19 @@ def _experts_implementation(family: Family, trunk: Any) -> str | None:
     return " | ".join(sorted(ways)) or None
 
 
-def _decoded_kernel(formats: tuple[Format | None, ...], product: str) -> str:
-    """What runs for weights that the harness decoded, format by format."""
+def _decoded_kernel(module: nn.Module, product: str) -> str:
+    """What runs for weights that the harness decoded, format by format; `product` alone for any others."""
 
     def kind(arguments: Any) -> str:
         of = dict(arguments)
         return f"{of['num_bits']}-bit {of['type']}"
 
     ways = []
-    for form in formats:
+    for form in formats_of(module):
         weights = "weights as stored" if form is None else f"{kind(form.weights)} weights, decoded by the harness"
         activations = form and form.input_activations
         ways.append(f"{weights} → {product}" + (f", {kind(activations)} activations emulated" if activations else ""))
-    return " | ".join(ways)
+    return " | ".join(ways) or product
 
 
 def _weight_decoder(model: nn.Module) -> str | None:

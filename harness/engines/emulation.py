@@ -1,9 +1,7 @@
-"""Quantized activations in transformers modules: what a W4A4 or W8A8 kernel does to a layer's input.
+"""Quantized activations in transformers' modules: what a W4A4 or W8A8 kernel does to a layer's input.
 
-A linear layer rounds its input in a hook before its forward. The routed experts of a layer are two 3-D parameters in
-transformers, so they get a forward of their own, which rounds the input of each expert and of its down projection as
-vLLM's fused kernels do. It stands on the module itself, and so comes before transformers' choice between its own ways
-to compute experts (`config._experts_implementation`).
+A linear layer rounds its input in a hook before its forward. The routed experts of a layer get a forward of their own,
+which rounds the input of each expert and of its down projection, as vLLM's fused kernels do.
 """
 
 import weakref

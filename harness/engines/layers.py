@@ -1,11 +1,8 @@
 """A model one decoder layer at a time: what calibration and scoring need when the model is larger than memory.
 
-The layers are transformers' own modules, filled from the shards. A decoder layer is taken as its two halves, each a
-norm and a body with a residual connection around both (`Qwen3_5DecoderLayer.forward` in modeling_qwen3_5.py, for one):
-
-    hidden + body(norm(hidden))         body: attention or DeltaNet, then MLP or mixture of experts
-
-so that the second half can be looked at with the first one already changed, without running it again.
+The layers are transformers' own modules, filled from the shards. A decoder layer is taken as its two halves, each
+`hidden + body(norm(hidden))`, so that the second can be looked at with the first already changed. The body is attention
+or DeltaNet in the first half, and an MLP or a mixture of experts in the second.
 """
 
 import contextlib
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 
 from harness.engines.emulation import ExpertRounding, round_expert_inputs
 from harness.errors import UserError
-from harness.model.checkpoint import Checkpoint, TensorEntry, bytes_of
+from harness.model.checkpoint import Checkpoint, TensorEntry, bytes_of, read_at, write_at, writing
 from harness.model.family import ExpertNames, ModelConfig
 
 
@@ -58,6 +55,14 @@ class Batch:
     ids: Tensor
     valid: Tensor
 
+    @classmethod
+    def of(cls, samples: Sequence[Sequence[int]]) -> "Batch":
+        """The samples, the longest first."""
+        longest = len(samples[0])
+        ids = torch.tensor([[*sample, *[0] * (longest - len(sample))] for sample in samples])
+        lengths = torch.tensor([len(sample) for sample in samples])
+        return cls(ids, torch.arange(longest) < lengths[:, None])
+
     @property
     def num_tokens(self) -> int:
         """The tokens that are not padding."""
@@ -78,14 +83,7 @@ def batches_of(samples: Sequence[Sequence[int]], max_tokens: int) -> list[Batch]
             made[-1].append(index)
         else:
             made.append([index])
-    return [_batch([samples[index] for index in members]) for members in made]
-
-
-def _batch(samples: Sequence[Sequence[int]]) -> Batch:
-    longest = len(samples[0])
-    ids = torch.tensor([[*sample, *[0] * (longest - len(sample))] for sample in samples])
-    lengths = torch.tensor([len(sample) for sample in samples])
-    return Batch(ids, torch.arange(longest) < lengths[:, None])
+    return [Batch.of([samples[index] for index in members]) for members in made]
 
 
 @dataclass(frozen=True)
@@ -108,11 +106,8 @@ class Half:
     body: nn.Module
     linears: Mapping[str, nn.Linear]
     experts: RoutedExperts | None
-    _call: Callable[[Tensor], Tensor]
-
-    def forward(self, normed: Tensor) -> Tensor:
-        """What the body adds to the hidden states, from `norm(hidden)`, both `[batch, time, width]`."""
-        return self._call(normed)
+    forward: Callable[[Tensor], Tensor]
+    """What the body adds to the hidden states, from `norm(hidden)`, both `[batch, time, width]`."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states `[batch, time, width]` behind this half."""
@@ -140,21 +135,12 @@ class TextModel:
         found = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True).get_text_config()
         found._attn_implementation = "sdpa"
         self._config: Any = found
+        self.num_layers, self.width = int(found.num_hidden_layers), int(found.hidden_size)
         self._modeling = self.family.modeling[config.architecture]
         classes = importlib.import_module(self._modeling.module)
         self._layer_class: Any = getattr(classes, self._modeling.layer_class)
         self._rotary = getattr(classes, self._modeling.rotary_class)(found).to(device)
         self._prefix = self.family.text_prefix(checkpoint.tensors)
-
-    @property
-    def num_layers(self) -> int:
-        """Its decoder layers."""
-        return int(self._config.num_hidden_layers)
-
-    @property
-    def width(self) -> int:
-        """The width of its hidden states."""
-        return int(self._config.hidden_size)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings `[batch, time, width]` of `ids [batch, time]`; only their rows are read."""
@@ -265,7 +251,7 @@ class HiddenStates:
         self._offsets = [sum(sizes[:index]) for index in range(len(sizes))]
         self._kept: dict[int, Tensor] = {}
         self._memory = memory  # left, in bytes
-        with _writing(path):
+        with writing(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def __getitem__(self, index: int) -> Tensor:
@@ -274,24 +260,17 @@ class HiddenStates:
         shape = self._shapes[index]
         flat = torch.empty(shape, dtype=self._dtype)
         view = bytes_of(flat)
-        done = 0
-        while done < len(view):
-            read = os.preadv(self._file, [view[done:]], self._offsets[index] + done)
-            if read == 0:
-                raise UserError(
-                    f"{self._path} is cut.",
-                    "Remove the folder that it is in, which is unfinished work, and start again.",
-                )
-            done += read
+        if read_at(self._file, view, self._offsets[index]) < len(view):
+            raise UserError(
+                f"{self._path} is cut.", "Remove the folder that it is in, which is unfinished work, and start again."
+            )
         return flat.to(self._device)
 
     def __setitem__(self, index: int, hidden: Tensor) -> None:
         host = hidden.detach().to("cpu", self._dtype).contiguous()
         view = bytes_of(host)
-        done = 0
-        with _writing(self._path):
-            while done < len(view):
-                done += os.pwrite(self._file, view[done:], self._offsets[index] + done)
+        with writing(self._path):
+            write_at(self._file, view, self._offsets[index])
         if index in self._kept or self._memory >= len(view):
             self._memory -= 0 if index in self._kept else len(view)
             self._kept[index] = host
@@ -307,16 +286,6 @@ class HiddenStates:
         """Closes the file, and frees what is in memory."""
         self._kept.clear()
         os.close(self._file)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}).", "Make room, or give a folder on another disk."
-        ) from error
 
 
 @contextlib.contextmanager

@@ -16,11 +16,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
-from harness.engines import decoding
-from harness.engines.decoding import Stored
-from harness.engines.process import DTYPES, out_of_memory
+from harness.engines.decoding import Stored, empty_model
+from harness.engines.torch_common import DTYPES, out_of_memory
 from harness.errors import UserError, first_line
-from harness.formats.config import QuantizationConfig, parse
+from harness.formats.config import parse
 from harness.model.checkpoint import open_checkpoint
 from harness.model.families import family_of
 from harness.model.family import Family
@@ -31,10 +30,16 @@ def load_model(folder: Path, dtype: str = "bfloat16", device: torch.device | str
     is quantized, computing in `dtype` (a key of `DTYPES`). `UserError` for a folder that is not a whole checkpoint."""
     auto, config, quantization, family = _configuration(folder)
     is_moe = bool(getattr(config.get_text_config(), "num_experts", 0))
-    load = _load_decoded if quantization is not None and is_moe else _load_by_transformers
     with _loading(folder):
-        model, report = load(auto, config, quantization, folder, DTYPES[dtype])
-    _refuse_partial(folder, family, report)
+        if quantization is not None and is_moe:
+            model, stored = _empty(folder, auto, config, quantization, family, dtype)
+            stored.fill(model)
+            # What `from_pretrained` reads too: without it an answer would not end where the source's does.
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        else:
+            model, report = _load_by_transformers(auto, config, quantization, folder, DTYPES[dtype])
+            _refuse_partial(folder, family, report)
     with out_of_memory(f"Loading {folder}", "Use a machine with more memory."):
         model = model.eval().to(device)
         if dtype == "float32":
@@ -47,15 +52,22 @@ def load_model(folder: Path, dtype: str = "bfloat16", device: torch.device | str
 def load_empty(folder: Path, dtype: str) -> tuple[Any, Stored]:
     """The transformers model of `folder` on the meta device, where its weights take no memory, and what its modules are
     filled from. `UserError` as in `load_model`, as far as names, shapes and types of tensors show it."""
-    auto, config, quantization, family = _configuration(folder)
-    stored_as = QuantizationConfig((), (), False) if quantization is None else _parsed(config, quantization, folder)
-    with _loading(folder):
-        stored = Stored(open_checkpoint(folder), stored_as)
-        with torch.device("meta"):
-            model = decoding.empty_model(auto, config, DTYPES[dtype])
-        report = stored.prepare(model)
-    _refuse_partial(folder, family, vars(report))
+    configuration = _configuration(folder)
+    with _loading(folder), torch.device("meta"):
+        model, stored = _empty(folder, *configuration, dtype)
     return model.eval(), stored
+
+
+def _empty(folder: Path, auto: Any, config: Any, quantization: Any, family: Family, dtype: str) -> tuple[Any, Stored]:
+    """The model without values, and what it is filled from. compressed-tensors' arguments are read, its code is not
+    run."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    parsed = None if quantization is None else parse(quantization, str(folder / "config.json"))
+    model = empty_model(auto, config, DTYPES[dtype])
+    stored = Stored(open_checkpoint(folder), parsed)
+    _refuse_partial(folder, family, stored.prepare(model))
+    return model, stored
 
 
 def _configuration(folder: Path) -> tuple[Any, Any, Any, Family]:
@@ -103,24 +115,6 @@ def _loading(folder: Path) -> Iterator[None]:
         raise UserError(
             f"The torch engine cannot load {folder}: {first_line(error)}.", "Run `harness verify` on it."
         ) from error
-
-
-def _load_decoded(
-    auto: Any, config: Any, quantization: Any, folder: Path, dtype: torch.dtype
-) -> tuple[Any, dict[str, Any]]:
-    """By the harness: compressed-tensors' arguments are read, its code is not run."""
-    model, report = decoding.load_decoded(auto, config, _parsed(config, quantization, folder), folder, dtype)
-    # What `from_pretrained` reads too: without it an answer would not end where the source's does.
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model, vars(report)
-
-
-def _parsed(config: Any, quantization: Any, folder: Path) -> QuantizationConfig:
-    """How the checkpoint is quantized; taken out of `config`, since the model that is built from it is not."""
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return parse(quantization, str(folder / "config.json"))
 
 
 def _load_by_transformers(

@@ -1,9 +1,7 @@
-"""What a measure may ask of an engine, and what an engine must say about itself.
+"""What a measure may ask of an engine, and what an engine says of itself.
 
-An engine holds one checkpoint in memory and answers questions about token ids, batch by batch. Text is tokenized once,
-elsewhere: a tokenizer's version changes perplexity more than a quantization does. `decode` returns the engine's own
-times, because a batching engine knows them better than a caller with a stopwatch. `EngineInfo` tells what was
-*requested* from what is in *effect*: a 4-bit checkpoint on a weight-only kernel is a different measurement.
+An engine holds one checkpoint in memory and answers questions about token ids. It gets no text, because a tokenizer's
+version changes perplexity more than a quantization does. It reports its own times, which a batching engine knows best.
 """
 
 import importlib
@@ -32,7 +30,7 @@ class Registered:
 
 ENGINES = {
     "torch": Registered("harness.engines.torch_engine", "TorchEngine", version=1),
-    "streamed": Registered("harness.engines.streamed_engine", "StreamedEngine", version=1),
+    "streamed": Registered("harness.engines.streamed", "StreamedEngine", version=1),
     "vllm": Registered("harness.engines.vllm_engine", "VllmEngine", version=1),
     "server": Registered("harness.engines.server_engine", "ServerEngine", version=1),
 }
@@ -103,13 +101,6 @@ class Drafts:
     num_drafts: int
     num_draft_tokens: int
     num_accepted_tokens: int
-
-    def __sub__(self, other: "Drafts") -> "Drafts":
-        return Drafts(
-            self.num_drafts - other.num_drafts,
-            self.num_draft_tokens - other.num_draft_tokens,
-            self.num_accepted_tokens - other.num_accepted_tokens,
-        )
 
 
 @dataclass(frozen=True)
@@ -205,9 +196,8 @@ class Memory:
 class Engine(Protocol):
     """A checkpoint in memory."""
 
-    @property
-    def info(self) -> EngineInfo:
-        """What runs, and how."""
+    info: EngineInfo
+    """What runs, and how."""
 
     def score(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float64]]:
         """For each window of n token ids, in order, the natural-log probabilities [n - 1] of its tokens 1 … n - 1,

@@ -1,8 +1,7 @@
 """A running OpenAI-compatible server as an engine: what a user of it waits for, over loopback or a network.
 
-Times are this process's own clock, so the network and the server's scheduling are in them. Prompts are token ids, which
-vLLM and llama.cpp take; tokens are counted by the server's `usage`, since a chunk may carry several. A server that does
-not say which tokens it wrote, as vLLM does, can be timed, and its text is not judged.
+Times are this process's own clock. Prompts are token ids, and tokens are counted by the server's `usage`, since a chunk
+may carry several. The text of a server that does not say which tokens it wrote is timed and not judged.
 """
 
 import contextlib
@@ -12,25 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx2
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.engines.protocol import (
-    Answer,
-    Choice,
-    Decoded,
-    Engine,
-    EngineDied,
-    EngineInfo,
-    Memory,
-    Prompt,
-    Scored,
-    Start,
-    Top,
-)
+from harness.engines.protocol import Decoded, Engine, EngineDied, EngineInfo, Memory, Start
 from harness.errors import UserError
 
 TIMEOUT_SECONDS = 300.0
@@ -61,7 +48,7 @@ class ServerEngine(Engine):
                 f"The server at {self._url} lists no model.", "Give the URL of an OpenAI-compatible server."
             )
         self._model = str(models[0]["id"])
-        self._info = EngineInfo(
+        self.info = EngineInfo(
             name="server",
             version=self._version(),
             device="unknown",
@@ -74,11 +61,6 @@ class ServerEngine(Engine):
             },
             can_score=self._tells_probabilities(),
         )
-
-    @property
-    def info(self) -> EngineInfo:
-        """What is known of it: the model's name, and the release where the server tells."""
-        return self._info
 
     def _version(self) -> str:
         with contextlib.suppress(UserError):
@@ -105,21 +87,11 @@ class ServerEngine(Engine):
             rows = [places[at][str(window[at])]["logprob"] for at in range(1, len(window))]
             yield np.array(rows, dtype=np.float64)
 
-    def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
-        """Not to be had from a server."""
-        raise UserError("A server does not give whole distributions.", "Measure fidelity on the torch or vLLM engine.")
+    def _refused(self, *_: Any, **__: Any) -> NoReturn:
+        """No command asks a server for this."""
+        raise UserError("Only speeds are measured on a server.", "Use the torch or the vLLM engine.")
 
-    def top_log_probs(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[Top]:
-        """Not asked of a server."""
-        raise UserError("Fidelity is not measured on a server.", "Measure it on the torch or vLLM engine.")
-
-    def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
-        """Not asked of a server."""
-        raise _no_tasks()
-
-    def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[int, Answer]]:
-        """Not asked of a server."""
-        raise _no_tasks()
+    log_probs = top_log_probs = choices = generate = _refused
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
         """Greedy continuations, all requests at once; the steps come as one time."""
@@ -220,7 +192,3 @@ class ServerEngine(Engine):
                 f"The server at {self._url} cannot be reached: {error or type(error).__name__}.",
                 "Check the URL and whether the server runs.",
             ) from error
-
-
-def _no_tasks() -> UserError:
-    return UserError("A server answers no tasks.", "Run them on the torch or vLLM engine.")

@@ -1,30 +1,24 @@
 """The streamed scorer: predictions of models that are larger than memory, of a source and its variants in one pass.
 
-    hidden states ─▶ layer 0 of each model ─▶ hidden states ─▶ layer 1 of each model ─▶ … ─▶ heads ─▶ predictions
-
 One decoder layer of one model is in memory at a time, and all batches go through it before the next is read. What goes
-in and comes out lies in files (`layers.HiddenStates`), two a model by turns, so a pass that was killed goes on at the
-layer it was in. At the end all heads are in memory, one for all models that store the same.
+in and comes out lies in two files a model (`layers.HiddenStates`), so a pass that was killed goes on at the layer it
+was in. Memory holds the largest layer (or the heads in float32), `hidden_bytes` of hidden states, one batch's
+activations and `torch_answers.LOGITS_BYTES` a model.
 
-**The same numbers as the torch engine.** transformers' own class runs, built on the meta device, with the one layer in
-its place and nothing in the places of the others; batches and the rows of a product with the head are the torch
-engine's. In float32 the log-probabilities are equal to the last bit. In bfloat16 they are too, but for dense variants
-that round activations: the torch engine leaves those to compressed-tensors, which computes an activation's scale in
-bfloat16, where the kernels and `decoding` do in float32. That moves predictions about as far as bfloat16 itself does
-(on the embedded W4A4 model either is 0.0014 nats a token from the torch engine in bfloat16).
-
-Memory: the largest layer (or the distinct heads, in float32), `hidden_bytes` of hidden states, one batch's activations,
-and `torch_answers.LOGITS_BYTES` a model. Disk: two hidden states of every token and model.
+The log-probabilities are those of the torch engine to the last bit, since transformers' own class, the batches and the
+rows of a product are the same. The exception are dense variants that round activations, in bfloat16: compressed-tensors
+computes the scale of an activation in bfloat16 and `decoding` in float32, which moves predictions about as far as
+bfloat16 itself does (on the embedded W4A4 model either is 0.0014 nats a token from the torch engine in bfloat16).
 """
 
-import contextlib
 import copy
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -33,33 +27,26 @@ from torch import Tensor, nn
 
 from harness.engines.decoding import formats_of
 from harness.engines.describing import describe, weight_bytes
-from harness.engines.heads import batches_of_equals, rows_at_once, wide_head, wide_logits
 from harness.engines.layers import Batch, HiddenStates, embedding_rows
 from harness.engines.loading import load_empty
-from harness.engines.process import DTYPES, out_of_memory, peak_memory, prepare_process
-from harness.engines.protocol import ENGINES, Chunk, EngineInfo, Memory
+from harness.engines.protocol import ENGINES, Chunk, EngineInfo, Memory, Start
 from harness.engines.scratch import Scratch
+from harness.engines.torch_common import (
+    DTYPES,
+    ChunkedEngine,
+    Head,
+    batches_of_equals,
+    out_of_memory,
+    peak_memory,
+    predictions,
+    prepare_process,
+    scoring,
+)
 from harness.errors import UserError
 from harness.progress import Progress, silent
 
 HIDDEN_BYTES = 4 * 10**9
 """Hidden states in memory, unless a caller says otherwise; the others are read from the disk."""
-
-
-def log_probs(
-    folders: Sequence[Path],
-    windows: Sequence[Sequence[int]],
-    batch_size: int,
-    *,
-    dtype: str,
-    device: str,
-    scratch: Path,
-    hidden_bytes: int = HIDDEN_BYTES,
-    progress: Progress = silent,
-) -> Iterator[Chunk]:
-    """What the models in `folders` predict: see `Streamed` and its `log_probs`."""
-    streamed = Streamed(folders, dtype=dtype, device=device)
-    return streamed.log_probs(windows, batch_size, scratch=scratch, hidden_bytes=hidden_bytes, progress=progress)
 
 
 class Streamed:
@@ -69,7 +56,11 @@ class Streamed:
     def __init__(self, folders: Sequence[Path], *, dtype: str, device: str) -> None:
         self._device = prepare_process(dtype, device)
         self._models = [_Model(folder, dtype, device, self._device) for folder in folders]
+        self.infos: tuple[EngineInfo, ...] = tuple(model.info for model in self._models)
+        """What runs, and how, by model. `weight_bytes_resident` are the bytes of the largest decoder layer, or of the
+        head, whichever is more."""
         source, *variants = self._models
+        self.vocabulary = source.vocabulary
         for variant in variants:
             for what, of_source, of_variant in (
                 ("decoder layers", source.num_layers, variant.num_layers),
@@ -80,17 +71,6 @@ class Streamed:
                         f"{source.folder} has {of_source:,} {what} and {variant.folder} {of_variant:,}.",
                         "Compare a variant with the source that it was made from.",
                     )
-
-    @property
-    def infos(self) -> tuple[EngineInfo, ...]:
-        """What runs, and how, by model. `weight_bytes_resident` are the bytes of the largest decoder layer, or of the
-        head, whichever is more."""
-        return tuple(model.info for model in self._models)
-
-    @property
-    def vocabulary(self) -> int:
-        """The tokens that all models know."""
-        return self._models[0].vocabulary
 
     def log_probs(
         self,
@@ -116,7 +96,7 @@ class Streamed:
                     f"{self.vocabulary:,} tokens.",
                     "Tokenize with the model's own tokenizer.",
                 )
-        batches = [_batch(batch) for batch in batches_of_equals(windows, batch_size)]
+        batches = [Batch.of(batch) for batch in batches_of_equals(windows, batch_size)]
         identity = {
             "models": [model.identity for model in self._models],
             "windows": hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest(),
@@ -168,7 +148,7 @@ class Streamed:
             first_window = 0
             for place, batch in enumerate(batches):
                 hidden = [model.normed(before[number][place]) for number, model in enumerate(self._models)]
-                for window, first, tables in _predictions(batch, hidden, heads):
+                for window, first, tables in predictions(hidden, heads):
                     yield Chunk(first_window + window, first, tables)
                 first_window += len(batch.ids)
             scratch.remove()
@@ -177,21 +157,52 @@ class Streamed:
                 states.close()
             scratch.close()
 
-    def _heads(self) -> list["_Head"]:
+    def _heads(self) -> list[Head]:
         """The head of each model; models that store the same head share it in memory."""
-        found: list[_Head] = []
+        found: list[Head] = []
         for number, model in enumerate(self._models):
             same = (found[other] for other in range(number) if model.stores_the_head_of(self._models[other]))
             found.append(next(same, None) or model.head())
         return found
 
 
-@dataclass(frozen=True)
-class _Head:
-    """`weight` [vocabulary, width] in float32, or None for a quantized head."""
+class StreamedEngine(ChunkedEngine):
+    """One checkpoint that only scores, larger than memory if need be. Its hidden states lie in the system's folder for
+    temporary files (`TMPDIR` names another) and are gone after each call."""
 
-    module: Any
-    weight: Tensor | None
+    def __init__(self, folder: Path, start: Start) -> None:
+        if start.options:
+            raise UserError(f"The streamed engine has no option '{next(iter(start.options))}'.", "Leave it out.")
+        self._streamed = Streamed([folder], dtype=start.dtype, device=start.device)
+        self.info = self._streamed.infos[0]
+
+    def score(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float64]]:
+        """Log-probabilities, in nats, of tokens 1 … n - 1 of each window of n tokens, in order; the first after all
+        windows went through all layers."""
+        found: list[NDArray[np.float32]] = []
+        for chunk in self._chunks(windows, batch_size):
+            (table,), first = chunk.log_probs, chunk.first + 1
+            found.append(table[np.arange(len(table)), windows[chunk.window][first : first + len(table)]])
+            if chunk.first + len(table) == len(windows[chunk.window]) - 1:
+                yield np.concatenate(found).astype(np.float64)
+                found.clear()
+
+    def _chunks(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Chunk]:
+        with tempfile.TemporaryDirectory(prefix="harness-streamed-", ignore_cleanup_errors=True) as scratch:
+            yield from self._streamed.log_probs(windows, batch_size, scratch=Path(scratch) / "states")
+
+    def _refused(self, *_: Any, **__: Any) -> NoReturn:
+        """Each new token would read the whole checkpoint."""
+        raise UserError("The streamed engine only scores texts.", "Use the torch or the vLLM engine.")
+
+    decode = choices = generate = _refused
+
+    def memory(self) -> Memory:
+        """The peaks since this engine began to load."""
+        return self._streamed.memory()
+
+    def close(self) -> None:
+        """Nothing is in memory, or on the disk, but during a call."""
 
 
 class _Absent(nn.Module):
@@ -252,7 +263,7 @@ class _Model:
             self._trunk.layers[index] = self._filled(self._layers[index])
         try:
             for place, batch in enumerate(batches):
-                with _scoring(batch):
+                with scoring(*batch.ids.shape):
                     after[place] = self._forward(before[place])
                 yield
         finally:
@@ -266,7 +277,7 @@ class _Model:
         finally:
             self._trunk.norm = _Absent()
 
-    def head(self) -> _Head:
+    def head(self) -> Head:
         """The head, with its weights."""
         if self._head_is_tied:
             head = copy.deepcopy(self._head)
@@ -274,8 +285,8 @@ class _Model:
         else:
             head = self._filled(self._head)
         if not formats_of(head):
-            head = head.float()  # so that `wide_head` is no second copy
-        return _Head(head, wide_head(head))
+            head = head.float()  # so that `Head` makes no second copy
+        return Head(head)
 
     def stores_the_head_of(self, other: "_Model") -> bool:
         """Whether the heads of both are not quantized and have the same bytes on the disk."""
@@ -306,46 +317,3 @@ class _Model:
         copied = copy.deepcopy(module).to_empty(device="cpu")
         self._stored.fill(copied, f"{self._names[module]}.")
         return copied.to(self._device)
-
-
-def _batch(windows: Sequence[Sequence[int]]) -> Batch:
-    ids = torch.tensor(windows)
-    return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
-
-
-def _scoring(batch: Batch) -> contextlib.AbstractContextManager[None]:
-    windows, tokens = batch.ids.shape
-    return out_of_memory(f"Scoring {windows} windows of {tokens} tokens", "Lower the batch size.")
-
-
-def _predictions(
-    batch: Batch, hidden: Sequence[Tensor], heads: Sequence[_Head]
-) -> Iterator[tuple[int, int, tuple[NDArray[np.float32], ...]]]:
-    """(Window of the batch, first position, log-distributions by model) from `hidden` [batch, time, width] by model.
-    The rows of one product are those of the torch engine, since another number may sum in another order."""
-    num_windows, num_rows = batch.ids.shape[0], batch.ids.shape[1] - 1
-    flat = [states[:, :-1].flatten(0, 1) for states in hidden]
-    if not num_rows:
-        empty = tuple(np.empty((0, head.module.weight.shape[0]), np.float32) for head in heads)
-        yield from ((window, 0, empty) for window in range(num_windows))
-        return
-    step = rows_at_once(heads[0].module)
-    for start in range(0, num_windows * num_rows, step):
-        with _scoring(batch):
-            tables = tuple(
-                _distributions(states[start : start + step], head) for states, head in zip(flat, heads, strict=True)
-            )
-        done = 0
-        while done < len(tables[0]):
-            window, first = divmod(start + done, num_rows)
-            part = slice(done, min(len(tables[0]), done + num_rows - first))
-            yield window, first, tuple(table[part] for table in tables)
-            done = part.stop
-        del tables  # before the next are made
-
-
-def _distributions(hidden: Tensor, head: _Head) -> NDArray[np.float32]:
-    """Log-distributions [rows, vocabulary] from hidden states [rows, width]."""
-    logits = wide_logits(hidden, head.module, head.weight)
-    found: NDArray[np.float32] = logits.sub_(logits.logsumexp(dim=1, keepdim=True)).cpu().numpy()
-    return found

@@ -1,12 +1,8 @@
 """Batches of unequal texts on a transformers model: continuations scored, prompts answered.
 
-**Padding on the left is exact.** transformers zeroes the hidden states of masked positions before every DeltaNet layer,
-so its convolution sees the zeros that it starts from anyway, nothing is written to its state, and a state of zeros
-stays zero. Behind a text padding would change the state, so only the tails of continuations are padded there, after
-which nothing is read. Results differ from those of single texts by rounding alone.
-
-**What is shared is computed once.** The context of a choice is read once and its cache and states are copied for each
-option; an option of one token costs nothing more.
+Padding on the left is exact, because transformers zeroes the hidden states of masked positions before every DeltaNet
+layer. Padding on the right would change the states, so only tails of continuations, after which nothing is read, are
+padded there. The context of a choice is read once, and its cache and states are copied for each option.
 """
 
 import copy
@@ -95,14 +91,13 @@ def _tail(logits: Logits, states: torch.Tensor, tokens: Sequence[int], rows_at_o
 
 @dataclass
 class _Read:
-    """A batch of texts that the model has read: the last hidden states [batch, width], the cache, what of it is no
-    padding [batch, length], and how many tokens each text has [batch]."""
+    """A batch of texts that the model has read: the last hidden states [batch, width], the cache, and what of it is no
+    padding [batch, length]."""
 
     trunk: Any
     hidden: torch.Tensor
     cache: Any
     mask: torch.Tensor
-    lengths: torch.Tensor
 
     @classmethod
     def of(cls, trunk: Any, texts: Sequence[Sequence[int]]) -> "_Read":
@@ -112,15 +107,9 @@ class _Read:
         ids = torch.tensor([[_PAD] * (longest - len(text)) + list(text) for text in texts], device=device)
         lengths = torch.tensor([len(text) for text in texts], device=device)
         mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        cache = DynamicCache(config=trunk.config)
-        hidden = trunk(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        return cls(trunk, hidden, cache, mask, lengths)
+        read = cls(trunk, torch.empty(0), DynamicCache(config=trunk.config), mask[:, :0])
+        read._read(ids, mask)
+        return read
 
     def rows(self, rows: Sequence[int]) -> "_Read":
         """The same texts in other rows: some left out, some several times. Nothing is shared with this batch."""
@@ -134,7 +123,7 @@ class _Read:
                     setattr(mine, name, dict(value))
             mine.reorder_cache(index)  # makes new tensors of the rows that it selects
             cache.layers.append(mine)
-        return _Read(self.trunk, self.hidden[index], cache, self.mask[index], self.lengths[index])
+        return _Read(self.trunk, self.hidden[index], cache, self.mask[index])
 
     def extended(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """The hidden states [batch, longest text, width] of texts that go on, padded on the right: the cache is of no
@@ -143,14 +132,14 @@ class _Read:
         device = self.mask.device
         ids = torch.tensor([list(text) + [_PAD] * (longest - len(text)) for text in texts], device=device)
         at_once = 1 if longest <= _STEPPED_TOKENS else longest
-        return torch.cat([self._read(part) for part in torch.split(ids, at_once, dim=1)], dim=1)
+        parts = torch.split(ids, at_once, dim=1)
+        return torch.cat([self._read(part, torch.ones_like(part)) for part in parts], dim=1)
 
-    def _read(self, ids: torch.Tensor) -> torch.Tensor:
-        """The hidden states [batch, tokens, width] of more tokens [batch, tokens] of every text."""
-        num_tokens = ids.shape[1]
-        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
-        positions = self.lengths[:, None] + torch.arange(num_tokens, device=ids.device)
-        self.lengths = self.lengths + num_tokens
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The hidden states [batch, tokens, width] of more tokens [batch, tokens] of every text, those that `mask` has
+        no padding."""
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         states: torch.Tensor = self.trunk(
             input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state

@@ -1,20 +1,15 @@
-"""The torch engine: transformers' own model class on a CPU or one accelerator. It is the reference, slow and readable.
+"""The torch engine: transformers' own model class on a CPU or one accelerator, slow and readable.
 
-compressed-tensors has no 4-bit matrix product: packed weights are decompressed to BF16, by default at the first forward
-pass. This engine asks for `dequantize=True`, the same arithmetic at the end of loading: no first measurement pays for
-it, the resident bytes can be counted, and the weights can be widened to float32 afterwards. The quantization scheme
-stays on the module, so the *activations* of a W4A4 checkpoint are still quantized and decoded on every call. NVFP4
-here shows what quantization loses, never what it gains in speed: a decode step reads the decompressed weights.
-
-`score` and `log_probs` compute logits in float32 (see `heads`); `decode` uses the model's own head.
+Quantized weights are decoded once, at the end of loading, since compressed-tensors has no 4-bit matrix product; the
+activations of a W4A4 checkpoint are quantized on every call. So this engine shows what NVFP4 loses, and not what it
+gains in speed. `score` and `log_probs` compute logits in float32, `decode` with the model's own head.
 """
 
-import contextlib
 import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +21,22 @@ from transformers.cache_utils import DynamicCache
 
 from harness.engines import torch_answers
 from harness.engines.describing import describe, weight_bytes
-from harness.engines.heads import batches_of_equals, rows_at_once, top_of, wide_head, wide_logits
 from harness.engines.loading import load_model
-from harness.engines.process import out_of_memory, peak_memory, prepare_process
-from harness.engines.protocol import Answer, Choice, Decoded, Engine, EngineInfo, Memory, Prompt, Scored, Start, Top
+from harness.engines.protocol import Answer, Choice, Chunk, Decoded, Memory, Prompt, Scored, Start
+from harness.engines.torch_common import (
+    ChunkedEngine,
+    Head,
+    batches_of_equals,
+    out_of_memory,
+    peak_memory,
+    predictions,
+    prepare_process,
+    scoring,
+)
 from harness.errors import UserError
 
 
-class TorchEngine(Engine):
+class TorchEngine(ChunkedEngine):
     """A checkpoint folder as a transformers model; see `protocol.Engine` for what its methods promise."""
 
     def __init__(self, folder: Path, start: Start) -> None:
@@ -52,69 +55,39 @@ class TorchEngine(Engine):
             "weight_bytes_resident": weight_bytes(model),
             "end_tokens": sorted(self._end_tokens),
         }
-        self._info = replace(info, effective={**info.effective, **own})
+        self.info = replace(info, effective={**info.effective, **own})
 
-    @property
-    def info(self) -> EngineInfo:
-        """What runs, and how."""
-        return self._info
-
+    @torch.inference_mode()
     def score(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float64]]:
         """Log-probabilities, in nats, of tokens 1 … n - 1 of each window of n tokens, in order."""
-        weight = wide_head(self._head)
+        head = Head(self._head)
         for batch in batches_of_equals(windows, batch_size):
-            with self._scoring(batch):
+            with scoring(len(batch), len(batch[0])):
                 targets = torch.tensor(batch, device=self._device)[:, 1:].flatten()
-                found = torch.empty(len(targets), dtype=torch.float32, device=self._device)
-                start = 0
-                for logits in self._logits(batch, weight):
-                    part = slice(start, start + len(logits))
-                    target = logits.gather(1, targets[part, None]).squeeze(1)
-                    found[part] = target - logits.logsumexp(dim=1)
-                    start += len(logits)
-                rows: NDArray[np.float64] = found.double().reshape(len(batch), -1).cpu().numpy()
+                hidden = self._hidden(batch)[:, :-1].flatten(0, 1)
+                found = []
+                step = head.rows_at_once
+                for part, wanted in zip(torch.split(hidden, step), torch.split(targets, step), strict=True):
+                    logits = head.logits(part)
+                    found.append(logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(dim=1))
+                rows: NDArray[np.float64] = torch.cat(found).double().reshape(len(batch), -1).cpu().numpy()
             yield from rows
 
-    def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
-        """Log-distributions [n - 1, vocabulary], in nats, after the first n - 1 tokens of each window, in order."""
-        weight = wide_head(self._head)
+    @torch.inference_mode()
+    def _chunks(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Chunk]:
+        head, done = Head(self._head), 0
         for batch in batches_of_equals(windows, batch_size):
-            shape = (len(batch[0]) - 1, self._head.weight.shape[0])
-            chunks = self._logits(batch, weight)
-            left = np.empty((0, shape[1]), np.float32)  # of the last chunk, rows of the next window
-            for _ in batch:
-                with self._scoring(batch):
-                    table, filled = np.empty(shape, np.float32), 0
-                    while filled < len(table):
-                        if not len(left):
-                            logits = next(chunks)
-                            left = (logits - logits.logsumexp(dim=1, keepdim=True)).cpu().numpy()
-                        taken = left[: len(table) - filled]
-                        table[filled : filled + len(taken)] = taken
-                        filled, left = filled + len(taken), left[len(taken) :]
-                yield table
+            with scoring(len(batch), len(batch[0])):
+                hidden = self._hidden(batch)
+            for window, first, tables in predictions([hidden], [head]):
+                yield Chunk(done + window, first, tables)
+            done += len(batch)
 
-    def top_log_probs(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[Top]:
-        """The most probable tokens at each place of each window, in order; of equal ones the lowest id first."""
-        for window, table in zip(windows, self.log_probs(windows, batch_size), strict=True):
-            yield top_of(window, table, num)
-
-    def _logits(self, batch: list[Sequence[int]], weight: torch.Tensor | None) -> Iterator[torch.Tensor]:
-        """Float32 logits [rows, vocabulary] after each token but the last of each window of equal length, windows one
-        after another, some rows at a time."""
-        ids = torch.tensor(batch, device=self._device)  # [batch, n]
-        hidden = self._trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [batch, n - 1, width]
-        hidden = hidden.flatten(0, 1)
-        for part in hidden.split(rows_at_once(self._head)) if len(hidden) else ():
-            yield wide_logits(part, self._head, weight)
-
-    @contextlib.contextmanager
-    def _scoring(self, batch: list[Sequence[int]]) -> Iterator[None]:
-        with (
-            torch.inference_mode(),
-            out_of_memory(f"Scoring {len(batch)} windows of {len(batch[0])} tokens", "Lower the batch size."),
-        ):
-            yield
+    def _hidden(self, batch: list[Sequence[int]]) -> torch.Tensor:
+        """The last hidden states [batch, n, width] of windows of n tokens."""
+        ids = torch.tensor(batch, device=self._device)
+        found: torch.Tensor = self._trunk(input_ids=ids, use_cache=False).last_hidden_state
+        return found
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
         """Greedy continuation; the prefill gives the first new token, each step one more."""
@@ -141,9 +114,8 @@ class TorchEngine(Engine):
 
     def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
         """See `torch_answers`; with float32 logits, as in `score`."""
-        logits = partial(wide_logits, head=self._head, weight=wide_head(self._head))
         with out_of_memory(f"Scoring {batch_size} contexts at a time", "Lower the batch size."):
-            yield from torch_answers.choices(self._trunk, logits, choices, batch_size)
+            yield from torch_answers.choices(self._trunk, Head(self._head).logits, choices, batch_size)
 
     def generate(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `torch_answers`; with the model's own head, as in `decode`."""

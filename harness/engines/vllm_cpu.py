@@ -1,8 +1,7 @@
 """A vLLM plugin: NVFP4 and FP8 on vLLM's CPU backend, so that every variant loads there as it loads on a GPU.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). Its CPU backend has no NVFP4
-kernel, and computes FP8 with a channel scale in an emulation that takes minutes a batch. On a CPU the plugin puts its
-own compressed-tensors configuration in the place of vLLM's; on any other platform it does nothing.
+kernel, and emulates FP8 with a channel scale in minutes a batch. On any other platform the plugin does nothing.
 """
 
 

@@ -1,9 +1,7 @@
 """compressed-tensors layers for vLLM's CPU backend: weights decoded once, activations rounded on every call.
 
 Loading stays vLLM's, so a checkpoint that would go wrong on a GPU goes wrong here in the same way. Only the last step
-differs: the weights become plain matrices by the formats' equations, and a layer whose format quantizes activations
-rounds them before the product. Speed is that of the unquantized model or less. Written against vLLM 0.32
-(`model_executor/layers/quantization/compressed_tensors`).
+differs: the weights become plain matrices by the formats' equations. Written against vLLM 0.32.
 """
 
 from collections.abc import Callable
@@ -35,9 +33,6 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 
 from harness.engines.emulation import ExpertRounding, routed_outputs
 from harness.formats import fp8, nvfp4
-from harness.formats.format import Rounding
-from harness.formats.fp8 import FP8_DYNAMIC
-from harness.formats.nvfp4 import NVFP4
 
 Layer = Any
 """A torch module of vLLM's, which carries tensors under names that no class declares."""
@@ -242,15 +237,12 @@ class CpuNvFp4Experts(_CpuExperts, nvfp4_moe.CompressedTensorsW4A4Nvfp4MoEMethod
         if not self.use_a16:
             # Gate and up read one input; vLLM's own methods take the larger scale where they differ.
             gate_up, down = layer.w13_input_global_scale.amax(1), layer.w2_input_global_scale
-            roundings = [ExpertRounding(_by(a), _by(b)) for a, b in zip(gate_up, down, strict=True)]
+            scales = ((a.reshape(1).clone(), b.reshape(1).clone()) for a, b in zip(gate_up, down, strict=True))
+            roundings = [ExpertRounding(nvfp4.NVFP4.rounding(a), nvfp4.NVFP4.rounding(b)) for a, b in scales]
         for part in ("w13", "w2"):
             for suffix in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"):
                 delattr(layer, f"{part}_{suffix}")
         self._finish(layer, w13, w2, roundings)
-
-
-def _by(input_global_scale: Tensor) -> Rounding | None:
-    return NVFP4.rounding(input_global_scale.reshape(1).clone())
 
 
 class CpuFp8Experts(_CpuExperts, fp8_moe.CompressedTensorsW8A8Fp8MoEMethod):
@@ -269,6 +261,6 @@ class CpuFp8Experts(_CpuExperts, fp8_moe.CompressedTensorsW8A8Fp8MoEMethod):
             codes, scales = (layer.get_parameter(f"{part}_{name}").data for name in ("weight", "weight_scale"))
             return [fp8.decode(c, s, layer.orig_dtype) for c, s in zip(codes, scales, strict=True)]
 
-        rounding, w13, w2 = FP8_DYNAMIC.rounding(), decoded("w13"), decoded("w2")
+        rounding, w13, w2 = fp8.FP8_DYNAMIC.rounding(), decoded("w13"), decoded("w2")
         del layer.w13_weight_scale, layer.w2_weight_scale
         self._finish(layer, w13, w2, [ExpertRounding(rounding, rounding)] * len(w13))

@@ -8,12 +8,12 @@ assumed: `vllm_worker` looks at the layers of the loaded model, and vLLM's log n
 import asyncio
 import contextlib
 import itertools
-import json
 import math
 import queue
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,74 +70,62 @@ class VllmEngine(Engine):
                 self._arguments = vllm_options.engine_arguments(folder, start, release)
                 self._engine = self._run(_started(self._arguments))
                 _check_dtype(self._engine.vllm_config)
-                self._info = self._described(vllm.__version__, folder, start, release)
-        except UserError:
-            self.close()
-            raise
-        except Exception as error:  # vLLM raises many types for a checkpoint or an option that it refuses
+                self.info = self._described(vllm.__version__, folder, start, release)
+        except BaseException as error:  # Ctrl-C too: vLLM's processes must not stay behind
             lines = self._log.relevant()
             self.close()
+            if isinstance(error, UserError) or not isinstance(error, Exception):
+                raise
+            # vLLM raises many types for a checkpoint or an option that it refuses.
             raise EngineDied(
                 f"vLLM does not start on {folder}: {reason(error, lines)}.",
                 "Run `harness verify` on it, or change the engine's options.",
                 lines,
             ) from error
-        except BaseException:  # Ctrl-C: vLLM's processes must not stay behind
-            self.close()
-            raise
-
-    @property
-    def info(self) -> EngineInfo:
-        """What runs, and how."""
-        return self._info
 
     def score(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float64]]:
         """Log-probabilities, in nats, of tokens 1 … n - 1 of each window of n tokens, in order."""
-        for batch in _batches(windows, batch_size):
-            for window, output in zip(batch, self._prompt_logprobs(batch, 0), strict=True):
-                found = output.prompt_logprobs
-                # The token itself comes first at each place, whatever the most probable ones are.
-                rows = [found.logprobs[found.start_indices[place]] for place in range(1, len(window))]
-                yield np.array(rows, dtype=np.float64)
+        for window, found in self._told(windows, batch_size, 0):
+            rows = [found.logprobs[found.start_indices[place]] for place in range(1, len(window))]
+            yield np.array(rows, dtype=np.float64)
 
     def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
         """Log-distributions [n - 1, vocabulary], in nats, after the first n - 1 tokens of each window, in order."""
-        for batch in _batches(windows, batch_size):
-            for window, output in zip(batch, self._prompt_logprobs(batch, -1), strict=True):
-                found = output.prompt_logprobs
-                table = None
-                for place in range(1, len(window)):
-                    # The actual token stands before the full list, a second time.
-                    part = slice(found.start_indices[place] + 1, found.end_indices[place])
-                    ids = np.array(found.token_ids[part])
-                    if table is None:
-                        table = np.full((len(window) - 1, len(ids)), np.nan, dtype=np.float32)
-                    table[place - 1, ids] = found.logprobs[part]
-                assert table is not None
-                yield table
+        for window, found in self._told(windows, batch_size, -1):
+            table = None
+            for place in range(1, len(window)):
+                part = slice(found.start_indices[place] + 1, found.end_indices[place])
+                ids = np.array(found.token_ids[part])
+                if table is None:
+                    table = np.full((len(window) - 1, len(ids)), np.nan, dtype=np.float32)
+                table[place - 1, ids] = found.logprobs[part]
+            assert table is not None
+            yield table
 
     def top_log_probs(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[Top]:
         """The most probable tokens at each place of each window, in order."""
         num = min(num, self._engine.vllm_config.model_config.get_vocab_size())
-        for batch in _batches(windows, batch_size):
-            for window, output in zip(batch, self._prompt_logprobs(batch, num), strict=True):
-                found = output.prompt_logprobs
-                # The actual token stands first at each place, whether it is among the others or not.
-                starts = [found.start_indices[place] for place in range(1, len(window))]
-                yield Top(
-                    np.array([found.token_ids[at + 1 : at + 1 + num] for at in starts], np.int32).reshape(-1, num),
-                    np.array([found.logprobs[at + 1 : at + 1 + num] for at in starts], np.float32).reshape(-1, num),
-                    np.array([found.logprobs[at] for at in starts], np.float32),
-                )
+        for window, found in self._told(windows, batch_size, num):
+            starts = [found.start_indices[place] for place in range(1, len(window))]
+            yield Top(
+                np.array([found.token_ids[at + 1 : at + 1 + num] for at in starts], np.int32).reshape(-1, num),
+                np.array([found.logprobs[at + 1 : at + 1 + num] for at in starts], np.float32).reshape(-1, num),
+                np.array([found.logprobs[at] for at in starts], np.float32),
+            )
 
-    def _prompt_logprobs(self, batch: Sequence[Sequence[int]], num: int) -> list[Any]:
-        return self._generate(batch, _greedy(1, prompt_logprobs=num, flat_logprobs=True))
+    def _told(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[tuple[Sequence[int], Any]]:
+        """Each window with vLLM's flat list of log-probabilities: at each place the token itself, and then the `num`
+        most probable ones (-1: all), which may name it a second time."""
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]  # of whatever lengths, since vLLM pads nothing
+            outputs = self._generate(batch, _greedy(1, prompt_logprobs=num, flat_logprobs=True))
+            yield from zip(batch, (output.prompt_logprobs for output in outputs), strict=True)
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Decoded:
         """Greedy continuation, by vLLM's scheduler; the steps come as one time, since it stamps only the ends."""
         if num_tokens < 1 or len({len(prompt) for prompt in prompts}) != 1:
             raise ValueError("decode needs num_tokens >= 1 and prompts of one length")
-        before = _drafts()
+        before = _draft_counters()
         # No min_tokens: it forbids the end of text, where ignore_eos only goes on after it.
         outputs = self._generate(prompts, _greedy(num_tokens, ignore_eos=True))
         tokens = tuple(tuple(output.outputs[0].token_ids) for output in outputs)
@@ -147,16 +135,8 @@ class VllmEngine(Engine):
             token_ids=tokens,
             prefill_seconds=first - min(one.scheduled_ts for one in stamps),
             step_seconds=(max(one.last_token_ts for one in stamps) - first,) if num_tokens > 1 else (),
-            drafts=self._drafts_since(before) if self._arguments.get("speculative_config") else None,
+            drafts=_drafts_since(before) if self._arguments.get("speculative_config") else None,
         )
-
-    def _drafts_since(self, before: Drafts) -> Drafts:
-        """The counters are booked by another thread, a moment after the last token."""
-        last = None
-        while last != (now := _drafts()):
-            last = now
-            time.sleep(0.05)
-        return now - before
 
     def choices(self, choices: Sequence[Choice], batch_size: int) -> Iterator[tuple[int, tuple[Scored, ...]]]:
         """See `protocol`. Every option is a prompt of its own: vLLM has no other way to ask for its probability."""
@@ -382,7 +362,7 @@ def _check_dtype(config: Any) -> None:
 
 def _served_as(folder: Path, layers: Mapping[str, str]) -> str | None:
     """How the checkpoint's activations were really multiplied, where that is not what it says; else None."""
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    raw = read_json(folder / "config.json").get("quantization_config")
     if raw is None:
         return None
     groups = parse(raw, str(folder / "config.json")).groups
@@ -391,19 +371,18 @@ def _served_as(folder: Path, layers: Mapping[str, str]) -> str | None:
     return f"16-bit activations ({', '.join(weight_only)})" if asks and weight_only else None
 
 
-def _drafts() -> Drafts:
-    """vLLM's counters of speculative decoding, from the start of this process."""
+def _draft_counters() -> list[int]:
+    """vLLM's counters of speculative decoding, from the start of this process, ordered as the fields of `Drafts`."""
     from vllm.v1.metrics.reader import get_metrics_snapshot
 
     counters = {metric.name: getattr(metric, "value", 0) for metric in get_metrics_snapshot()}
-    return Drafts(
-        num_drafts=int(counters.get("vllm:spec_decode_num_drafts", 0)),
-        num_draft_tokens=int(counters.get("vllm:spec_decode_num_draft_tokens", 0)),
-        num_accepted_tokens=int(counters.get("vllm:spec_decode_num_accepted_tokens", 0)),
-    )
+    return [int(counters.get(f"vllm:spec_decode_{one.name}", 0)) for one in fields(Drafts)]
 
 
-def _batches(windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Sequence[Sequence[int]]]:
-    """`batch_size` of them at a time; of whatever lengths, since vLLM pads nothing."""
-    for start in range(0, len(windows), batch_size):
-        yield windows[start : start + batch_size]
+def _drafts_since(before: list[int]) -> Drafts:
+    """The counters are booked by another thread, a moment after the last token."""
+    last = None
+    while last != (now := _draft_counters()):
+        last = now
+        time.sleep(0.05)
+    return Drafts(*(after - earlier for after, earlier in zip(now, before, strict=True)))

@@ -7,7 +7,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import first_line
@@ -21,13 +20,11 @@ MEMORY_LINES = re.compile(r"Model loading took .*|Available KV cache memory: .*|
 _ERROR_LINES = re.compile(r"error|exception|traceback|killed|out of memory|refus", re.IGNORECASE)
 
 
-@dataclass
 class Log:
     """vLLM's log in a file of its own: its processes write there, and nothing of it reaches the terminal."""
 
-    def __post_init__(self) -> None:
-        handle, name = tempfile.mkstemp(prefix="harness-vllm-", suffix=".log")
-        self._handle = handle
+    def __init__(self) -> None:
+        self._handle, name = tempfile.mkstemp(prefix="harness-vllm-", suffix=".log")
         self.path = Path(name)
         handler = {"class": "logging.FileHandler", "filename": name, "mode": "a", "formatter": "plain"}
         config = {

@@ -3,7 +3,6 @@
 One table. An option that a release has no argument for is refused by name: dropping it would measure something else.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 
 from harness.engines.protocol import Start
 from harness.errors import UserError
-from harness.model.checkpoint import read_json
+from harness.model.checkpoint import read_index, read_json
 from harness.model.families import family_of
 
 Release = tuple[int, int]
 OLDEST: Release = (0, 19)
 NEWEST: Release = (0, 33)
-
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "tensor_parallel": ("tensor_parallel_size",),
@@ -47,11 +45,8 @@ _SCORED_TOKENS = 2048
 HEAD_DTYPE_SINCE: Release = (0, 26)
 """From here `hf_overrides={"head_dtype": "float32"}` computes logits in float32; before, they step by 1/8 near 20."""
 
-STALE_ENVIRONMENT: dict[str, Release] = {
-    "VLLM_USE_NVFP4_CT_EMULATIONS": (0, 24),
-    "VLLM_NVFP4_GEMM_BACKEND": (0, 24),
-    "VLLM_USE_FLASHINFER_MOE_FP4": (0, 24),
-}
+STALE_ENVIRONMENT = ("VLLM_USE_NVFP4_CT_EMULATIONS", "VLLM_NVFP4_GEMM_BACKEND", "VLLM_USE_FLASHINFER_MOE_FP4")
+STALE_SINCE: Release = (0, 24)
 """Variables that older guides set, and the first release that ignores them."""
 
 WEIGHT_ONLY_KERNELS = ("marlin", "humming", "w4a16")
@@ -106,10 +101,11 @@ def warnings(options: Mapping[str, Any], release: Release, environment: Mapping[
         found.append(
             "Prefix caching is on: a prompt that was seen before costs nothing, and its prefill is not measured."
         )
-    for variable, since in STALE_ENVIRONMENT.items():
-        if variable in environment and release >= since:
+    since = f"{STALE_SINCE[0]}.{STALE_SINCE[1]}"
+    for variable in STALE_ENVIRONMENT:
+        if variable in environment and release >= STALE_SINCE:
             found.append(
-                f"{variable} is set and vLLM {release[0]}.{release[1]} ignores it since {since[0]}.{since[1]}: "
+                f"{variable} is set and vLLM {release[0]}.{release[1]} ignores it since {since}: "
                 "ask for emulation in the suite instead."
             )
     return found
@@ -143,11 +139,8 @@ def check_heads(folder: Path, options: Mapping[str, Any]) -> None:
     """MTP needs its head: vLLM would speculate with uninitialised memory, or fail with a traceback."""
     if not options.get("speculative_tokens"):
         return
-    index = folder / "model.safetensors.index.json"
-    names: list[str] = []
-    if index.is_file():
-        names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if not family_of(read_json(folder / "config.json"), str(folder)).has_part(names, "mtp"):
+    family = family_of(read_json(folder / "config.json"), str(folder))
+    if not family.has_part(read_index(folder) or (), "mtp"):
         raise UserError(
             f"{folder} has no MTP head, and speculative_tokens asks for one.",
             "Keep the source's MTP tensors, or leave speculative_tokens at 0.",

@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 from harness.model.families import family_of
-from harness.model.family import Family
 
 
 class HarnessWorker:
@@ -33,7 +32,8 @@ class HarnessWorker:
         reads at batch 1, the text model's without the embedding table, routed experts by the share that a token
         visits."""
         model_config = self.model_runner.model_config
-        config, family = model_config.hf_text_config, _family(model_config)
+        config = model_config.hf_text_config
+        family = family_of({"architectures": model_config.hf_config.architectures}, "The model")
         share = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_experts", 0) or 1)
         resident, read = 0, 0
         for name, module in self._harness_model().named_modules():
@@ -79,10 +79,6 @@ class HarnessWorker:
 
     def _harness_model(self) -> Any:
         return self.model_runner.get_model()
-
-
-def _family(model_config: Any) -> Family:
-    return family_of({"architectures": model_config.hf_config.architectures}, "The model")
 
 
 def _num_bytes(module: Any, tensor: Any) -> int:
