@@ -19,12 +19,11 @@ from harness.demo import SUITE as DEMO_SUITE
 from harness.errors import UserError
 from harness.record.run import Record
 from harness.record.store import read_all
-from harness.report import card, claim_words, claims
-from harness.report.claim_words import CLAIM_WORDS, check_words
-from harness.report.claims import JudgedClaim
+from harness.report import card, claims
+from harness.report.claims import CLAIM_WORDS, JudgedClaim, check_words, claim_sentence
 from harness.suite.load import load, narrowed
 from harness.suite.metrics import CLAIM_KINDS
-from harness.suite.rules import ClaimMargins
+from harness.suite.rules import Claim, ClaimMargins
 from harness.suite.schema import Suite, Task
 from tests.records import (
     DATASET,
@@ -439,7 +438,8 @@ def test_recovery_of_a_source_that_was_not_measured_so_is_refused(with_tasks: Su
 
 
 def test_every_kind_has_what_it_asks_and_what_it_says() -> None:
-    assert list(CLAIM_KINDS) == list(claims._KINDS) == list(claim_words._SENTENCES)
+    sentences = {claim_sentence(Claim(kind=kind, variant="w4a4", versus="source", margin=0.1)) for kind in CLAIM_KINDS}
+    assert list(CLAIM_KINDS) == list(claims._KINDS) and len(sentences) == len(CLAIM_KINDS)
     assert all(f"- `{kind}`: " in (claims.__doc__ or "") for kind in CLAIM_KINDS)
 
 

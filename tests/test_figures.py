@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from harness.record.run import Record
-from harness.report import figure_data, figures, plots, tables
+from harness.report import drawings, figure_data, figures, plots, tables
 from harness.report.evidence import Evidence
 from harness.report.gather import gather
 from harness.suite.load import load
@@ -130,7 +130,7 @@ def digests(evidence: Evidence) -> dict[str, str | None]:
 
 def drawn(name: str, plotted: Any) -> Figure:
     with plots.style():
-        return figures.draw(name, plotted)
+        return drawings.DRAWINGS[name](plotted)
 
 
 @pytest.fixture

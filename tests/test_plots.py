@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
-from harness.report import figure_data, heatmaps, labels, plots
+from harness.report import figure_data, heatmaps, plots
 
 PAGES = ("#ffffff", "#0d1117")
 # Machado, Oliveira and Fernandes, A Physiologically-based Model for Simulation of Color Vision Deficiency (2009),
@@ -144,7 +144,7 @@ def test_a_heat_map_can_be_drawn_of_anything(errors: list[float | None]) -> None
 
 @given(st.text("abc019-_.+", min_size=1, max_size=120), st.integers(6, 30))
 def test_a_long_name_takes_three_short_lines_and_keeps_its_ends(name: str, width: int) -> None:
-    lines = labels.wrapped(name, width).split("\n")
+    lines = plots.wrapped(name, width).split("\n")
     assert len(lines) <= 3 and all(0 < len(line) <= width for line in lines)
     whole = "".join(lines)
     if "…" not in whole:
@@ -163,7 +163,7 @@ def test_a_long_name_takes_three_short_lines_and_keeps_its_ends(name: str, width
     ],
 )
 def test_a_name_breaks_after_its_hyphens_where_it_can(name: str, lines: list[str]) -> None:
-    assert labels.wrapped(name, 12).split("\n") == lines
+    assert plots.wrapped(name, 12).split("\n") == lines
 
 
 PLACES = st.lists(st.tuples(st.floats(0, 100), st.floats(0.5, 5)), min_size=1, max_size=15)
@@ -172,7 +172,7 @@ PLACES = st.lists(st.tuples(st.floats(0, 100), st.floats(0.5, 5)), min_size=1, m
 @given(PLACES)
 def test_labels_are_spread_as_little_as_can_be(items: list[tuple[float, float]]) -> None:
     wanted, sizes = (list(column) for column in zip(*items, strict=True))
-    places = labels.spread(wanted, sizes, -1e9, 1e9)
+    places = plots.spread(wanted, sizes, -1e9, 1e9)
     order = np.argsort(wanted, kind="stable")
     size = np.array(sizes)[order]
     offsets = np.cumsum(size) - size / 2
@@ -183,7 +183,7 @@ def test_labels_are_spread_as_little_as_can_be(items: list[tuple[float, float]])
 @given(PLACES)
 def test_labels_stay_apart_in_order_and_within_bounds(items: list[tuple[float, float]]) -> None:
     wanted, sizes = (list(column) for column in zip(*items, strict=True))
-    places = labels.spread(wanted, sizes, 0, 100)  # room for 15 of size 5
+    places = plots.spread(wanted, sizes, 0, 100)  # room for 15 of size 5
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     for one, next_one in itertools.pairwise(order):
         assert places[next_one] - places[one] >= (sizes[one] + sizes[next_one]) / 2 - 1e-6

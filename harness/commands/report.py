@@ -8,14 +8,13 @@ from pathlib import Path
 from harness.commands.shared import load_suite, print_json, stored_records
 from harness.errors import UserError
 from harness.report import blocks, card, claims
-from harness.report.claim_words import check_words
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Writes the files that changed, or names those that are stale; returns 1 for stale files, for tables edited by
     hand and for claims without support."""
     suite = load_suite(options)
-    check_words(suite)
+    claims.check_words(suite)
     records, skipped = stored_records(options.results)
     named = [Path(page) for page in options.pages] or [page for page in (Path("README.md"),) if page.exists()]
     pages = {}

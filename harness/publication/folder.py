@@ -37,7 +37,6 @@ from harness.quantize.artifact import MANIFEST, altered, pretty_json
 from harness.record import baselines
 from harness.record.run import Record, Skipped
 from harness.report import card, claims, export, gate
-from harness.report.claim_words import check_words
 from harness.report.evidence import Evidence
 from harness.report.gate import Judgement
 from harness.report.gather import gather
@@ -99,7 +98,7 @@ def assemble(
     from harness.report.trace import trace
 
     chosen_variants(job.suite, [variant], with_source=False)
-    check_words(job.suite)
+    claims.check_words(job.suite)
     out = out.resolve()
     _check_out(out)
     artifact = _artifact(job, variant)

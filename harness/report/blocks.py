@@ -45,16 +45,14 @@ def filled(page: str, data: bytes, suite: str, blocks: Mapping[str, Callable[[],
     `UserError`, naming page and line, for a block that nobody makes and for markers that do not match.
     """
     output: list[str] = []
-
-    def known(block: str, owner: str, line: int) -> None:
-        if owner == suite and block not in blocks:
-            raise UserError(f"{page}, line {line}: unknown block '{block}'.", did_you_mean(block, blocks))
-
-    for piece in _pieces(page, data, known):
+    for piece in _pieces(page, data):
         if isinstance(piece, str):
             output.append(piece)
         elif piece.suite != suite:
             output += piece.inside
+        elif piece.name not in blocks:
+            unknown = f"{page}, line {piece.line}: unknown block '{piece.name}'."
+            raise UserError(unknown, did_you_mean(piece.name, blocks))
         else:
             content = blocks[piece.name]()
             digest = _digest(content.split("\n"))
@@ -66,8 +64,8 @@ def filled(page: str, data: bytes, suite: str, blocks: Mapping[str, Callable[[],
 
 def edited(page: str, data: bytes, suite: str) -> list[Block]:
     """The blocks of a suite that were changed by hand since they were written."""
-    pieces = _pieces(page, data, lambda *_: None)
-    return [one for one in pieces if isinstance(one, Block) and one.suite == suite and one.edited]
+    blocks = (piece for piece in _pieces(page, data) if isinstance(piece, Block))
+    return [block for block in blocks if block.suite == suite and block.edited]
 
 
 def _digest(lines: list[str]) -> str:
@@ -76,9 +74,8 @@ def _digest(lines: list[str]) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:12]
 
 
-def _pieces(page: str, data: bytes, begun: Callable[[str, str, int], None]) -> Iterator[str | Block]:
-    """The page in order: lines outside of blocks, markers among them, and what is between two markers as a block.
-    `begun` is called with name, suite and line of a block that begins, and may refuse it."""
+def _pieces(page: str, data: bytes) -> Iterator[str | Block]:
+    """The page in order: lines outside of blocks, markers among them, and what is between two markers as a block."""
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as error:
@@ -104,8 +101,13 @@ def _pieces(page: str, data: bytes, begun: Callable[[str, str, int], None]) -> I
                     f"{page}, line {number}: a block begins inside '{opened[1]}' of line {opened[0]}.",
                     f"End that one first with <!-- harness:end {opened[1]} -->.",
                 )
-            opened = (number, *_begun(page, number, marker[2]))
-            begun(opened[1], opened[2], number)
+            named = _BEGIN.fullmatch(marker[2].strip())
+            if named is None:
+                raise UserError(
+                    f"{page}, line {number}: this marker does not say which block of which suite begins.",
+                    "Write <!-- harness:begin BLOCK suite=SUITE -->.",
+                )
+            opened = (number, named[1], named[2])
             yield line
         elif opened is None or marker[2].strip() != opened[1]:
             where = f"'{opened[1]}' of line {opened[0]} is open" if opened else "no block is open"
@@ -121,14 +123,3 @@ def _pieces(page: str, data: bytes, begun: Callable[[str, str, int], None]) -> I
             f"{page}, line {opened[0]}: the block '{opened[1]}' has no end.",
             f"Add <!-- harness:end {opened[1]} -->.",
         )
-
-
-def _begun(page: str, number: int, words: str) -> tuple[str, str]:
-    """Block and suite from the words of a begin marker."""
-    parts = _BEGIN.fullmatch(words.strip())
-    if parts is None:
-        raise UserError(
-            f"{page}, line {number}: this marker does not say which block of which suite begins.",
-            "Write <!-- harness:begin BLOCK suite=SUITE -->.",
-        )
-    return parts[1], parts[2]

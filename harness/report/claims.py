@@ -23,15 +23,17 @@ conditions, a kernel that computed another model) keeps a claim from being suppo
 """
 
 import math
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from harness.errors import UserError
 from harness.record import stats
 from harness.record.run import Record, Skipped
 from harness.report import columns, fidelity_tables, gate, runs, task_tables
-from harness.report.claim_words import claim_sentence
 from harness.report.numbers import format_estimate
 from harness.suite.metrics import METRICS
 from harness.suite.names import NOISE, SOURCE
@@ -233,14 +235,13 @@ def _speed(facts: _Facts, claim: Claim) -> list[_Finding]:
     if (loss := judgement.loss) is None:
         return [_finding(judgement, False)]
     engines = [record.run.engine or {} for record in facts.records if record.run.run_id in judgement.runs]
-    low, high = (None if bound is None else 1 - bound for bound in (loss.high, loss.low))
-    ratio = replace(loss, value=1 - loss.value, low=low, high=high)
+    ratio = gate.one_minus(loss)
     words, against = f"{judgement.name}: {format_estimate(ratio, '.3f')} × its speed", None
     if idle := [why for engine in engines if (why := _not_of_nvfp4(engine))]:
         words, against = f"{judgement.name}: {idle[0]}", "which says nothing of how fast NVFP4 is"
-    elif low is None:
+    elif ratio.low is None:
         against = f"and {judgement.reason}"
-    elif low <= above:
+    elif ratio.low <= above:
         against = f"and {above:g} is not below that interval"
     return [_finding(judgement, not against, ", ".join(filter(None, (words, against))))]
 
@@ -285,3 +286,67 @@ _KINDS: dict[str, Callable[[_Facts, Claim], list[_Finding]]] = {
     "recovery": _recovery,
 }
 """By kind of `CLAIM_KINDS`: what the records must say."""
+
+
+# -- Words -------------------------------------------------------------------------------------------------------
+
+CLAIM_WORDS = (
+    "lossless",
+    "no loss",
+    "without loss",
+    "identical quality",
+    "same quality",
+    "indistinguishable",
+    "on par",
+    "faster",
+    "fastest",
+    "speedup",
+    "outperform",
+    "beats",
+    "better than",
+    "state of the art",
+    "sota",
+)
+"""Beginnings of words that claim something, which title and description leave to claims that are declared."""
+_WORDS = re.compile(rf"\b(?:{'|'.join(words.replace(' ', '[ -]') for words in CLAIM_WORDS)})\w*")
+
+
+def check_words(suite: Suite) -> None:
+    """`UserError` for a title or a description that claims something: no record would be asked whether it is true."""
+    for key, text in (("title", suite.title), ("description", suite.description or "")):
+        plain = re.sub("[\u00ad\u200b-\u200d\u2060\ufeff*_]", "", unicodedata.normalize("NFKC", text)).casefold()
+        plain = " ".join(re.sub("[\u2010-\u2015]", "-", plain).split())
+        if found := _WORDS.search(plain):
+            raise UserError(
+                f"The {key} of suite '{suite.name}' says '{found[0]}', and no record is asked whether that is true.",
+                "Take the word out, and declare a [[claim]], whose sentence the card then has with its numbers.",
+            )
+
+
+_QUANTITIES = {
+    "log_ppl": "perplexity",
+    "kl": "divergence from the source",
+    "score": "score",
+    "decode_speed": "decoding speed",
+    "prefill_speed": "prefill speed",
+}
+
+
+def claim_sentence(claim: Claim) -> str:
+    """What a claim says, as Markdown without a full stop."""
+    other = "the source" if claim.versus == SOURCE else f"`{claim.versus}`"
+    batch = None if claim.batch is None else f"batch {claim.batch}"
+    where = f" ({place})" if (place := claim.task or claim.protocol or batch) else ""
+    quantity, margin = _QUANTITIES.get(claim.metric or "", ""), claim.margin or 0.0
+    share, verb = f"{100 * margin:g} %", "decodes" if claim.metric == "decode_speed" else "reads prompts"
+    more, less = f"has at most {share} more {quantity} than", f"loses at most {share} of the {quantity} of"
+    said = {
+        "lossless": "is lossless",
+        "noise": "differs from the source by no more than noise",
+        "near-lossless": "is near-lossless" if claim.versus == SOURCE else f"is as good as {other}",
+        "better": f"is better than {other}{f' in {quantity}' if quantity else ''}{where}",
+        "faster": f"{verb} {f'at least {share} ' if margin else ''}faster than {other}{where}",
+        "within": f"{more if claim.metric == 'log_ppl' else less} {other}{where}",
+        "recovery": f"recovers at least {100 * (1 - margin):g} % of the source's score{where}",
+    }
+    return f"`{claim.variant}` {said[claim.kind]}"

@@ -144,7 +144,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class MarkGroup:
-    """Rows under one heading; no heading where there is only one group."""
+    """Rows under one heading."""
 
     heading: str
     marks: tuple[Mark, ...]

@@ -2,34 +2,25 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import Any
 
 from harness.record.run import Record
 from harness.record.stats import Estimate
-from harness.report import (
-    build_tables,
-    fidelity_tables,
-    figure_data,
-    runs,
-    speed_tables,
-)
+from harness.report import build_tables, fidelity_tables, figure_data, runs, speed_tables
 from harness.report.evidence import Evidence
 from harness.report.tables import cell_text
 from harness.suite.names import NOISE, SOURCE, row_parts
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_Rows = list[dict[str, Any]]
-
 
 def drawn_files(evidence: Evidence) -> dict[str, bytes]:
     """The files of every figure that there is something for: "NAME.svg" and "NAME.png" -> bytes."""
+    from harness.report.drawings import DRAWINGS
     from harness.report.plots import image_files
 
     made: dict[str, bytes] = {}
     for name, what in evidence.figures.items():
-        made |= image_files(name, [what], partial(draw, name, what))
+        made |= image_files(name, [what], partial(DRAWINGS[name], what))
     return made
 
 
@@ -44,13 +35,6 @@ def plotted_by_name(evidence: Evidence) -> dict[str, Any]:
     """What each figure shows that there is something for, as the dataclass of its drawing: name -> dataclass."""
     found = {name: shows(evidence) for name, shows in _SHOWS.items()}
     return {name: what for name, what in found.items() if what is not None}
-
-
-def draw(name: str, what: Any) -> "Figure":
-    """Draws one of `plotted_by_name`, inside `plots.style()`."""
-    from harness.report.gallery import DRAWINGS
-
-    return DRAWINGS[name](what)
 
 
 # -- What each shows ---------------------------------------------------------------------------------------------
@@ -68,15 +52,8 @@ def _overview(evidence: Evidence) -> figure_data.Overview | None:
             shape = (1, int(str(speed["prompt_tokens"])), int(str(speed["new_tokens"])))
             for sample in speed_tables.by_shape(evidence.records["bench"][variant], "decode")[shape]:
                 steps += speed_tables.token_seconds(sample)
-        rows.append(
-            figure_data.Row(
-                variant,
-                looks[variant],
-                _num_bytes(evidence, variant),
-                loss if isinstance(loss, Estimate) else None,
-                tuple(steps),
-            )
-        )
+        loss = loss if isinstance(loss, Estimate) else None
+        rows.append(figure_data.Row(variant, looks[variant], _num_bytes(evidence, variant), loss, tuple(steps)))
     is_something = any(row.num_bytes is not None or row.loss is not None or row.step_seconds for row in rows)
     return figure_data.Overview(tuple(rows)) if is_something else None
 
@@ -87,7 +64,7 @@ def _divergence(evidence: Evidence) -> figure_data.Divergence | None:
     refused = _refused(records)
     points, floors = [], []
     for row in _rows(evidence, "fidelity", records):
-        variant, kl = row["variant"], row["kl"]
+        variant, kl = row["variant"], row["kl"] if isinstance(row["kl"], Estimate) else None
         num_bytes = _num_bytes(evidence, row_parts(variant)[0])
         if variant in refused:
             continue
@@ -96,9 +73,7 @@ def _divergence(evidence: Evidence) -> figure_data.Divergence | None:
             continue
         floor = fidelity_tables.noise_floor(evidence.records["fidelity"], records[variant])
         floors.append(floor.kl_nats if floor else 0.0)
-        points.append(
-            figure_data.SizePoint(variant, looks[variant], num_bytes, kl if isinstance(kl, Estimate) else None)
-        )
+        points.append(figure_data.SizePoint(variant, looks[variant], num_bytes, kl))
     if not points:
         return None
     source_bytes = _num_bytes(evidence, SOURCE)
@@ -108,55 +83,45 @@ def _divergence(evidence: Evidence) -> figure_data.Divergence | None:
 
 def _losses(evidence: Evidence) -> figure_data.Forest | None:
     looks = _looks(evidence)
+
+    def mark(row: Mapping[str, Any], key: str) -> figure_data.Mark:
+        value = row[key] if isinstance(row[key], Estimate) else None
+        return figure_data.Mark(row["variant"], looks[row["variant"]], value, cell_text(key, row[key]))
+
     groups = []
     for protocol, records in evidence.perplexities.items():
         rows = [row for row in _rows(evidence, "perplexity", records) if row["protocol"] == protocol]
         unit = rows[0]["unit"] if rows else "token"
-        marks = [
-            figure_data.Mark(row["variant"], looks[row["variant"]], *_estimate(row, "delta_log_ppl"))
-            for row in rows
-            if row["variant"] != SOURCE
-        ]
-        groups.append(figure_data.MarkGroup(f"{protocol}, per {unit}", tuple(marks)))
-    compared = [
-        figure_data.Mark(row["variant"], looks[row["variant"]], *_estimate(row, "kl_log_ppl"))
-        for row in _rows(evidence, "fidelity", _of_rows(evidence, "fidelity"))
-    ]
-    if compared:
+        marks = tuple(mark(row, "delta_log_ppl") for row in rows if row["variant"] != SOURCE)
+        groups.append(figure_data.MarkGroup(f"{protocol}, per {unit}", marks))
+    if rows := _rows(evidence, "fidelity", _of_rows(evidence, "fidelity")):
         window = evidence.tables["fidelity"]["window"][0]
         told = f", windows of {window:,}" if window else ""
-        groups.append(figure_data.MarkGroup(f"fidelity{told}, per token", tuple(compared)))
+        marks = tuple(mark(row, "kl_log_ppl") for row in rows)
+        groups.append(figure_data.MarkGroup(f"fidelity{told}, per token", marks))
     groups = [group for group in groups if any(mark.value for mark in group.marks)]
-    if not groups:
-        return None
     floor = fidelity_tables.log_ppl_floor(evidence.records["fidelity"], evidence.perplexities)
-    return figure_data.Forest(tuple(groups), floor or None)
+    return figure_data.Forest(tuple(groups), floor or None) if groups else None
 
 
 def _decode(evidence: Evidence) -> figure_data.Forest | None:
     looks, records = _looks(evidence), _of_rows(evidence, "bench")
     refused = _refused(records)
-    single = [row for row in _rows(evidence, "decode", records) if row["batch"] == 1]
-    shapes = sorted({(row["prompt_tokens"], row["new_tokens"]) for row in single})
-    groups = []
-    for prompt_tokens, new_tokens in shapes:
-        marks = []
-        for row in single:
-            if (row["prompt_tokens"], row["new_tokens"]) == (prompt_tokens, new_tokens):
-                variant, speed, ceiling = (row[key] for key in ("variant", *_SPEEDS))
-                if variant in refused:
-                    marks.append(figure_data.Mark(variant, looks[variant], None, refused[variant]))
-                    continue
-                words, share, most = (cell_text(key, row[key]) for key in (_SPEEDS[0], "ceiling_share", _SPEEDS[1]))
-                if ceiling is not None:
-                    words += f", {share} of {most}"
-                marks.append(figure_data.Mark(variant, looks[variant], speed, words, ceiling))
-        heading = f"after {_counted(prompt_tokens, 'token')}, {new_tokens - 1:,} timed"
-        groups.append(figure_data.MarkGroup(heading, tuple(marks)))
-    return figure_data.Forest(tuple(groups)) if groups else None
-
-
-_SPEEDS = ("tokens_per_second", "ceiling_tokens_per_second")
+    groups: dict[tuple[int, int], list[figure_data.Mark]] = {}
+    for row in _rows(evidence, "decode", records):
+        if row["batch"] != 1:
+            continue
+        variant, speed, ceiling = (row[key] for key in ("variant", "tokens_per_second", "ceiling_tokens_per_second"))
+        words = cell_text("tokens_per_second", speed)
+        if variant in refused:
+            speed, words, ceiling = None, refused[variant], None
+        elif ceiling is not None:
+            share = cell_text("ceiling_share", row["ceiling_share"])
+            words += f", {share} of {cell_text('ceiling_tokens_per_second', ceiling)}"
+        mark = figure_data.Mark(variant, looks[variant], speed, words, ceiling)
+        groups.setdefault((row["prompt_tokens"], row["new_tokens"]), []).append(mark)
+    found = [figure_data.MarkGroup(_shape_words(*shape), tuple(marks)) for shape, marks in sorted(groups.items())]
+    return figure_data.Forest(tuple(found)) if found else None
 
 
 def _batch(evidence: Evidence) -> figure_data.Batches | None:
@@ -175,8 +140,7 @@ def _batch(evidence: Evidence) -> figure_data.Batches | None:
         _curves(looks, [(row["variant"], row["batch"], row[key]) for row in chosen])
         for key in ("tokens_per_second", "user_tokens_per_second")
     )
-    told = f"after {_counted(shape[0], 'token')}, {shape[1] - 1:,} timed"
-    return figure_data.Batches(total, per_user, told, _note(refused))
+    return figure_data.Batches(total, per_user, _shape_words(*shape), _note(refused))
 
 
 def _depth(evidence: Evidence) -> figure_data.Bands | None:
@@ -230,7 +194,7 @@ def _of_rows(evidence: Evidence, measure: str) -> dict[str, Record]:
     return {name: record for name, record in evidence.records[measure].items() if name not in NOISE}
 
 
-def _rows(evidence: Evidence, table: str, records: Mapping[str, Record]) -> _Rows:
+def _rows(evidence: Evidence, table: str, records: Mapping[str, Record]) -> list[dict[str, Any]]:
     """The rows of a table that are of these records."""
     return [row for row in evidence.tables[table].rows if row["variant"] in records]
 
@@ -249,22 +213,15 @@ def _note(refused: Mapping[str, str]) -> str:
     return f"Not drawn: {'; '.join(f'{name} ({why})' for name, why in refused.items())}" if refused else ""
 
 
-def _estimate(row: Mapping[str, Any], key: str) -> tuple[Estimate | None, str]:
-    """A cell as a forest shows it: the estimate if it is one, and how tables print it."""
-    value = row[key]
-    return (value if isinstance(value, Estimate) else None), cell_text(key, value)
-
-
 def _curves(
     looks: Mapping[str, figure_data.Look], places: list[tuple[str, int, Estimate]]
 ) -> tuple[figure_data.Curve, ...]:
     """A curve for each variant from (variant, x, value)."""
     curves = []
     for variant in dict.fromkeys(variant for variant, _, _ in places):
-        own = sorted(((x, value) for name, x, value in places if name == variant), key=lambda pair: pair[0])
-        curves.append(
-            figure_data.Curve(variant, looks[variant], tuple(x for x, _ in own), tuple(value for _, value in own))
-        )
+        own = sorted(((x, value) for name, x, value in places if name == variant), key=itemgetter(0))
+        xs, values = zip(*own, strict=True)
+        curves.append(figure_data.Curve(variant, looks[variant], xs, values))
     return tuple(curves)
 
 
@@ -272,8 +229,8 @@ def _first_number(words: str) -> int:
     return int(words.split()[0].replace(",", ""))
 
 
-def _counted(num: int, noun: str) -> str:
-    return f"{num:,} {noun}" if num == 1 else f"{num:,} {noun}s"
+def _shape_words(prompt_tokens: int, new_tokens: int) -> str:
+    return f"after {prompt_tokens:,} token{'' if prompt_tokens == 1 else 's'}, {new_tokens - 1:,} timed"
 
 
 _SHOWS: dict[str, Callable[[Evidence], Any]] = {

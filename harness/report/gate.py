@@ -12,9 +12,9 @@ with its 95 % interval; positive is worse. Then
   twice, an engine computed another model than the checkpoint says. Never averaged over, never passed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from harness.errors import UserError
 from harness.record import significance, stats
@@ -153,23 +153,18 @@ def _decided(
 
 def _log_ppl(evidence: GateRuns, rule: Rule) -> Judgement:
     """The difference of log-perplexities over the same windows, or the same documents."""
-    record, other = evidence.pair(rule)
-    return _by_cluster(rule, record, other, runs.clusters_of)
+    return _by_cluster(rule, *evidence.pair(rule), runs.clusters_of)
 
 
-def _kl(evidence: GateRuns, rule: Rule) -> Judgement:
-    """The divergence from the source, or how much more of it there is than on the other side."""
-    return _fidelity(evidence, rule, lambda window: window["kl_nats"])
+def _fidelity(evidence: GateRuns, rule: Rule) -> Judgement:
+    """The divergence from the source, or the share of places with another likeliest token than the source's; against
+    another side than the source, how much more of it there is."""
 
-
-def _top1(evidence: GateRuns, rule: Rule) -> Judgement:
-    """The share of places with another likeliest token than the source's, or how much larger it is."""
-    return _fidelity(evidence, rule, lambda window: window["num_scored"] - window["num_agreed"])
-
-
-def _fidelity(evidence: GateRuns, rule: Rule, total: Callable[[Mapping[str, Any]], float]) -> Judgement:
     def clusters(record: Record) -> list[tuple[float, int]]:
-        return [(total(window), window["num_scored"]) for window in record.kind("window")]
+        windows = record.kind("window")
+        if rule.metric == "kl":
+            return [(one["kl_nats"], one["num_scored"]) for one in windows]
+        return [(one["num_scored"] - one["num_agreed"], one["num_scored"]) for one in windows]
 
     if rule.versus != SOURCE:
         return _by_cluster(rule, *evidence.pair(rule), clusters)
@@ -191,22 +186,14 @@ def _by_cluster(
     return _decided(rule, loss, units, record, other, exact=before == after)
 
 
-def _decode_speed(evidence: GateRuns, rule: Rule) -> Judgement:
-    """What a decode of the suite's own length loses of its speed."""
-    bench = evidence.suite.bench
-    assert bench is not None and rule.batch is not None
-    return _speed(evidence, rule, "decode", (rule.batch, bench.prompt_tokens, bench.new_tokens))
-
-
-def _prefill_speed(evidence: GateRuns, rule: Rule) -> Judgement:
-    """The same of a prefill."""
-    bench = evidence.suite.bench
+def _speed(evidence: GateRuns, rule: Rule) -> Judgement:
+    """What a decode or a prefill of the suite's own length loses of its speed: 1 - the ratio of speeds, of runs that
+    took turns in one session."""
+    bench, kind = evidence.suite.bench, rule.metric.removesuffix("_speed")
     assert bench is not None
-    return _speed(evidence, rule, "prefill", (1, bench.prefill_tokens, 1))
-
-
-def _speed(evidence: GateRuns, rule: Rule, kind: str, shape: tuple[int, int, int]) -> Judgement:
-    """1 - the ratio of speeds, of runs that took turns in one session."""
+    shape = (
+        (rule.batch or 1, bench.prompt_tokens, bench.new_tokens) if kind == "decode" else (1, bench.prefill_tokens, 1)
+    )
     record, other = evidence.pair(rule)
     sides = []
     for one in (record, other):
@@ -216,10 +203,16 @@ def _speed(evidence: GateRuns, rule: Rule, kind: str, shape: tuple[int, int, int
             raise IncomparableError(f"run {one.run.run_id} has no {kind} of {size}: run {command_for('bench')}", one)
         sides.append(samples)
     ratio, units = speed_tables.speed_ratio(kind, *sides)
+    loss = one_minus(ratio)
     if units != "starts":  # what one start did to all its repetitions cannot be told from what the variant does
-        ratio, units = replace(ratio, low=None, high=None, num=1), "starts"
-    low, high = (None if bound is None else 1 - bound for bound in (ratio.high, ratio.low))
-    return _decided(rule, replace(ratio, value=1 - ratio.value, low=low, high=high), units, record, other)
+        loss = replace(loss, low=None, high=None, num=1)
+    return _decided(rule, loss, "starts", record, other)
+
+
+def one_minus(share: Estimate) -> Estimate:
+    """What is lost of a share that is left, or left of one that is lost, with its interval."""
+    low, high = (None if bound is None else 1 - bound for bound in (share.high, share.low))
+    return replace(share, value=1 - share.value, low=low, high=high)
 
 
 def _score(evidence: GateRuns, rule: Rule) -> Judgement:
@@ -324,11 +317,11 @@ def _arithmetic(evidence: GateRuns, rule: Rule) -> Judgement:
 
 _JUDGES: dict[str, Callable[[GateRuns, Rule], Judgement]] = {
     "log_ppl": _log_ppl,
-    "kl": _kl,
-    "top1": _top1,
+    "kl": _fidelity,
+    "top1": _fidelity,
     "score": _score,
-    "decode_speed": _decode_speed,
-    "prefill_speed": _prefill_speed,
+    "decode_speed": _speed,
+    "prefill_speed": _speed,
     "verify": _verify,
     "arithmetic": _arithmetic,
 }

@@ -48,11 +48,10 @@ def command_for(where: str) -> str:
 
 @dataclass(frozen=True)
 class LostRun:
-    """A run of a row that cannot be used. `where` is None where the file does not even say of what it was."""
+    """A run of a row that cannot be used. `where` is its slot, or only its measure where the file says no more."""
 
     row: str
-    measure: str
-    where: str | None
+    where: str
     utc: str
     told: str
 
@@ -61,14 +60,14 @@ def lost_runs(suite: Suite, skipped: Sequence[Skipped]) -> tuple[LostRun, ...]:
     """Those of a suite, by the names of their files; without the ones that somebody interrupted."""
     found = []
     for one in skipped:
-        run = one.record and one.record.run
-        if one.record is not None and one.record.end.status == "interrupted":
+        record = one.record
+        if record is not None and record.end.status == "interrupted":
             continue
         for row in suite.rows():
             name = rf"(?P<utc>\d{{8}}T\d{{6}}Z)-(?P<measure>\w+)-{re.escape(suite.name)}-{re.escape(row)}-[0-9a-f]{{8}}"
             if told := re.fullmatch(name, one.path.stem):
-                where = slot(one.record) if one.record and run and run.dataset else None
-                found.append(LostRun(row, told["measure"], where, told["utc"], f"{one.path.name}: {one.reason}"))
+                where = slot(record) if record is not None and record.run.dataset else told["measure"]
+                found.append(LostRun(row, where, told["utc"], f"{one.path.name}: {one.reason}"))
     return tuple(found)
 
 
@@ -86,13 +85,12 @@ class GateRuns:
         found = self.slots.get(where, {}).get(row)
         utc = "" if found is None else _file_time(found)
         for lost in self.lost:
-            is_of = lost.where or lost.measure
-            if lost.row == row and where in (is_of, f"{is_of}/{where.partition('/')[2]}") and lost.utc > utc:
+            if lost.row == row and lost.where in (where, where.partition("/")[0]) and lost.utc > utc:
                 raise IncomparableError(f"a newer run of {row} cannot be used ({lost.told})")
         if found is None:
             raise IncomparableError(f"no whole run of {row} ({where}): run {command_for(where)}")
         last = max((rows[row] for rows in self.slots.values() if row in rows), key=_file_time)
-        mine, newest = _digest(found), _digest(last)
+        mine, newest = (one.run.variant.get("artifact_digest") for one in (found, last))
         if mine and newest and mine != newest:
             told = f"run {found.run.run_id} is of another checkpoint ({mine[:8]}) than run {last.run.run_id} since"
             raise IncomparableError(f"{told} ({newest[:8]}): run {command_for(where)}", found)
@@ -130,11 +128,6 @@ class GateRuns:
 def _file_time(record: Record) -> str:
     """When a run began, as its file's name says it."""
     return record.run.started_utc.replace("-", "").replace(":", "")
-
-
-def _digest(record: Record) -> str | None:
-    digest: str | None = record.run.variant.get("artifact_digest")
-    return digest
 
 
 def _as_meant(record: Record) -> Record:

@@ -15,9 +15,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from harness.report.figure_data import COLOURS, Coverage, Coverages, Sensitivity, colour_range, reached_shares
-from harness.report.labels import num_lines
 from harness.report.numbers import format_percent
-from harness.report.plots import canvas
+from harness.report.plots import canvas, num_lines
 
 _MOST_WRITTEN = 12  # columns of a heat map whose squares have room for their number
 _MOST_SQUARES = 2000  # that are drawn one by one

@@ -2,11 +2,8 @@
 
 It is made from the card's Markdown and nothing else, so that the two cannot say different things. Figures are inlined,
 tables sort, and the file asks for nothing: its content security policy (https://www.w3.org/TR/CSP3/) forbids every
-request, and every script but its own. Without that script everything is still there. `page.html`, `page.css` and
-`page.js` lie beside this module.
-
-Of HTML in the Markdown, `<details>` and `<summary>` without attributes are markup, comments are left out, and all else
-is literal text.
+request, and every script but its own. Of HTML in the Markdown, `<details>` and `<summary>` without attributes are
+markup, comments are left out, and all else is literal text.
 """
 
 import hashlib
@@ -53,30 +50,25 @@ def page(title: str, markdown: str, images: Mapping[str, bytes]) -> bytes:
     tokens = _MARKDOWN.parse(markdown)
     headings = _numbered(tokens)
     _lay_out(tokens, images)
-    style, script, template = (_beside(f"page.{kind}") for kind in ("css", "js", "html"))
-    return (
-        Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        .from_string(template)
-        .render(
-            title=title,
-            contents=[heading for heading in headings if heading.level in (2, 3)],
-            content=Markup(_MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})),
-            style=Markup(style),
-            script=Markup(script),
-            script_digest=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        )
-        .encode()
+    style, script, template = (
+        Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js", "html")
     )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made = environment.from_string(template).render(
+        title=title,
+        contents=[heading for heading in headings if heading.level in (2, 3)],
+        content=Markup(_MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})),
+        style=Markup(style),
+        script=Markup(script),
+        script_digest=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    return made.encode()
 
 
 def comparable(data: bytes) -> bytes:
     """A page without the drawings inside its figures, whose bytes differ between builds of the drawing library: two
     pages say the same if this is equal. Every figure keeps its caption and the digest of its data (`figure_data`)."""
     return _DRAWING.sub(rb"\1", data)
-
-
-def _beside(name: str) -> str:
-    return Path(__file__).with_name(name).read_text("utf-8")
 
 
 # -- Headings ----------------------------------------------------------------------------------------------------
@@ -170,18 +162,14 @@ def _lay_out(tokens: Sequence[Token], images: Mapping[str, bytes]) -> None:
                 opening.attrSet("class", "caption")
             token.children = list(_text(token.children or ()))
         elif token.type in ("th_open", "td_open"):
-            _classify(token)
+            # The card aligns columns of numbers to the right.
+            token.attrs = {"class": "number"} if token.attrGet("style") == "text-align:right" else {}
+            if token.type == "th_open":
+                token.attrSet("scope", "col")
         elif token.type == "table_open":
             token.type, token.content = "html_block", '<div class="table"><table>\n'
         elif token.type == "table_close":
             token.type, token.content = "html_block", "</table></div>\n"
-
-
-def _classify(cell: Token) -> None:
-    """Marks the cells of columns that the card aligns to the right, which are numbers."""
-    cell.attrs = {"class": "number"} if cell.attrGet("style") == "text-align:right" else {}
-    if cell.type == "th_open":
-        cell.attrSet("scope", "col")
 
 
 def _is_caption(line: Token) -> bool:

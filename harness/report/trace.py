@@ -1,11 +1,8 @@
-"""Whether a card is what its records say: every number has a reference, every reference leads to a whole record, and
-the card that these records give is this one, line by line.
+"""Whether a card is what its records say, wherever it lies: in a checkout, in an upload folder, in a download.
 
-A card is traced wherever it lies: in a checkout, in an upload folder, in a download from the hub. Its links say where
-the records are, and a mark in it says what it is a card of. It is written again from the cited records alone, and the
-two are compared: a changed number, caption, heading or command is found, and so is a line that was added or taken out.
-Spaces do not count. Of another page, for example one with marked blocks, only the lines that cite records are compared,
-since it need not show everything that they say.
+The links of a card say where its records are, and a mark in it says what it is a card of. The card is written again
+from the cited records alone, and the two are compared line by line, without spaces. Of another page, for example one
+with marked blocks, only the lines that cite records are compared, since it need not show everything that they say.
 """
 
 import difflib
@@ -92,20 +89,21 @@ def trace(card: Path, suite: Suite | None = None) -> Traced:
             for run_id, link in line.references
             if link in records and records[link].run.run_id != run_id
         ]
-    num_lines = 0
     if mark := _CARD.search(text):
         about = mark.groupdict()
         folder = PurePosixPath(unquote(next(iter(cited)))).parent.parent.as_posix()
         own = _own(about["suite"], list(records.values()), suite)
         evidence = _evidence(*own, folder, about["variant"], about["repo"])
         expected = _lines(cards.written(evidence, _linked(text)))
+        words, wanted = ([line.words for line in side] for side in (lines, expected))
+        matcher = difflib.SequenceMatcher(None, wanted, words, autojunk=False)
         prose = {line.words for line in _lines(evidence.suite.description or "")}
-        findings += _differences(expected, lines)
+        findings += _differences(matcher, expected, lines)
         findings += _without_reference([line for line in lines if line.words in prose])
-        num_lines = sum(block.size for block in _matcher(expected, lines).get_matching_blocks())
+        num_lines = sum(block.size for block in matcher.get_matching_blocks())
     else:
         known = {line.words for line in _of_blocks(records.values(), suite, _linked(text))}
-        citing = [line for line, cites in _citing(lines) if all(link in records for _, link in cites)]
+        citing = [line for line, links in _citing(lines) if records.keys() >= links]
         differing = [line for line in citing if line.words not in known]
         findings += [f"Line {line.number} is not what its records say: {_shortened(line.text)}" for line in differing]
         num_lines = len(citing) - len(differing)
@@ -161,15 +159,15 @@ def _of_blocks(records: Iterable[Record], given: Suite | None, link: Link) -> It
             yield from _lines(block(evidence, link))
 
 
-def _citing(lines: Sequence[_Line]) -> Iterator[tuple[_Line, tuple[tuple[str, str], ...]]]:
-    """The lines that cite runs themselves, or are rows of a table whose caption does, with the references."""
-    caption: tuple[tuple[str, str], ...] = ()
+def _citing(lines: Sequence[_Line]) -> Iterator[tuple[_Line, set[str]]]:
+    """The lines that cite runs themselves, or are rows of a table whose caption does, with the links to the runs."""
+    caption: set[str] = set()
     for line in lines:
-        is_row = line.text.lstrip().startswith("|")
-        if not is_row:
-            caption = line.references
-        if cites := line.references or (caption if is_row else ()):
-            yield line, cites
+        links = {link for _, link in line.references}
+        if not line.text.lstrip().startswith("|"):
+            caption = links
+        if links or caption:
+            yield line, links or caption
 
 
 def _linked(text: str) -> Link:
@@ -178,13 +176,11 @@ def _linked(text: str) -> Link:
     return lambda path: links.get(PurePosixPath(path).name, path)
 
 
-def _matcher(expected: Sequence[_Line], found: Sequence[_Line]) -> difflib.SequenceMatcher[str]:
-    return difflib.SequenceMatcher(None, [one.words for one in expected], [one.words for one in found], autojunk=False)
-
-
-def _differences(expected: Sequence[_Line], found: Sequence[_Line]) -> Iterator[str]:
+def _differences(
+    matcher: difflib.SequenceMatcher[str], expected: Sequence[_Line], found: Sequence[_Line]
+) -> Iterator[str]:
     """Lines that the records do not give, and lines that they give and that are not there."""
-    for kind, first, last, start, end in _matcher(expected, found).get_opcodes():
+    for kind, first, last, start, end in matcher.get_opcodes():
         if kind == "equal":
             continue
         for line in found[start:end]:
