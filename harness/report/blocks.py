@@ -31,13 +31,6 @@ class Block:
     line: int
     inside: tuple[str, ...]
 
-    @property
-    def edited(self) -> bool:
-        """Whether it holds something else than was written into it. A block that nothing was written into is not."""
-        marks = [mark[1] for line in self.inside if (mark := _DIGEST.fullmatch(line.strip()))]
-        words = [line for line in self.inside if not _DIGEST.fullmatch(line.strip())]
-        return bool(marks) and marks != [_digest(words)]
-
 
 def filled(page: str, data: bytes, suite: str, blocks: Mapping[str, Callable[[], str]]) -> bytes:
     """The page with the blocks of `suite` replaced by what `blocks` makes of their names; every other byte stays.
@@ -63,9 +56,15 @@ def filled(page: str, data: bytes, suite: str, blocks: Mapping[str, Callable[[],
 
 
 def edited(page: str, data: bytes, suite: str) -> list[Block]:
-    """The blocks of a suite that were changed by hand since they were written."""
-    blocks = (piece for piece in _pieces(page, data) if isinstance(piece, Block))
-    return [block for block in blocks if block.suite == suite and block.edited]
+    """The blocks of a suite that hold something else than was written into them, if anything was."""
+    found = []
+    for piece in _pieces(page, data):
+        if isinstance(piece, Block) and piece.suite == suite:
+            marks = [mark[1] for line in piece.inside if (mark := _DIGEST.fullmatch(line.strip()))]
+            words = [line for line in piece.inside if not _DIGEST.fullmatch(line.strip())]
+            if marks and marks != [_digest(words)]:
+                found.append(piece)
+    return found
 
 
 def _digest(lines: list[str]) -> str:

@@ -147,7 +147,10 @@ def _depth(evidence: Evidence) -> figure_data.Bands | None:
     records = _of_rows(evidence, "fidelity")
     refused = _refused(records)
     rows = [row for row in _rows(evidence, "bands", records) if row["variant"] not in refused]
-    names = sorted(dict.fromkeys(row["before"] for row in rows), key=_first_number)
+    # By the first number of "1,024 to 2,047".
+    names = sorted(
+        dict.fromkeys(row["before"] for row in rows), key=lambda before: int(before.split()[0].replace(",", ""))
+    )
     if len(names) < 2:
         return None
     places = [(row["variant"], names.index(row["before"]), row["kl"]) for row in rows]
@@ -223,10 +226,6 @@ def _curves(
         xs, values = zip(*own, strict=True)
         curves.append(figure_data.Curve(variant, looks[variant], xs, values))
     return tuple(curves)
-
-
-def _first_number(words: str) -> int:
-    return int(words.split()[0].replace(",", ""))
 
 
 def _shape_words(prompt_tokens: int, new_tokens: int) -> str:

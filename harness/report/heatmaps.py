@@ -32,7 +32,7 @@ def draw_sensitivity(plotted: Sensitivity) -> Figure:
     cells = plotted.cells
     roles, formats = (list(dict.fromkeys(getattr(cell, key) for cell in cells)) for key in ("role", "format"))
     num_layers = 1 + max(cell.layer for cell in cells)
-    norm = _norm([cell.layer_error for cell in cells if cell.layer_error])
+    norm = LogNorm(*colour_range([cell.layer_error for cell in cells if cell.layer_error]), clip=True)
     figure = canvas(10, 0.6 + len(formats) * (_ROW * len(roles) + 0.45))
     panels = list(figure.subplots(len(formats), 1, sharex=True, squeeze=False)[:, 0])
     for axes, form in zip(panels, formats, strict=True):
@@ -54,7 +54,7 @@ def draw_experts(plotted: Coverages) -> Figure:
     """A panel for each build, or for several that look the same, experts across, layers down; a cross for an expert
     that no calibration token reached."""
     builds = plotted.builds
-    norm = _norm(reached_shares(builds))
+    norm = LogNorm(*colour_range(reached_shares(builds)), clip=True)
     num_experts = max(len(row) for build in builds for row in build.routed)
     is_written = num_experts <= _MOST_WRITTEN
     heights = [len(build.layers) * (_ROW if is_written else _DENSE_ROW) for build in builds]
@@ -101,10 +101,6 @@ def _told(build: Coverage) -> str:
         return f"{missed:,} of {len(everyone):,} experts got none of {build.num_tokens:,} tokens (×)"
     least, layer, expert = min(everyone)
     return f"every expert got tokens, the fewest {least:,} of {build.num_tokens:,} (layer {layer}, expert {expert})"
-
-
-def _norm(values: Sequence[float]) -> LogNorm:
-    return LogNorm(*colour_range(values), clip=True)
 
 
 def _colours() -> ListedColormap:
