@@ -113,6 +113,10 @@ def gsm8k(variant: str, scores: Sequence[float], dataset: dict[str, Any] = GSM8K
     return tasks_record(variant, items, dataset=dataset, **header)
 
 
+EVERY = 20
+"""The lines of a file are made alike: one in so many is looked at."""
+
+
 def one_of(files: dict[str, bytes], pattern: str | re.Pattern[str]) -> bytes:
     """The one file whose path matches."""
     (found,) = [path for path in files if re.search(pattern, path)]
@@ -128,7 +132,10 @@ def schema_and_documents(path: str, data: bytes) -> tuple[str, Iterable[Any]]:
         return "model_index", [yaml.safe_load(data)]
     if kind.parts[0] == "csv":
         return "csv", csv.DictReader(io.StringIO(data.decode()))
-    return "lm_eval_results", [json.loads(data)]
+    name = ("lm_eval_samples", "lm_eval_results")[kind.suffix == ".json"]
+    if kind.suffix == ".json":
+        return name, [json.loads(data)]
+    return name, map(json.loads, data.splitlines()[::EVERY])
 
 
 def assert_conforming(files: dict[str, bytes]) -> set[str]:
@@ -321,6 +328,10 @@ def test_lm_eval_prints_its_own_table_of_our_results(suite: Suite) -> None:
     assert ["", "", "strict-match", "5", "exact_match", "↑", "0.75", "±", "0.25"] in cells
     assert document["n-samples"] == {"gsm8k": {"original": 4, "effective": 4}}
     assert document["n-shot"] == {"gsm8k": 5} and document["versions"] == {"gsm8k": 3.0}
+    samples = files[f"{folder}/samples_gsm8k_2026-03-01T12-00-00.000000.jsonl"]
+    lines = [json.loads(line) for line in samples.splitlines()]
+    strict = [line["exact_match"] for line in lines if line["filter"] == "strict-match"]
+    assert strict == [1, 0, 1, 1] and len(lines) == 8
 
 
 def test_what_lm_eval_has_no_error_for_says_so_in_its_words(suite: Suite) -> None:

@@ -5,7 +5,7 @@ baseline:
 
     <variant>/.eval_results/*.yaml      scores in registered benchmarks: the Hub shows them on the model's page
     <variant>/model-index.yaml          scores and perplexities, for the front matter of the variant's card
-    lm-eval/<row>/<task>/results_*.json what `lm_eval --output_path` writes, read by lm-eval's own tables and by
+    lm-eval/<row>/<task>/...            what `lm_eval --output_path` writes, read by lm-eval's own tables and by
                                         converters, for example Every Eval Ever's
     csv/*.csv                           every table of the report, for spreadsheets and pandas
 
@@ -21,7 +21,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -101,22 +101,29 @@ def path_part(name: str) -> str:
 
 
 def _lm_eval_files(evidence: Evidence, rows: Sequence[str]) -> dict[str, bytes]:
-    """For each repetition of the rows' runs of tasks a `results_<date>.json`. The date is that of the run's start; the
-    place of the microseconds counts the repetitions.
+    """For each repetition of the rows' runs of tasks its `results_<date>.json`, and for each task in it
+    `samples_<task>_<date>.jsonl`. The date is that of the run's start; the place of the microseconds counts the
+    repetitions.
 
-    The results lack `task_hashes` and the tasks' whole configurations, which records do not hold, and what lm-eval
-    knows of the tokenizer and the environment. There are no files of samples: records keep no texts.
+    Records keep no texts, so the samples have no `doc`, `target`, `arguments`, `resps` and `filtered_resps`, and in
+    place of `prompt_hash` the digest of the prompt's token ids. `doc_hash` and `target_hash` are lm-eval's. The results
+    lack `task_hashes`, which are made of these, the tasks' whole configurations, and what lm-eval knows of the
+    tokenizer and the environment.
     """
     files: dict[str, bytes] = {}
-    for row in rows:
-        for label, records in evidence.tasks.items():
-            results = records[row].kind("result") if row in records else ()
-            for repetition in sorted({result["repetition"] for result in results}):
-                date = _time(records[row].run.started_utc).strftime("%Y-%m-%dT%H-%M-%S")
-                path = f"lm-eval/{path_part(row)}/{path_part(label)}/results_{date}.{repetition:06d}.json"
-                document = _results(evidence, row, records[row], repetition)
-                # In ASCII alone, so that no reader takes a character of a name for the end of a line.
-                files[path] = (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
+    runs = [(row, label, records[row]) for row in rows for label, records in evidence.tasks.items() if row in records]
+    for row, label, record in runs:
+        folder, date = f"lm-eval/{path_part(row)}/{path_part(label)}", _time(record.run.started_utc)
+        for repetition in sorted({result["repetition"] for result in record.kind("result")}):
+            stamp = f"{date:%Y-%m-%dT%H-%M-%S}.{repetition:06d}"
+            # In ASCII alone, so that no reader takes a character of a name for the end of a line.
+            document = json.dumps(_results(evidence, row, record, repetition), indent=2, allow_nan=False)
+            files[f"{folder}/results_{stamp}.json"] = f"{document}\n".encode()
+            items = [item for item in record.kind("item") if item["repetition"] == repetition]
+            for task in dict.fromkeys(item["task"] for item in items):
+                lines = [line for item in items if item["task"] == task for line in _samples(item)]
+                text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+                files[f"{folder}/samples_{path_part(task)}_{stamp}.jsonl"] = text.encode()
     return files
 
 
@@ -186,6 +193,24 @@ def _config(task: str, about: Json, settings: Json) -> Json:
             "metadata": {"version": about.get("version")},
         }
     )
+
+
+def _samples(item: Json) -> Iterator[Json]:
+    """A line for each filter, as lm-eval has them."""
+    by_filter: dict[str, Json] = {}
+    for metric, outcome in item["outcomes"].items():
+        name, _, filtered = metric.partition(",")
+        by_filter.setdefault(filtered, {})[name] = outcome
+    for filtered, outcomes in by_filter.items():
+        yield {
+            "doc_id": item["doc_id"],
+            "filter": filtered,
+            "metrics": list(outcomes),
+            "doc_hash": item["doc_sha256"],
+            "target_hash": item["target_sha256"],
+            "prompt_token_ids_sha256": item["prompt_sha256"],
+            **outcomes,
+        }
 
 
 # -- CSV ---------------------------------------------------------------------------------------------------------
