@@ -11,7 +11,7 @@ that is merely out of date.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from harness.errors import UserError, did_you_mean
@@ -38,14 +38,11 @@ def filled(page: str, data: bytes, suite: str, blocks: Mapping[str, Callable[[],
     `UserError`, naming page and line, for a block that nobody makes and for markers that do not match.
     """
     output: list[str] = []
-    for piece in _pieces(page, data):
+    for piece in _pieces(page, data, {suite: blocks}):
         if isinstance(piece, str):
             output.append(piece)
         elif piece.suite != suite:
             output += piece.inside
-        elif piece.name not in blocks:
-            unknown = f"{page}, line {piece.line}: unknown block '{piece.name}'."
-            raise UserError(unknown, did_you_mean(piece.name, blocks))
         else:
             content = blocks[piece.name]()
             digest = _digest(content.split("\n"))
@@ -58,7 +55,7 @@ def filled(page: str, data: bytes, suite: str, blocks: Mapping[str, Callable[[],
 def edited(page: str, data: bytes, suite: str) -> list[Block]:
     """The blocks of a suite that hold something else than was written into them, if anything was."""
     found = []
-    for piece in _pieces(page, data):
+    for piece in _pieces(page, data, {}):
         if isinstance(piece, Block) and piece.suite == suite:
             marks = [mark[1] for line in piece.inside if (mark := _DIGEST.fullmatch(line.strip()))]
             words = [line for line in piece.inside if not _DIGEST.fullmatch(line.strip())]
@@ -73,8 +70,9 @@ def _digest(lines: list[str]) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:12]
 
 
-def _pieces(page: str, data: bytes) -> Iterator[str | Block]:
-    """The page in order: lines outside of blocks, markers among them, and what is between two markers as a block."""
+def _pieces(page: str, data: bytes, known: Mapping[str, Collection[str]]) -> Iterator[str | Block]:
+    """The page in order: lines outside of blocks, markers among them, and what is between two markers as a block.
+    `known` are the blocks that there are of some suites; of other suites any may be there."""
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as error:
@@ -107,6 +105,9 @@ def _pieces(page: str, data: bytes) -> Iterator[str | Block]:
                     "Write <!-- harness:begin BLOCK suite=SUITE -->.",
                 )
             opened = (number, named[1], named[2])
+            if named[2] in known and named[1] not in known[named[2]]:
+                unknown = f"{page}, line {number}: unknown block '{named[1]}'."
+                raise UserError(unknown, did_you_mean(named[1], known[named[2]]))
             yield line
         elif opened is None or marker[2].strip() != opened[1]:
             where = f"'{opened[1]}' of line {opened[0]} is open" if opened else "no block is open"
