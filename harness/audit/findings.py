@@ -39,5 +39,5 @@ def condensed(findings: Iterable[Finding], family: Family) -> tuple[Finding, ...
 
 def _told_once(members: list[Finding], family: Family) -> Finding:
     experts = {expert.number for finding in members if (expert := family.expert_of(finding.tensor))}
-    more = f"{len(members) - 1:,} more of this layer, in {len(experts):,} experts" if experts else ""
+    more = f"{len(members) - 1:,} more of this layer, in {len(experts):,} experts"
     return replace(members[0], problem=f"{members[0].problem}, and so {more}")

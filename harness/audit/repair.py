@@ -281,9 +281,7 @@ def _write(
                     writer.write(entry.name, piece)
                 meter.advance(entry.num_bytes)
             writer.close()
-    taken = {path.name for path in files}
-    copied = [path for path in sorted(checkpoint.folder.iterdir()) if _is_copied(path) and path.name not in taken]
-    for path in [*copied, *files]:
+    for path in [*filter(_is_copied, sorted(checkpoint.folder.iterdir())), *files]:
         write_file(folder / path.name, path.read_bytes())
     if added or (checkpoint.folder / INDEX).exists():
         write_file(folder / INDEX, index_json(weight_map, total))

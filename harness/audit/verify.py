@@ -227,7 +227,10 @@ def round_trips(
         if module.tensor not in original.tensors:
             continue
         error = _Error({module.tensor})
-        for ours, theirs in _decoded_pieces(checkpoint, original, module):
+        linear = module.linear
+        for first, count in row_pieces(linear.out_features, 8 * linear.in_features):
+            ours = module.form.decode_rows(checkpoint, module.name, first, count, torch.float32)
+            theirs = original.rows(module.tensor, linear.first_row + first, count).float()
             difference = (ours - theirs).abs()
             error.num += difference.numel()
             error.largest = max(error.largest, float(difference.max()))
@@ -238,7 +241,7 @@ def round_trips(
             problem = f"decodes {error.relative_l2:.2f} times its own norm away from the source's weights"
             why = "the layer computes something else: codes swapped, another layer's scales, or another source"
             far.append(Finding("error", module.name, problem, why))
-        sums.setdefault((module.linear.role.name, module.form.name), _Error()).add(error)
+        sums.setdefault((linear.role.name, module.form.name), _Error()).add(error)
     trips = tuple(
         RoundTrip(
             role=role,
@@ -251,11 +254,3 @@ def round_trips(
         for (role, form), total in sums.items()
     )
     return trips, far
-
-
-def _decoded_pieces(checkpoint: Checkpoint, original: Checkpoint, module: Module) -> Iterator[tuple[Any, Any]]:
-    """The decoded and the source weights of a module as float32 `[rows, in]` pairs."""
-    linear = module.linear
-    for first, count in row_pieces(linear.out_features, 8 * linear.in_features):
-        theirs = original.rows(module.tensor, linear.first_row + first, count).float()
-        yield module.form.decode_rows(checkpoint, module.name, first, count, torch.float32), theirs

@@ -58,7 +58,7 @@ from harness.quantize.artifact import (
 )
 from harness.quantize.encode import WEIGHT_DTYPES, Encoder, finite_amax, layers_that_share, workers
 from harness.quantize.layerwise import CalibrationInput
-from harness.quantize.plan import Plan, check_memory, plan, quantized
+from harness.quantize.plan import check_memory, plan, quantized
 from harness.quantize.recipes import Recipe
 
 
@@ -110,7 +110,10 @@ def build(
     if memory is not None:
         check_memory(memory, psutil.virtual_memory().available)
     unfinished = out.with_name(out.name + ".partial")
-    needed = what.output_bytes + (0 if calibration is None else _scratch_bytes(what, calibration, config.hidden_size))
+    needed = what.output_bytes
+    if calibration is not None:  # the layers' tensors and the hidden states lie beside the output
+        needed += sum(count.output_bytes for count in what.counts if count.format != KEPT)
+        needed += layerwise.hidden_bytes(calibration, recipe, config.hidden_size)
     # What an interrupted build has finished is on the disk already.
     check_disk(out, needed - sum(path.stat().st_size for path in unfinished.glob("*") if path.is_file()))
     with _claimed(unfinished, identity) as state:
@@ -139,12 +142,6 @@ def build(
         planned_memory_bytes=None if memory is None else memory.total,
         peak_vram_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     )
-
-
-def _scratch_bytes(what: Plan, calibration: CalibrationInput, width: int) -> int:
-    """What a calibrated build has on the disk beside its output: the layers' tensors, and the hidden states."""
-    layers = sum(count.output_bytes for count in what.counts if count.format != KEPT)
-    return layers + layerwise.hidden_bytes(calibration, what.recipe, width)
 
 
 def _check_sources(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> None:

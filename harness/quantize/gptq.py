@@ -17,31 +17,17 @@ others stay. A row that would come out worse than rounded to nearest is rounded 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from harness.formats.format import Format
 from harness.quantize.plan import ROUNDED_TOGETHER
 
 _PANEL = 128
 """Columns whose updates to the rest of the row are applied together."""
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 10.0
 _FACTOR_THREADS = 2
-
-
-class Grid(Protocol):
-    """The values that a weight can have: what GPTQ asks of a number format."""
-
-    @property
-    def block(self) -> int:
-        """Columns that share a scale."""
-
-    def nearest(self, x: Tensor, decode_scales: Tensor, /) -> Tensor:
-        """The values nearest to `x` under scales of the same shape."""
-
-    def codes_on_grid(self, values: Tensor, decode_scales: Tensor, /) -> Tensor:
-        """The codes of values that `nearest` gave."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +53,7 @@ def aimed(w: Tensor, moments: Tensor, shift: Tensor, damping: float) -> Tensor:
 
 
 def gptq(
-    grid: Grid, w: Tensor, target: Tensor, decode_scales: Tensor, moments: Tensor, damping: float, sweeps: int = 0
+    grid: Format, w: Tensor, target: Tensor, decode_scales: Tensor, moments: Tensor, damping: float, sweeps: int = 0
 ) -> Rounded:
     """Rounds `target [n, rows, in]` to `grid` on `decode_scales [n, rows, in/block]` under `moments [n, in, in]` and
     visits every column `sweeps` times again; rows that come out worse are `w [n, rows, in]` rounded to nearest.
@@ -105,7 +91,7 @@ def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Ten
     return torch.linalg.solve_triangular(factor.flip(1, 2), identity, upper=True), used
 
 
-def _compensated(grid: Grid, target: Tensor, scales: Tensor, order: Tensor, upper: Tensor) -> Tensor:
+def _compensated(grid: Format, target: Tensor, scales: Tensor, order: Tensor, upper: Tensor) -> Tensor:
     """The values on the grid of `scales` that GPTQ chooses for `target`, both `[n, rows, in]`."""
 
     def ordered(x: Tensor, places: Tensor) -> Tensor:
@@ -131,7 +117,7 @@ def _compensated(grid: Grid, target: Tensor, scales: Tensor, order: Tensor, uppe
     return ordered(rounded, order.argsort(dim=1))
 
 
-def _descend(grid: Grid, values: Tensor, target: Tensor, scales: Tensor, moments: Tensor) -> None:
+def _descend(grid: Format, values: Tensor, target: Tensor, scales: Tensor, moments: Tensor) -> None:
     """Moves each column of `values` to the point on the grid of `scales` (all `[n, rows, in]`) that minimizes
     d H dᵀ, d = values - target, with H = `moments [n, in, in]` and the other columns as they are, one after another."""
     width = values.shape[2]

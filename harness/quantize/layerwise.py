@@ -44,11 +44,11 @@ class CalibrationInput:
         }
 
 
-def hidden_bytes(calibration: CalibrationInput, recipe: Recipe | None, width: int) -> int:
+def hidden_bytes(calibration: CalibrationInput, recipe: Recipe, width: int) -> int:
     """What the hidden states take on the disk: both boundaries of a layer, of one stream or two."""
     dtype = compute_dtype(device_named(calibration.device))
     padded = sum(batch.ids.numel() for batch in batches_of(calibration.samples.samples, calibration.batch_tokens))
-    streams = 2 if recipe is not None and recipe.method.two_streams else 1
+    streams = 2 if recipe.method.two_streams else 1
     return 2 * streams * padded * width * dtype.itemsize
 
 

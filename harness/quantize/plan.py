@@ -22,7 +22,6 @@ moments, while their Cholesky factor is made."""
 class Plan:
     """What becomes of every role. `num_quantized` counts source tensors, as model cards do."""
 
-    recipe: Recipe | None
     counts: tuple[RoleCount, ...]
     num_tensors: int
     num_quantized: int
@@ -39,7 +38,6 @@ def plan(config: ModelConfig, tensors: Sequence[SourceTensor], recipe: Recipe | 
         check_widths(tensor, None if recipe is None else recipe.format_of(tensor.role))
     counts = count_roles(tensors, formats)
     return Plan(
-        recipe=recipe,
         counts=counts,
         num_tensors=len(tensors),
         num_quantized=sum(count.num_tensors for count in counts if count.role in formats),
