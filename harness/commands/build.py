@@ -8,7 +8,6 @@ from harness.commands.shared import open_job, print_json, progress_bars
 from harness.errors import UserError
 from harness.quantize.artifact import Artifact
 from harness.quantize.recipes import recipe_named
-from harness.record.provenance import peak_rss_bytes
 from harness.report.numbers import format_bytes
 from harness.resolve import chosen_variants, find_source, read_calibration
 
@@ -65,6 +64,7 @@ def _built_source(options: argparse.Namespace) -> Artifact:
 
 
 def _as_json(artifact: Artifact) -> dict[str, Any]:
+    from harness.record.provenance import peak_rss_bytes
 
     return {
         "folder": str(artifact.folder),
@@ -82,6 +82,8 @@ def _as_json(artifact: Artifact) -> dict[str, Any]:
 
 def _calibration_lines(artifact: Artifact) -> Iterator[str]:
     """Sentences about the calibration of a new artifact: speed, memory, error, damping, experts without tokens."""
+    from harness.record.provenance import peak_rss_bytes
+
     if not artifact.layers or artifact.planned_memory_bytes is None:
         return
     seconds = sum(layer["seconds"]["total"] for layer in artifact.layers)

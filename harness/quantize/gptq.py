@@ -55,9 +55,10 @@ def aimed(w: Tensor, moments: Tensor, shift: Tensor, damping: float) -> Tensor:
 def gptq(
     grid: Format, w: Tensor, target: Tensor, decode_scales: Tensor, moments: Tensor, damping: float, sweeps: int = 0
 ) -> Rounded:
-    """Rounds `target [n, rows, in]` to `grid` on `decode_scales [n, rows, in/block]` under `moments [n, in, in]` and
-    visits every column `sweeps` times again; rows that come out worse are `w [n, rows, in]` rounded to nearest.
-    `damping`, a share of the mean of H's diagonal, is added to it; ten times as much where H has no Cholesky factor."""
+    """Rounds `target [n, rows, in]` to the values of a format that has a grid, on `decode_scales [n, rows, in/block]`
+    under `moments [n, in, in]`, and visits every column `sweeps` times again; rows that come out worse are
+    `w [n, rows, in]` rounded to nearest. `damping`, a share of the mean of H's diagonal, is added to it; ten times as
+    much where H has no Cholesky factor."""
     order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     upper, used = _inverse_factor(moments, order, damping)
     damped = _damped(moments, used)
