@@ -20,7 +20,7 @@ from harness.engines.protocol import ENGINES, Engine, EngineDied, Purpose, open_
 from harness.model.census import kv_bytes_per_token, state_bytes
 from harness.model.checkpoint import open_checkpoint
 from harness.model.sources import fetched_revision
-from harness.progress import Progress
+from harness.progress import Progress, named
 from harness.quantize.artifact import VERSION as BUILDER_VERSION
 from harness.quantize.artifact import Artifact
 from harness.quantize.recipes import Recipe, recipe_named
@@ -107,11 +107,7 @@ class Job:
 
     def named_progress(self, name: str) -> Progress:
         """Tells the command's progress, with `name` before every description."""
-
-        def tell(done: int, total: int, description: str, note: str = "", /) -> None:
-            self.progress(done, total, f"{name}: {description}", note)
-
-        return tell
+        return named(self.progress, name)
 
     def artifact(self, variant: str) -> Path:
         """The folder of a variant's artifact. Names that begin with a dot are no variants: what a measure keeps."""

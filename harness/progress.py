@@ -15,6 +15,15 @@ def silent(done: int, total: int, description: str, note: str = "", /) -> None:
     """Tells nothing: the progress of work that nobody watches."""
 
 
+def named(progress: Progress, name: str) -> Progress:
+    """Tells the same, with `name` before every description."""
+
+    def tell(done: int, total: int, description: str, note: str = "", /) -> None:
+        progress(done, total, f"{name}: {description}", note)
+
+    return tell
+
+
 @dataclass
 class Meter:
     """Adds up what is done of `total`, and tells it as one stretch of work."""
