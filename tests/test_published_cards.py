@@ -19,7 +19,7 @@ import harness
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import recipe_named
 from harness.record.run import Record
-from harness.report import build_tables, card, columns, perplexity_tables, speed_tables, tables
+from harness.report import build_tables, card, columns, quality_tables, speed_tables, tables
 from harness.report.trace import trace
 from harness.suite.load import load
 from harness.suite.schema import Suite
@@ -295,7 +295,7 @@ def test_a_perplexity_that_is_spread_evenly_over_its_581_windows_has_no_interval
         row: make_record("ppl", row, windows(ppl), dataset={**DATASET, "num_tokens": NUM_TOKENS})
         for row, ppl in PPL.items()
     }
-    text = tables.terminal_table(perplexity_tables.perplexity_table({"wikitext2-512": records}))
+    text = tables.terminal_table(quality_tables.perplexity_table({"wikitext2-512": records}))
     assert "windows 581 · scored tokens 296,472" in text and "+0.0180 †" in text and columns.NO_INTERVAL in text
 
 

@@ -9,17 +9,7 @@ import pytest
 
 from harness.record import stats
 from harness.record.run import Record
-from harness.report import (
-    build_tables,
-    columns,
-    gather,
-    numbers,
-    perplexity_tables,
-    runs,
-    sensitivity_tables,
-    speed_tables,
-    tables,
-)
+from harness.report import build_tables, columns, gather, numbers, quality_tables, runs, speed_tables, tables
 from tests.records import (
     BUILD,
     DATASET,
@@ -54,7 +44,7 @@ def bench_pair(source: list[dict[str, Any]], variant: list[dict[str, Any]], **he
 
 def perplexity(records: dict[str, Record], floor: float | None = None) -> Any:
     """The frame of one protocol."""
-    return perplexity_tables.perplexity_table({"wikitext2-512": records}, floor)
+    return quality_tables.perplexity_table({"wikitext2-512": records}, floor)
 
 
 def link(record: Record) -> str:
@@ -135,7 +125,7 @@ def test_a_window_that_appears_twice_is_refused_even_where_both_have_it_twice() 
 def test_every_protocol_has_a_row_of_its_own_beside_its_own_source() -> None:
     halves = [{**one, "num_scored": 255, "nll_nats": 255 * math.log(5)} for one in windows(8.0, num_tokens=297_000)]
     llamacpp = {**DATASET, "protocol": "llamacpp-512"}
-    frame = perplexity_tables.perplexity_table(
+    frame = quality_tables.perplexity_table(
         {
             "wikitext2-512": ppl_pair(8.0, 8.1),
             "llamacpp-512": {name: make_record("ppl", name, halves, dataset=llamacpp) for name in ("source", "nvfp4")},
@@ -194,7 +184,7 @@ def test_by_words_everything_is_per_word_and_paired_by_document() -> None:
         "source": make_record("ppl", "source", pages(20, 40, 50, 30), dataset=WORDS),
         "nvfp4": make_record("ppl", "nvfp4", pages(21, 42, 52, 32), dataset=WORDS),
     }
-    frame = perplexity_tables.perplexity_table({"lmeval-word": found})
+    frame = quality_tables.perplexity_table({"lmeval-word": found})
     assert row(frame, variant="source")["ppl"] == pytest.approx(math.exp(140 / 70))
     cells = row(frame, variant="nvfp4")
     assert cells["delta_log_ppl"] == stats.paired_mean_difference([20, 40, 80], [21, 42, 84], [10, 20, 40])
@@ -203,7 +193,7 @@ def test_by_words_everything_is_per_word_and_paired_by_document() -> None:
     assert "PPL per word" in caption and "words 70 · documents 3" in caption
     other = {**WORDS, "documents": {**PAGES, "num_words": [10, 20, 41]}}
     found["nvfp4"] = make_record("ppl", "nvfp4", pages(21, 42, 52, 32), dataset=other)
-    cells = row(perplexity_tables.perplexity_table({"lmeval-word": found}), variant="nvfp4")
+    cells = row(quality_tables.perplexity_table({"lmeval-word": found}), variant="nvfp4")
     assert cells["delta_log_ppl"] == "incomparable: dataset.documents"
 
 
@@ -213,18 +203,18 @@ def test_the_floor_is_per_token_where_the_loss_is_per_word() -> None:
         "nvfp4": make_record("ppl", "nvfp4", pages(21, 42, 52, 32), dataset=WORDS),
     }
     for floor, is_noise in ((7 / 90 * 1.001, True), (7 / 90 * 0.999, False)):  # 7 nats on 90 tokens, which are 70 words
-        cells = row(perplexity_tables.perplexity_table({"lmeval-word": found}, floor), variant="nvfp4")
+        cells = row(quality_tables.perplexity_table({"lmeval-word": found}, floor), variant="nvfp4")
         assert (cells["delta_log_ppl"] == "≤ noise") is is_noise
 
 
 def test_a_document_that_was_not_read_to_its_end_does_not_count() -> None:
     for num, ppl, num_documents in ((3, math.exp(60 / 30), 2), (1, math.exp(2), 1)):
         found = {"source": make_record("ppl", "source", pages(20, 40, 50)[:num], dataset=WORDS)}
-        cells = row(perplexity_tables.perplexity_table({"lmeval-word": found}), variant="source")
+        cells = row(quality_tables.perplexity_table({"lmeval-word": found}), variant="source")
         assert (cells["ppl"], cells["num_documents"]) == (pytest.approx(ppl), num_documents)
     cut = [{**pages(20)[0], "num_scored": 14}]
     found = {name: make_record("ppl", name, cut, dataset=WORDS) for name in ("source", "nvfp4")}
-    cells = row(perplexity_tables.perplexity_table({"lmeval-word": found}), variant="nvfp4")
+    cells = row(quality_tables.perplexity_table({"lmeval-word": found}), variant="nvfp4")
     assert cells["ppl"] is cells["delta_log_ppl"] is None
 
 
@@ -325,7 +315,7 @@ def test_what_has_an_interval_or_is_no_estimate_has_no_mark() -> None:
         perplexity(ppl_pair(8.0, 8.1, dataset={**DATASET, "token_ids_sha256": "f" * 64})),  # refused
         build_tables.roundtrip_table({"nvfp4": make_record("verify", "nvfp4", VERIFY)}),
         build_tables.role_table({"nvfp4": make_record("build", "nvfp4", BUILD)}),
-        sensitivity_tables.sensitivity_table({"source": make_record("sensitivity", "source", SENSITIVITY)}),
+        quality_tables.sensitivity_table({"source": make_record("sensitivity", "source", SENSITIVITY)}),
     ):
         assert "†" not in tables.terminal_table(frame)
 
@@ -519,7 +509,7 @@ def test_an_exact_round_trip_has_no_signal_to_noise_ratio() -> None:
 
 
 def test_sensitivities_are_medians_over_layers_the_worst_group_first() -> None:
-    frame = sensitivity_tables.sensitivity_table({"source": make_record("sensitivity", "source", SENSITIVITY)})
+    frame = quality_tables.sensitivity_table({"source": make_record("sensitivity", "source", SENSITIVITY)})
     assert list(frame["role"]) == ["self_attn.o_proj", "linear_attn.out_proj", "mlp.down_proj"]
     deltanet = row(frame, role="linear_attn.out_proj")
     assert deltanet["NVFP4"] == columns.Spread(median=0.03, largest=0.04, layer=1)
@@ -530,8 +520,8 @@ def test_sensitivities_are_medians_over_layers_the_worst_group_first() -> None:
 
 
 def test_sentences_say_where_fp8_pays_and_how_deltanet_compares() -> None:
-    first, second = sensitivity_tables.sensitivity_words(
-        sensitivity_tables.sensitivity_table({"source": make_record("sensitivity", "source", SENSITIVITY)})
+    first, second = quality_tables.sensitivity_words(
+        quality_tables.sensitivity_table({"source": make_record("sensitivity", "source", SENSITIVITY)})
     )
     assert "FP8 gains most for its bytes in self_attn.o_proj: median layer error 5 % in NVFP4 and 0.2 % in FP8" in first
     assert "1.00 kB more in 1 layer." in first
@@ -542,12 +532,12 @@ def test_sentences_say_where_fp8_pays_and_how_deltanet_compares() -> None:
 
 def test_a_group_without_outputs_is_a_dash_and_last() -> None:
     samples = [*sensitivities("mlp.gate_up_proj", {0: (None, None, None)}), *SENSITIVITY]
-    frame = sensitivity_tables.sensitivity_table({"source": make_record("sensitivity", "source", samples)})
+    frame = quality_tables.sensitivity_table({"source": make_record("sensitivity", "source", samples)})
     assert list(frame["role"])[-1] == "mlp.gate_up_proj"
     assert tables.cell_text("NVFP4", frame["NVFP4"][-1]) == "—"
-    assert len(sensitivity_tables.sensitivity_words(frame)) == 2
-    nothing = sensitivity_tables.sensitivity_table({"source": make_record("sensitivity", "source", samples[:3])})
-    assert sensitivity_tables.sensitivity_words(nothing) == []
+    assert len(quality_tables.sensitivity_words(frame)) == 2
+    nothing = quality_tables.sensitivity_table({"source": make_record("sensitivity", "source", samples[:3])})
+    assert quality_tables.sensitivity_words(nothing) == []
 
 
 # -- Selection and layout ----------------------------------------------------------------------------------------
@@ -593,7 +583,7 @@ def test_what_all_rows_share_stands_in_the_caption_and_what_differs_in_columns()
         "scored tokens 296,472"
     )
     assert "protocol" not in header
-    both = perplexity_tables.perplexity_table({"wikitext2-512": pair, "gptq-2048": pair})
+    both = quality_tables.perplexity_table({"wikitext2-512": pair, "gptq-2048": pair})
     caption, _, header = tables.terminal_table(both).splitlines()[:3]
     assert "protocol" not in caption and "protocol" in header
 

@@ -37,11 +37,11 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         measured = compare_with_source(job, work, options.limit)
         stored = stored_noise(job)
 
-    from harness.report import fidelity_tables
+    from harness.report import quality_tables
 
     records = measured.records
     shown = {**records, **{row: one for row, one in stored.items() if row not in records}}
-    frames = [fidelity_tables.divergence_table(shown), fidelity_tables.band_table(shown)] if records else []
+    frames = [quality_tables.divergence_table(shown), quality_tables.band_table(shown)] if records else []
     return print_measured(options, records, frames, measured.failures)
 
 

@@ -33,11 +33,11 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         print_models(options, models)
         found = _measured(job, models, readings, options.limit, fresh=options.fresh)
 
-        from harness.report import fidelity_tables, perplexity_tables, runs
+        from harness.report import quality_tables, runs
 
         stored = runs.newest_by_protocol(job.stored(), job.suite.name, list(found.records), (SOURCE,))
         shown = {name: {**stored.get(name, {}), **rows} for name, rows in found.records.items()}
-        frame = perplexity_tables.perplexity_table(shown, fidelity_tables.log_ppl_floor(stored_noise(job), shown))
+        frame = quality_tables.perplexity_table(shown, quality_tables.log_ppl_floor(stored_noise(job), shown))
     frames = [frame] if found.records else []
     notes = runs.reused(found.records, "windows")
     return print_measured(options, found.records, frames, found.failures, notes=notes)

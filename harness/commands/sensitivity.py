@@ -19,10 +19,10 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     with open_job(options, given) as job:
         record = _measured(job)
 
-    from harness.report import sensitivity_tables, tables
+    from harness.report import quality_tables, tables
 
-    frame = sensitivity_tables.sensitivity_table({SOURCE: record})
-    words = sensitivity_tables.sensitivity_words(frame)
+    frame = quality_tables.sensitivity_table({SOURCE: record})
+    words = quality_tables.sensitivity_words(frame)
     if options.json:
         print_json({"records": {SOURCE: str(record.path)}, "tables": [tables.json_rows(frame)], "summary": words})
         return 0

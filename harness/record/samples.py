@@ -81,9 +81,7 @@ SAMPLES: Mapping[str, Mapping[str, Keys]] = {
         ),
         "decode": Keys(
             **_TIMED,
-            step_seconds=Key(
-                "numbers", "Each step after the prefill, or all of them as one time.", "seconds", low=POSITIVE
-            ),
+            step_seconds=Key("numbers", "Each step after the prefill, or all as one time.", "seconds", low=POSITIVE),
             **optional(
                 new_tokens=Key("count", "New tokens of each prompt.", "tokens", low=1),
                 # With speculative decoding.

@@ -139,9 +139,7 @@ _DATASETS = {
 _VARIANT = Keys(
     name=Key("text", "The row: a variant, with `+` and the setup that it was measured in, or a contestant."),
     recipe=Key("text", "The recipe's name; null for the source.", nullable=True),
-    artifact_digest=Key(
-        "text", "Digest of the checkpoint; null where a server only says what it serves.", nullable=True
-    ),
+    artifact_digest=Key("text", "Digest of the checkpoint; null where a server does not say it.", nullable=True),
     **optional(
         source_digest=Key("text", "Digest of the checkpoint that the variant was made from."),
         source_revision=Key("text", "The commit that was fetched from the hub.", nullable=True),

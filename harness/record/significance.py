@@ -14,8 +14,6 @@ from scipy import special
 from harness.record import stats
 from harness.record.stats import Estimate, student_quantile
 
-# -- Tests of pairs ----------------------------------------------------------------------------------------------
-
 
 def paired_permutation(baseline: Sequence[float], variant: Sequence[float]) -> float:
     """Two-sided p-value of two sides having the same totals over clusters (both [clusters]), by exchanging the sides.
@@ -51,9 +49,6 @@ def mcnemar(num_lost: int, num_won: int) -> float:
     return float(binomtest(num_lost, num_lost + num_won).pvalue) if num_lost + num_won else 1.0
 
 
-# -- Verdicts ----------------------------------------------------------------------------------------------------
-
-
 def p_above(estimate: Estimate, bound: float) -> float | None:
     """One-sided p-value of "the true value is at most `bound`"; None without an interval.
 
@@ -83,9 +78,6 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     scaled = (min(1.0, (len(order) - step) * p_values[at]) for step, at in enumerate(order))
     by_place = dict(zip(order, accumulate(scaled, max), strict=True))
     return tuple(by_place[at] for at in range(len(p_values)))
-
-
-# -- Sample sizes ------------------------------------------------------------------------------------------------
 
 
 def num_needed(estimate: Estimate, margin: float) -> int | None:

@@ -33,7 +33,7 @@ from typing import Any
 from harness.errors import UserError
 from harness.record import stats
 from harness.record.run import Record, Skipped
-from harness.report import columns, fidelity_tables, gate, runs, task_tables
+from harness.report import columns, gate, quality_tables, runs, task_tables
 from harness.report.numbers import format_estimate
 from harness.suite.metrics import METRICS
 from harness.suite.names import NOISE, SOURCE
@@ -171,8 +171,8 @@ def _near(facts: _Facts, claim: Claim) -> list[_Finding]:
 
 def _at_noise(facts: _Facts, claim: Claim) -> list[_Finding]:
     found = facts.newest("fidelity")
-    floor = fidelity_tables.noise_floor(found, found[claim.variant]) if claim.variant in found else None
-    log_ppl_nats = fidelity_tables.log_ppl_floor(found, facts.perplexities)
+    floor = quality_tables.noise_floor(found, found[claim.variant]) if claim.variant in found else None
+    log_ppl_nats = quality_tables.log_ppl_floor(found, facts.perplexities)
     if floor is None or log_ppl_nats is None:
         missing = f"there is no record of {claim.variant} in [fidelity] with the source beside itself"
         return [_Finding(False, f"{missing}: run `nox -s fidelity`")]

@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.record.run import Record
 from harness.record.stats import Estimate
-from harness.report import build_tables, fidelity_tables, figure_data, runs, speed_tables
+from harness.report import build_tables, figure_data, quality_tables, runs, speed_tables
 from harness.report.evidence import Evidence
 from harness.report.tables import cell_text
 from harness.suite.names import NOISE, SOURCE, row_parts
@@ -71,7 +71,7 @@ def _divergence(evidence: Evidence) -> figure_data.Divergence | None:
         if num_bytes is None:
             refused[variant] = "no record of its build"
             continue
-        floor = fidelity_tables.noise_floor(evidence.records["fidelity"], records[variant])
+        floor = quality_tables.noise_floor(evidence.records["fidelity"], records[variant])
         floors.append(floor.kl_nats if floor else 0.0)
         points.append(figure_data.SizePoint(variant, looks[variant], num_bytes, kl))
     if not points:
@@ -100,7 +100,7 @@ def _losses(evidence: Evidence) -> figure_data.Forest | None:
         marks = tuple(mark(row, "kl_log_ppl") for row in rows)
         groups.append(figure_data.MarkGroup(f"fidelity{told}, per token", marks))
     groups = [group for group in groups if any(mark.value for mark in group.marks)]
-    floor = fidelity_tables.log_ppl_floor(evidence.records["fidelity"], evidence.perplexities)
+    floor = quality_tables.log_ppl_floor(evidence.records["fidelity"], evidence.perplexities)
     return figure_data.Forest(tuple(groups), floor or None) if groups else None
 
 

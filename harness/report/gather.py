@@ -4,15 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from harness.record.run import Record
-from harness.report import (
-    build_tables,
-    fidelity_tables,
-    perplexity_tables,
-    runs,
-    sensitivity_tables,
-    speed_tables,
-    task_tables,
-)
+from harness.report import build_tables, quality_tables, runs, speed_tables, task_tables
 from harness.report.evidence import MEASURES, OTHERS, Evidence
 from harness.report.figures import plotted_by_name
 from harness.report.tables import Table, table_of
@@ -40,12 +32,12 @@ def gather(suite: Suite, records: Sequence[Record], results_dir: str, repo: str 
         "sizes": build_tables.sizing_table(chosen["build"]),
         "roundtrip": build_tables.roundtrip_table(chosen["verify"]),
         "findings": build_tables.finding_table(chosen["verify"]),
-        "sensitivity": sensitivity_tables.sensitivity_table(chosen["sensitivity"]),
-        "perplexity": perplexity_tables.perplexity_table(
-            perplexities, fidelity_tables.log_ppl_floor(chosen["fidelity"], perplexities)
+        "sensitivity": quality_tables.sensitivity_table(chosen["sensitivity"]),
+        "perplexity": quality_tables.perplexity_table(
+            perplexities, quality_tables.log_ppl_floor(chosen["fidelity"], perplexities)
         ),
-        "fidelity": fidelity_tables.divergence_table(chosen["fidelity"]),
-        "bands": fidelity_tables.band_table(chosen["fidelity"]),
+        "fidelity": quality_tables.divergence_table(chosen["fidelity"]),
+        "bands": quality_tables.band_table(chosen["fidelity"]),
         "decode": speed_tables.decode_table(chosen["bench"], versus),
         "prefill": speed_tables.prefill_table(chosen["bench"], versus),
         "kernels": speed_tables.kernel_table(chosen["bench"]),

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from harness.formats.names import KEPT
 from harness.record.stats import RESAMPLES
-from harness.report import columns, pieces, sensitivity_tables, speed_tables
+from harness.report import columns, pieces, quality_tables, speed_tables
 from harness.report.evidence import Evidence
 from harness.report.numbers import format_bytes
 from harness.suite.names import NOISE, SOURCE, row_name
@@ -52,7 +52,7 @@ def _known(evidence: Evidence, link: pieces.Link) -> dict[str, Any]:
         "no_record": partial(pieces.no_record, evidence),
         **{function.__name__.lstrip("_"): partial(function, evidence, link) for function in of_page},
         "speed_tables": speed_tables,
-        "sensitivity_words": sensitivity_tables.sensitivity_words,
+        "sensitivity_words": quality_tables.sensitivity_words,
         "commands_by_commit": _commands_by_commit(evidence),
         "has_noise": any(row in NOISE for row in records["fidelity"]),
         "remade_variants": _remade_variants(evidence),

@@ -11,7 +11,7 @@ from harness.demo import checkpoint_path
 from harness.engines.protocol import open_engine
 from harness.job import Job
 from harness.measure import fidelity as divergence
-from harness.report import fidelity_tables
+from harness.report import quality_tables
 from harness.resolve import suite_source
 from harness.suite.load import load
 from harness.suite.schema import Suite
@@ -43,7 +43,7 @@ def test_a_variant_in_vllm_is_compared_with_a_pack_and_its_divergence_is_above_t
     measured = compare_with_source(job, fidelity_work(job, None), LIMIT)
     assert measured.failures == {}
     assert list(measured.records) == ["w4a4", "noise-restart", "noise-batch", "noise-engine"]
-    kl = {row: fidelity_tables.mean_kl(record).value for row, record in measured.records.items()}
+    kl = {row: quality_tables.mean_kl(record).value for row, record in measured.records.items()}
     assert kl["noise-restart"] < 1e-6, "vLLM computes the same after a restart"
     assert kl["noise-batch"] < kl["w4a4"]
     assert 0 < kl["noise-engine"] < kl["w4a4"]
