@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harness.formats import nvfp4
 from harness.formats.format import ABSMAX, SEARCH, WEIGHTED_SEARCH
-from harness.formats.nvfp4 import block_scales
+from harness.formats.nvfp4 import NVFP4A16
 
 GRID = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 CODES = torch.arange(1, 127, dtype=torch.uint8)
@@ -64,7 +64,7 @@ def matrices(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 @given(matrices())
 def test_the_search_finds_the_least_error_of_all_126_scales(matrix: tuple[Tensor, Tensor]) -> None:
     w, global_scale = matrix
-    error = error_of(w, global_scale, block_scales(w, global_scale, SEARCH))
+    error = error_of(w, global_scale, NVFP4A16.choose_scales(w, global_scale, SEARCH))
     least = errors_of_all(w, global_scale).amin(0)
     assert not_above(error, least, w)
 
@@ -77,7 +77,7 @@ def test_the_weighted_search_finds_the_least_weighted_error_around_the_largest_m
     w, global_scale = matrix
     generator = torch.Generator().manual_seed(seed)
     importance = torch.exp(spread * torch.randn(w.shape[1], generator=generator))
-    error = error_of(w, global_scale, block_scales(w, global_scale, WEIGHTED_SEARCH, importance), importance)
+    error = error_of(w, global_scale, NVFP4A16.choose_scales(w, global_scale, WEIGHTED_SEARCH, importance), importance)
     largest = w.view(-1, 16).abs().amax(1) * global_scale / 6
     nearest = largest.clamp(max=448).to(torch.float8_e4m3fn).view(torch.uint8).int()
     candidate = (CODES[:, None] >= (nearest - 3).clamp(1, 126)) & (CODES[:, None] <= (nearest + 7).clamp(1, 126))
@@ -89,8 +89,8 @@ def test_the_weighted_search_finds_the_least_weighted_error_around_the_largest_m
 @given(matrices())
 def test_no_block_comes_out_worse_than_by_its_largest_magnitude(matrix: tuple[Tensor, Tensor]) -> None:
     w, global_scale = matrix
-    searched = error_of(w, global_scale, block_scales(w, global_scale, SEARCH))
-    absmax = error_of(w, global_scale, block_scales(w, global_scale, ABSMAX))
+    searched = error_of(w, global_scale, NVFP4A16.choose_scales(w, global_scale, SEARCH))
+    absmax = error_of(w, global_scale, NVFP4A16.choose_scales(w, global_scale, ABSMAX))
     assert not_above(searched, absmax, w)
 
 
@@ -98,7 +98,9 @@ def test_the_search_gains_about_a_quarter_on_gaussian_weights() -> None:
     """Published for an exact search (ScaleSweep, arXiv 2606.07618) and measured elsewhere: -27 %."""
     w = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
     global_scale = nvfp4.global_encode_scale(w.abs().max())
-    searched, absmax = (error_of(w, global_scale, block_scales(w, global_scale, how)).sum() for how in (SEARCH, ABSMAX))
+    searched, absmax = (
+        error_of(w, global_scale, NVFP4A16.choose_scales(w, global_scale, how)).sum() for how in (SEARCH, ABSMAX)
+    )
     assert 0.70 < searched / absmax < 0.78
 
 
@@ -106,7 +108,7 @@ def test_the_search_gains_about_a_quarter_on_gaussian_weights() -> None:
 def test_a_block_of_zeros_takes_the_formats_own_scale(method: str) -> None:
     w = torch.zeros(2, 32)
     w[1, 20] = -3.0
-    scales = block_scales(w, torch.tensor([896.0]), method, torch.ones(32)).float()
+    scales = NVFP4A16.choose_scales(w, torch.tensor([896.0]), method, torch.ones(32)).float()
     assert scales[0].tolist() == [0.125, 0.125]
     assert scales[1, 0] == 0.125
     assert scales[1, 1] > 1
@@ -117,8 +119,8 @@ def test_a_block_whose_inputs_have_no_importance_is_searched_unweighted() -> Non
     w, importance = torch.randn(40, 48, generator=generator), torch.rand(48, generator=generator)
     importance[16:32] = 0
     global_scale = nvfp4.global_encode_scale(w.abs().max())
-    weighted = block_scales(w, global_scale, WEIGHTED_SEARCH, importance).view(torch.uint8)
-    plain = block_scales(w, global_scale, SEARCH).view(torch.uint8)
+    weighted = NVFP4A16.choose_scales(w, global_scale, WEIGHTED_SEARCH, importance).view(torch.uint8)
+    plain = NVFP4A16.choose_scales(w, global_scale, SEARCH).view(torch.uint8)
     assert torch.equal(weighted[:, 1], plain[:, 1])
     assert not torch.equal(weighted[:, 0], plain[:, 0])
 
@@ -127,24 +129,24 @@ def test_a_global_scale_a_row_is_each_rows_own() -> None:
     w = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)) * 10.0 ** torch.arange(-4, 5).view(-1, 1)
     scales = 2688 / w.abs().amax(1, keepdim=True)
     for method in (ABSMAX, SEARCH):
-        together = block_scales(w, scales, method)
-        alone = torch.cat([block_scales(w[row : row + 1], scales[row], method) for row in range(9)])
+        together = NVFP4A16.choose_scales(w, scales, method)
+        alone = torch.cat([NVFP4A16.choose_scales(w[row : row + 1], scales[row], method) for row in range(9)])
         assert torch.equal(together.view(torch.uint8), alone.view(torch.uint8))
 
 
 def test_a_long_matrix_is_searched_in_pieces_with_the_same_result() -> None:
     w = torch.randn(300, 2048, generator=torch.Generator().manual_seed(2))  # more than two pieces of 2^18
     global_scale = nvfp4.global_encode_scale(w.abs().max())
-    whole = block_scales(w, global_scale, SEARCH)
-    rows = torch.cat([block_scales(row.unsqueeze(0), global_scale, SEARCH) for row in w[::37]])
+    whole = NVFP4A16.choose_scales(w, global_scale, SEARCH)
+    rows = torch.cat([NVFP4A16.choose_scales(row.unsqueeze(0), global_scale, SEARCH) for row in w[::37]])
     assert torch.equal(whole[::37].view(torch.uint8), rows.view(torch.uint8))
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_weights_at_the_ends_of_float32_are_searched_like_others(size: float) -> None:
     w = torch.randn(8, 64, generator=torch.Generator().manual_seed(4))
-    expected = block_scales(w, nvfp4.global_encode_scale(w.abs().max()), SEARCH)
+    expected = NVFP4A16.choose_scales(w, nvfp4.global_encode_scale(w.abs().max()), SEARCH)
     w = w * size
     error = error_of(w, global_scale := nvfp4.global_encode_scale(w.abs().max()), expected)
-    found = error_of(w, global_scale, block_scales(w, global_scale, SEARCH))
+    found = error_of(w, global_scale, NVFP4A16.choose_scales(w, global_scale, SEARCH))
     assert (found <= error * (1 + 1e-3)).all()

@@ -171,25 +171,6 @@ def decode(packed: Tensor, scales: Tensor, global_scale: Tensor, dtype: torch.dt
     return (values * (scales.float() / global_scale).unsqueeze(-1)).flatten(-2).to(dtype or torch.bfloat16)
 
 
-def block_scales(w: Tensor, global_scale: Tensor, method: str, importance: Tensor | None = None) -> Tensor:
-    """Block scales `[rows, in/16]` float8_e4m3fn of `w [rows, in]` under `global_scale` (`[1]`, or `[rows, 1]`).
-    `importance [in]` is the second moment of every input (`weighted-search` only); a block all of whose inputs have
-    none is searched unweighted, since otherwise any scale would do."""
-    import torch
-
-    rows, width = w.shape
-    if method == ABSMAX:
-        return absmax_block_scales(w, global_scale)
-    weights = None
-    if method == WEIGHTED_SEARCH and importance is not None:
-        weights = importance.float().view(-1, BLOCK)
-        weights = torch.where(weights.amax(1, keepdim=True) > 0, weights, torch.ones_like(weights)).T  # [16, in/16]
-    x = w.float().abs().view(rows, -1, BLOCK).permute(2, 0, 1).reshape(BLOCK, -1)
-    per_block = global_scale.view(-1, 1).expand(rows, width // BLOCK).reshape(-1)
-    codes = _search(x, per_block, None if weights is None else weights.repeat(1, rows))
-    return codes.view(torch.float8_e4m3fn).view(rows, -1)
-
-
 def _search(x: Tensor, global_scale: Tensor, weights: Tensor | None) -> Tensor:
     """The codes `[blocks]` uint8 of the best scales for magnitudes `x [16, blocks]`."""
     import torch
@@ -256,14 +237,29 @@ class Nvfp4(Format):
         return (*tensors, StoredTensor("input_global_scale", "F32", (1,))) if self.needs_calibration else tensors
 
     def shared_scale(self, amax: Tensor) -> Tensor:
-        """The divisor `weight_global_scale`."""
+        """The divisor `weight_global_scale`, or `input_global_scale`."""
         return global_encode_scale(amax)
+
+    input_scale = shared_scale
 
     def choose_scales(
         self, w: Tensor, shared: Tensor, method: str = ABSMAX, importance: Tensor | None = None
     ) -> Tensor:
-        """Block scales `[rows, in/16]` float8_e4m3fn."""
-        return block_scales(w, shared, method, importance)
+        """Block scales `[rows, in/16]` float8_e4m3fn. A block all of whose inputs have no second moment is searched
+        unweighted, since otherwise any scale would do."""
+        import torch
+
+        rows, width = w.shape
+        if method == ABSMAX:
+            return absmax_block_scales(w, shared)
+        weights = None
+        if method == WEIGHTED_SEARCH and importance is not None:
+            weights = importance.float().view(-1, BLOCK)
+            weights = torch.where(weights.amax(1, keepdim=True) > 0, weights, torch.ones_like(weights)).T  # [16, in/16]
+        x = w.float().abs().view(rows, -1, BLOCK).permute(2, 0, 1).reshape(BLOCK, -1)
+        per_block = shared.view(-1, 1).expand(rows, width // BLOCK).reshape(-1)
+        codes = _search(x, per_block, None if weights is None else weights.repeat(1, rows))
+        return codes.view(torch.float8_e4m3fn).view(rows, -1)
 
     def encode(self, w: Tensor, scales: Tensor, shared: Tensor) -> Tensor:
         """E2M1 codes, uint8."""
@@ -316,10 +312,6 @@ class Nvfp4(Format):
         """See `Format`; without codes in between, which gives the same numbers sooner."""
         w = w.float()
         return fake_quantize(w, global_encode_scale(w.abs().amax()))
-
-    def input_scale(self, amax: Tensor) -> Tensor:
-        """The divisor `input_global_scale`."""
-        return global_encode_scale(amax)
 
     def rounding(self, input_scale: Tensor | None = None) -> Rounding | None:
         """With block scales in compressed-tensors' order of operations."""

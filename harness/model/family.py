@@ -86,12 +86,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """The names around the routed experts of a layer.
-
-    `module` holds them; `router` stands beside it. Of the 3-D parameters, `gate_up [E, 2I, H]` has the rows of `gate`
-    and `up` one after another, and `down` is `[E, H, I]`; one by one an expert has the matrices `gate`, `up` and
-    `down`. `fused` is what vLLM makes of gate and up.
-    """
+    """The names around the routed experts of a layer: `module` holds them, and `router` stands beside it. Of the 3-D
+    parameters, `gate_up [E, 2I, H]` has the rows of `gate` and `up`, and `down` is `[E, H, I]`. Stored one by one, an
+    expert has the matrices `gate`, `up` and `down`. `fused` is what vLLM makes of gate and up."""
 
     module: str
     router: str
