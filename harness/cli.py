@@ -4,12 +4,13 @@ Exit codes: 0 good, 1 findings, a failed gate or a stale report, 2 the user's er
 gate that cannot tell, 130 interrupted.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-from harness.commands import command_named
-from harness.commands.grammar import parser
+from harness import __version__
+from harness.commands import SUBCOMMANDS, command_named
 from harness.errors import UserError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(given).parse_args(given)
     try:
         _keep_freed_memory()
-        code = command_named(options.command)(options, given)
+        code = command_named(options.command).run(options, given)
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -47,6 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"harness: {place}{error.strerror or error}.\n  Check the path, its rights and the disk.", file=sys.stderr
         )
         return 2
+
+
+def parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The grammar of a command line: a sentence for every subcommand, and the arguments of the subcommand that the line
+    begins with."""
+    top = argparse.ArgumentParser(
+        prog="harness", description="Build, verify, measure and report NVFP4 variants of hybrid DeltaNet models."
+    )
+    top.add_argument("--version", action="version", version=f"harness {__version__}")
+    subcommands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, sentence in SUBCOMMANDS.items():
+        subcommand = subcommands.add_parser(name, help=sentence, description=sentence)
+        if name in given[:1]:
+            command_named(name).add_arguments(subcommand)
+    return top
 
 
 def _keep_freed_memory() -> None:

@@ -16,8 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harness import serve
-from harness.cli import main
-from harness.commands.grammar import parser
+from harness.cli import main, parser
 from harness.errors import UserError
 from harness.model.family import ModelConfig
 from harness.quantize.plan import Plan

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.commands import command_named
-from harness.commands.grammar import tables
+from harness.commands import SUBCOMMANDS, command_named
 from studies.startup.__main__ import Compared, Timed, cpu_seconds, rows
 
 ROOT = Path(__file__).parents[1]
-SUBCOMMANDS = tables()["commands"]
 HEAVY = {
     *("torch", "transformers", "datasets", "lm_eval", "huggingface_hub", "safetensors", "compressed_tensors"),
     *("pandas", "scipy", "numpy", "matplotlib", "pydantic", "jinja2", "markdown_it", "rich", "tabulate"),
@@ -79,8 +77,8 @@ def test_a_plan_and_an_unknown_recipe_need_no_torch() -> None:
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_every_subcommand_has_a_sentence_and_a_module(name: str) -> None:
-    assert SUBCOMMANDS[name]["sentence"].endswith(".")
-    assert callable(command_named(name))
+    assert SUBCOMMANDS[name].endswith(".")
+    assert callable(command_named(name).run)
 
 
 def test_the_study_times_a_process_and_compares_rounds() -> None:

@@ -1,22 +1,35 @@
 """`harness bench`: decode and prefill times of every model, each in several engine starts."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness import resolve
-from harness.commands.shared import measuring_job, print_measured, print_models
-from harness.engines.protocol import Engine, EngineDied
+from harness.commands.shared import MEASURING, add_shared, measuring_job, print_measured, print_models
 from harness.errors import UserError
-from harness.job import Job, Measured, Model, Work, failure_in
-from harness.measure import decode
-from harness.measure.decode import COHERENCE_TOKENS, Shape
-from harness.record.run import Record
-from harness.record.store import RunWriter, read
 from harness.suite.names import SOURCE
-from harness.suite.schema import Bench, EngineOptions
+
+if TYPE_CHECKING:
+    from harness.engines.protocol import Engine
+    from harness.job import Job, Measured, Model, Work
+    from harness.measure.decode import Shape
+    from harness.record.run import Record
+    from harness.record.store import RunWriter
+    from harness.suite.schema import Bench
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of a measure, and the server."""
+    add = parser.add_argument
+    add(
+        "--server",
+        metavar="URL",
+        help="measure the running OpenAI-compatible server at this URL, which serves the one --variant",
+    )
+    add_shared(parser, *MEASURING)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -46,6 +59,10 @@ def _tables(job: Job, records: Mapping[str, Record]) -> list[Any]:
 def _prepared(job: Job, names: Sequence[str] | None) -> Work:
     """The source and the variants that speed is measured of, built where missing, and the text's token ids. `UserError`
     for a suite that cannot be measured, before anything is built for it."""
+    from harness import resolve
+    from harness.job import Work
+    from harness.measure.decode import COHERENCE_TOKENS
+
     suite = job.suite
     variants = resolve.chosen_variants(suite, names, with_source=True)
     resolve.check_engine(suite)
@@ -62,6 +79,10 @@ def _prepared(job: Job, names: Sequence[str] | None) -> Work:
 
 def _prepared_server(job: Job, variant: str) -> tuple[Job, Work]:
     """The job and the work of measuring a running server, which serves `variant` by its owner's word."""
+    from harness import resolve
+    from harness.job import Model, Work
+    from harness.suite.schema import EngineOptions
+
     resolve.chosen_variants(job.suite, [variant], with_source=True)
     bench, ids, dataset = _text(job)
     suite = replace(job.suite, engine=EngineOptions("server"), bench=replace(bench, starts=1))
@@ -70,6 +91,10 @@ def _prepared_server(job: Job, variant: str) -> tuple[Job, Work]:
 
 def _text(job: Job) -> tuple[Bench, list[int], dict[str, Any]]:
     """The suite's [bench] table, and the token ids of its text; `UserError` for a text that is too short."""
+    from harness import resolve
+    from harness.measure import decode
+    from harness.measure.decode import COHERENCE_TOKENS
+
     bench = resolve.required(job.suite, "bench", job.suite.bench)
     ids, dataset = resolve.tokenized(job.suite, bench.text)
     for shape in _shapes(bench):
@@ -80,6 +105,8 @@ def _text(job: Job) -> tuple[Bench, list[int], dict[str, Any]]:
 
 def _shapes(bench: Bench) -> list[Shape]:
     """What is timed, in the order in which it is."""
+    from harness.measure.decode import Shape
+
     shapes = [
         Shape("prefill", 1, bench.prefill_tokens, 1),
         *(Shape("decode", batch, bench.prompt_tokens, bench.new_tokens) for batch in bench.batch_sizes),
@@ -91,12 +118,18 @@ def _shapes(bench: Bench) -> list[Shape]:
 
 def _depths(bench: Bench) -> list[int]:
     """The prompt lengths after which a model must be coherent: what corrupts a cache may show only after a while."""
+    from harness.measure.decode import COHERENCE_TOKENS
+
     return [COHERENCE_TOKENS, *(depth for depth in bench.depths or () if depth > COHERENCE_TOKENS)]
 
 
 def _measured(job: Job, work: Work, limit: int | None) -> Measured:
     """Decode and prefill times. The engine is started anew for every variant and round, and the order of the variants
     turns round after each (A B, B A, …), so that a machine that slows down slows all of them alike."""
+    from harness.job import Measured, failure_in
+    from harness.measure import decode
+    from harness.record.store import RunWriter, read
+
     bench = job.suite.bench
     assert bench is not None
     shapes = _shapes(bench)
@@ -141,6 +174,10 @@ def _measured(job: Job, work: Work, limit: int | None) -> Measured:
 
 def _coherent(job: Job, engine: Engine, work: Work, model: Model, prompt_tokens: int) -> dict[str, Any]:
     """The sample of the check that comes before any speed; `EngineDied` where the model writes gibberish."""
+    from harness import resolve
+    from harness.engines.protocol import EngineDied
+    from harness.measure import decode
+
     sample = decode.coherence(engine, work.ids, resolve.source_config(job.source).vocab_size, prompt_tokens)
     accepted = sample["acceptance_share"]
     if accepted is not None and accepted < decode.LEAST_ACCEPTANCE:

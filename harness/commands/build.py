@@ -2,14 +2,25 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from harness.commands.shared import open_job, print_json, progress_bars
+from harness.commands.shared import JOB, add_shared, open_job, print_json, progress_bars
 from harness.errors import UserError
 from harness.quantize.artifact import Artifact
 from harness.quantize.recipes import recipe_named
 from harness.report.numbers import format_bytes
 from harness.resolve import chosen_variants, find_source, read_calibration
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the source and its recipe, or a suite and its variants."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", nargs="?", help="build from this checkpoint: a folder, a hub id or demo:dense")
+    add("--recipe", metavar="NAME", help="with SOURCE: the recipe to build by")
+    add("--out", type=Path, metavar="DIR", help="with SOURCE: the new folder")
+    add("--calibration", type=Path, metavar="FILE", help="with SOURCE: a TOML file that names calibration samples")
+    add_shared(parser, "--scales", "--codes", "--variant", *JOB)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

@@ -5,28 +5,34 @@ engine that serves holds one model: each variant is compared with a pack of the 
 source beside itself (in a second pass or after a restart, in another batch, on another engine) is the noise floor.
 """
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.commands.shared import measuring_job, print_measured, print_models, stored_noise
-from harness.engines.protocol import Top
+from harness.commands.shared import MEASURING, add_shared, measuring_job, print_measured, print_models, stored_noise
 from harness.errors import UserError
-from harness.job import Job, Measured, Model, Work
-from harness.measure import fidelity
-from harness.measure.packs import Pack, pack_of
-from harness.record import store
-from harness.resolve import check_engine, check_lengths, chosen_setups, chosen_variants, required, tokenized
 from harness.suite.names import NOISE, SOURCE
-from harness.suite.schema import Fidelity, Suite
+
+if TYPE_CHECKING:
+    from harness.engines.protocol import Top
+    from harness.job import Job, Measured, Model, Work
+    from harness.measure.packs import Pack
+    from harness.suite.schema import Fidelity, Suite
 
 _PACKS, _SCRATCH = ".packs", ".streamed"  # beside the artifacts; no variant can be called so
 _RESTART, _BATCH, _ENGINE = NOISE
 _TOGETHER = ("torch", "streamed")
 _WHOLE = "whole vocabulary"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of a measure."""
+    add_shared(parser, *MEASURING)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -48,6 +54,9 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
 def fidelity_work(job: Job, names: Sequence[str] | None) -> Work:
     """The source, then the variants and setups to be compared with it, built where missing, and the text's token ids.
     `UserError` for a suite that cannot be measured, before anything is built for it."""
+    from harness.job import Work
+    from harness.resolve import check_engine, check_lengths, chosen_setups, chosen_variants, required, tokenized
+
     suite, wanted = job.suite, required(job.suite, "fidelity", job.suite.fidelity)
     variants = chosen_variants(suite, names, with_source=True)
     check_engine(suite)
@@ -75,6 +84,8 @@ def fidelity_work(job: Job, names: Sequence[str] | None) -> Work:
 
 def _check_noise(suite: Suite, wanted: Fidelity) -> None:
     """`UserError` for noise that would be none, or that nothing here can measure."""
+    from harness.resolve import check_engine
+
     if wanted.noise_batch_size == wanted.batch_size:
         raise UserError(
             f"Suite '{suite.name}' has noise_batch_size = batch_size = {wanted.batch_size} in [fidelity].",
@@ -103,6 +114,8 @@ def disjoint_windows(ids: Sequence[int], window: int) -> list[list[int]]:
 
 def compare_with_source(job: Job, work: Work, limit: int | None) -> Measured:
     """One run a row, all on the same windows; `limit` keeps the first of them."""
+    from harness.job import Measured
+
     wanted = _wanted(job)
     windows = disjoint_windows(work.ids, wanted.window)[:limit]
     measured = Measured()
@@ -128,6 +141,8 @@ def _batch_size(wanted: Fidelity, model: Model) -> int:
 def _together(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: Measured) -> None:
     """All models side by side through one pass over the layers, and the source's noise in passes of its own."""
     from harness.engines.streamed import HIDDEN_BYTES, Streamed
+    from harness.measure import fidelity
+    from harness.record import store
 
     wanted, engine = _wanted(job), job.suite.engine
     source, *others = (model for model in work.models if model.variant != _ENGINE)
@@ -164,6 +179,8 @@ def _together(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: 
 
 def _one_after_another(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: Measured) -> None:
     """Every model in an engine of its own, compared with what the source's pack holds."""
+    from harness.measure import fidelity
+
     source, *others = (model for model in work.models if model.variant != _ENGINE)
     with job.noted_failures("fidelity", fidelity.VERSION, source, work.dataset, measured.failures):
         pack = _pack(job, work, source, windows)
@@ -193,6 +210,8 @@ def _compare_one(
     measured: Measured,
 ) -> None:
 
+    from harness.measure import fidelity
+
     with (
         job.noted_failures("fidelity", fidelity.VERSION, model, work.dataset, measured.failures),
         job.engine(model, "score") as engine,
@@ -211,6 +230,9 @@ def _compare_one(
 
 def _pack(job: Job, work: Work, source: Model, windows: Sequence[Sequence[int]]) -> Pack:
     """What the source predicts on the suite's engine: built once, kept beside the artifacts."""
+    from harness.measure import fidelity
+    from harness.measure.packs import pack_of
+
     wanted = _wanted(job)
     identity = {
         "measure_version": fidelity.VERSION,

@@ -7,12 +7,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.shared import load_suite, print_json, stored_records
+from harness.commands.shared import add_shared, load_suite, path_or_none, print_json, stored_records
 from harness.errors import UserError
 
 if TYPE_CHECKING:
     from harness.record.run import Record
     from harness.suite.schema import Suite
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the suite, the new records, the baselines, and where verdicts are written."""
+    add = parser.add_argument
+    add(
+        "--baselines",
+        type=Path,
+        metavar="DIR",
+        help="the folder whose baselines/ names the records to compare with (default: results)",
+    )
+    add("--junit", type=path_or_none, metavar="FILE", help="write the verdicts as JUnit XML, a test case for each rule")
+    add(
+        "--step-summary",
+        type=path_or_none,
+        metavar="FILE",
+        help='append the verdicts as Markdown, for example to "$GITHUB_STEP_SUMMARY"',
+    )
+    add("--update-baseline", action="store_true", help="judge nothing; make the newest records the baseline")
+    add("--reason", metavar="TEXT", help="with --update-baseline: why, which the baseline keeps")
+    add_shared(parser, "--suite", "--results", "--json")
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.shared import open_job, print_json
+from harness.commands.shared import JOB, add_shared, open_job, print_json, whole_number
 from harness.errors import UserError
 from harness.measure.vllm_bench import VERSION, BatchShape, read_vllm_bench
 from harness.record.run import Record
@@ -17,6 +17,34 @@ from harness.resolve import chosen_variants
 
 if TYPE_CHECKING:
     from harness.job import Job
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the file, and what it does not say: the variant, the machine, vLLM's release, the size of a batch."""
+    add = parser.add_argument
+    add("file", metavar="FILE", type=Path, help="the JSON that vllm bench serve, latency or throughput wrote")
+    add("--variant", metavar="NAME", required=True, help="the variant that was measured")
+    add("--machine", metavar="NAME", required=True, help="a name for the machine that measured it")
+    add("--vllm-version", metavar="X", default="unknown", help="vLLM's release on that machine (default: unknown)")
+    add(
+        "--batch",
+        type=whole_number,
+        metavar="N",
+        help="requests in a batch, for a file of vllm bench latency, which lacks it",
+    )
+    add(
+        "--prompt-tokens",
+        type=whole_number,
+        metavar="N",
+        help="tokens of a prompt, for a file of vllm bench latency, which lacks it",
+    )
+    add(
+        "--new-tokens",
+        type=whole_number,
+        metavar="N",
+        help="generated tokens of a request, for a file of vllm bench latency, which lacks it",
+    )
+    add_shared(parser, *JOB)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

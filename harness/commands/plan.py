@@ -5,13 +5,43 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from harness.commands.shared import format_table, print_json
+from harness.commands.shared import add_shared, format_table, positive_number, print_json, whole_number
 from harness.errors import UserError
 from harness.model.family import ModelConfig
 from harness.quantize.plan import COMPUTED_BYTES, CalibrationMemory, Plan, calibration_memory, check_memory
 from harness.quantize.recipes import Recipe, recipe_named
 from harness.report.numbers import format_bytes
 from harness.resolve import plan_source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, the recipe, and what calibration and the ceiling of speed depend on."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a checkpoint folder, a config.json, a hub id or demo:dense")
+    add("--revision", metavar="REV", help="the branch, tag or commit of a hub id")
+    add("--recipe", metavar="NAME", help="the recipe to plan (default: none, every tensor is kept)")
+    add(
+        "--batch-tokens",
+        type=whole_number,
+        default=8192,
+        metavar="N",
+        help="tokens in one forward pass of calibration (default: 8192)",
+    )
+    add(
+        "--hidden-gb",
+        type=positive_number,
+        default=4.0,
+        metavar="GB",
+        help="memory for calibration's hidden states; the rest lies on disk (default: 4)",
+    )
+    add("--memory-gb", type=positive_number, metavar="GB", help="refuse a calibration that needs more memory than this")
+    add(
+        "--bandwidth-gbs",
+        type=positive_number,
+        metavar="GB/S",
+        help="memory bandwidth in 10⁹ bytes per second; adds the ceiling of decode speed",
+    )
+    add_shared(parser, "--scales", "--codes", "--json")
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

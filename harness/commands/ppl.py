@@ -4,26 +4,32 @@ A run is one protocol on one model. Protocols that cut the text alike read the s
 the artifacts: a second protocol needs no model, and a command that was interrupted goes on at the window it was in.
 """
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness import resolve
-from harness.commands.shared import measuring_job, print_measured, print_models, stored_noise
-from harness.engines.protocol import Engine
+from harness.commands.shared import MEASURING, add_shared, measuring_job, print_measured, print_models, stored_noise
 from harness.errors import UserError
-from harness.job import Job, MeasuredByName, Model
-from harness.measure import perplexity
-from harness.measure.log_probs import LogProbs
-from harness.measure.perplexity import Protocol, Window
-from harness.record.run import Record, new_id
 from harness.suite.names import SOURCE
-from harness.suite.schema import Perplexity, Suite
+
+if TYPE_CHECKING:
+    from harness.engines.protocol import Engine
+    from harness.job import Job, MeasuredByName, Model
+    from harness.measure.perplexity import Protocol, Window
+    from harness.record.run import Record
+    from harness.suite.schema import Perplexity, Suite
 
 _STORED = ".log-probs"  # no variant can be called so
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of a measure that keeps what it computes."""
+    add_shared(parser, *MEASURING, "--fresh")
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -56,6 +62,7 @@ class _Reading:
     @property
     def what_is_read(self) -> tuple[str, str]:
         """Equal for readings that the same log-probabilities serve."""
+        from harness.measure import perplexity
 
         return self.dataset["token_ids_sha256"], perplexity.windows_digest(self.cut)
 
@@ -63,6 +70,8 @@ class _Reading:
 def _prepared(job: Job, names: Sequence[str] | None) -> tuple[list[Model], list[_Reading]]:
     """The source and the variants, built where missing, and the text by every protocol of the suite. `UserError` for a
     suite that cannot be measured or a text that is not the expected one, before anything is built."""
+    from harness import resolve
+
     resolve.check_engine(job.suite)
     suite, wanted = job.suite, resolve.required(job.suite, "ppl", job.suite.ppl)
     variants = resolve.chosen_variants(suite, names, with_source=True)
@@ -76,6 +85,8 @@ def _prepared(job: Job, names: Sequence[str] | None) -> tuple[list[Model], list[
 
 def _readings(suite: Suite, wanted: Perplexity) -> list[_Reading]:
 
+    from harness.measure import perplexity
+
     protocols = [perplexity.get_protocol(name) for name in wanted.protocols]
     readings = [
         _by_page(suite, wanted, protocol) if protocol.window is None else _by_window(suite, wanted, protocol)
@@ -88,13 +99,17 @@ def _readings(suite: Suite, wanted: Perplexity) -> list[_Reading]:
 
 def _by_window(suite: Suite, wanted: Perplexity, protocol: Protocol) -> _Reading:
 
+    from harness import resolve
+    from harness.measure import perplexity
+
     ids, dataset = resolve.tokenized(suite, wanted.text)
     cut, scored = (perplexity.windows(one, len(ids)) for one in (perplexity.whole(protocol), protocol))
     return _Reading(protocol, ids, cut, scored, dataset | _header(protocol, scored))
 
 
 def _by_page(suite: Suite, wanted: Perplexity, protocol: Protocol) -> _Reading:
-    from harness.measure import wikitext
+    from harness import resolve
+    from harness.measure import perplexity, wikitext
     from harness.measure.lm import Texts, rolling_window
 
     about, text = resolve.read_text(suite, wanted.text, as_lines=True)
@@ -142,6 +157,9 @@ def _measured(
 ) -> MeasuredByName:
     """One run a protocol and row. `limit` reads the first windows only; `fresh` forgets what earlier runs computed. An
     engine that dies takes its own row with it, and what it computed stays."""
+    from harness.job import MeasuredByName
+    from harness.measure import perplexity
+
     measured = MeasuredByName()
     for model in models:
         with job.noted_failures("ppl", perplexity.VERSION, model, None, measured.failures):
@@ -171,6 +189,10 @@ def _runs_alike(
     job: Job, model: Model, readings: Sequence[_Reading], start: Callable[[], Engine], limit: int | None, fresh: bool
 ) -> Iterator[tuple[str, Record]]:
     """The runs of one model by protocols that read the same; `start` gives the engine, which may not be needed."""
+    from harness.measure import perplexity
+    from harness.measure.log_probs import LogProbs
+    from harness.record.run import new_id
+
     assert job.suite.ppl is not None
     first, batch_size = readings[0], job.suite.ppl.batch_size
     token_ids, windows_digest = first.what_is_read

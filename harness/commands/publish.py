@@ -7,8 +7,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from harness.commands.shared import format_table, open_job, print_json, stored_records, suite_file
+from harness.commands.shared import JOB, add_shared, format_table, open_job, print_json, stored_records, suite_file
 from harness.report.numbers import format_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the variant, the repository, and how far to go."""
+    add = parser.add_argument
+    add("--variant", metavar="NAME", required=True, help="the variant to publish")
+    add("--repo", metavar="OWNER/NAME", required=True, help="the repository; a missing one is made, and made private")
+    add("--out", type=Path, metavar="DIR", help="the folder to assemble (default: publish/SUITE/VARIANT)")
+    add("--dry-run", action="store_true", help="upload nothing (an upload needs HF_TOKEN)")
+    add("--public", action="store_true", help="make a missing repository public, or upload to a public one")
+    add("--allow-inconclusive", action="store_true", help="publish although the gate cannot tell or cannot compare")
+    add_shared(parser, *JOB)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

@@ -3,9 +3,25 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
-from harness.commands.shared import format_table, print_findings, print_json, progress_bars
+from harness.commands.shared import add_shared, format_table, positive_number, print_findings, print_json, progress_bars
 from harness.resolve import find_source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the checkpoint, the new folder, and what repairing may cost."""
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=Path, help="the checkpoint to mend, which is only read")
+    add("out", metavar="OUT", type=Path, help="the new folder")
+    add("--source", metavar="SOURCE", help="the 16-bit checkpoint that missing tensors and tokenizer files come from")
+    add(
+        "--max-error",
+        type=positive_number,
+        metavar="X",
+        help="refuse to write where a shared scale costs a layer more than this share of its norm (default: 0.05)",
+    )
+    add_shared(parser, "--json")
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

@@ -5,14 +5,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.commands.shared import load_suite, print_json, stored_records
+from harness.commands.shared import add_shared, load_suite, print_json, stored_records
 from harness.errors import UserError
-from harness.report import blocks, card, claims
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the pages, and what may be replaced."""
+    add = parser.add_argument
+    add("pages", nargs="*", metavar="PAGE", help="Markdown files with marked tables (default: README.md if it exists)")
+    add("--check", action="store_true", help="write nothing; exit 1 if a file is stale")
+    add("--overwrite", action="store_true", help="also replace marked tables that were edited by hand")
+    add_shared(parser, "--suite", "--results", "--json")
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Writes the files that changed, or names those that are stale; returns 1 for stale files, for tables edited by
     hand and for claims without support."""
+    from harness.report import blocks, card, claims
+
     suite = load_suite(options)
     claims.check_words(suite)
     records, skipped = stored_records(options.results)

@@ -1,17 +1,25 @@
 """`harness sensitivity`: what each format would cost each projection of each layer."""
 
+from __future__ import annotations
+
 import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from harness.commands.shared import open_job, print_json
-from harness.job import Job, Model, fingerprint
-from harness.model.checkpoint import open_checkpoint
-from harness.record.run import Record
-from harness.resolve import required
+from harness.commands.shared import JOB, add_shared, open_job, print_json
 from harness.suite.names import SOURCE
+
+if TYPE_CHECKING:
+    from harness.job import Job
+    from harness.record.run import Record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the suite and the folders."""
+    add_shared(parser, *JOB)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -33,6 +41,10 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 def _measured(job: Job) -> Record:
     """What each format would cost each group of the source's layers, on the suite's calibration samples."""
+    from harness.job import Model, fingerprint
+    from harness.model.checkpoint import open_checkpoint
+    from harness.resolve import required
+
     required(job.suite, "calibration", job.suite.calibration)
 
     from harness.quantize import sensitivity

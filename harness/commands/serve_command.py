@@ -5,12 +5,44 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from harness import serve
-from harness.commands.shared import format_table, load_suite, print_json
+from harness.commands.shared import add_shared, format_table, load_suite, positive_number, print_json, whole_number
 from harness.errors import UserError
 from harness.model.families import role_is
 from harness.quantize.recipes import recipe_named
 from harness.report.numbers import format_bytes
 from harness.resolve import chosen_variants, plan_source, serving_footprint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the variant and the GPUs that serve it."""
+    add = parser.add_argument
+    with_images, without = serve.OVERHEAD_GB[True], serve.OVERHEAD_GB[False]
+    add("--variant", metavar="NAME", required=True, help="the variant to serve")
+    add("--gpu-memory", type=positive_number, metavar="GIB", required=True, help="the memory of one GPU, in GiB")
+    add("--gpus", type=whole_number, default=1, metavar="N", help="how many GPUs share every layer (default: 1)")
+    add(
+        "--utilization",
+        type=positive_number,
+        default=serve.UTILIZATION,
+        metavar="SHARE",
+        help=f"the share of the GPU's memory that vLLM may take (default: {serve.UTILIZATION:g})",
+    )
+    add(
+        "--users",
+        type=whole_number,
+        default=serve.USERS,
+        metavar="N",
+        help=f"how many requests run at the same time (default: {serve.USERS})",
+    )
+    add(
+        "--overhead-gb",
+        type=positive_number,
+        metavar="GB",
+        help=f"the memory that vLLM keeps for itself (default: {with_images:g}, without images {without:g})",
+    )
+    add("--mtp", type=whole_number, default=0, metavar="K", help="speculate K tokens with the MTP head (default: none)")
+    add("--no-images", action="store_true", help="serve text only, without the vision tower")
+    add_shared(parser, "--suite", "--artifacts", "--json")
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

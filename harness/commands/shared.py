@@ -30,6 +30,75 @@ _DEFAULT_SUITE = Path("suites/demo.toml")
 _MOST_FINDINGS = 20
 
 
+# -- Arguments -----------------------------------------------------------------------------------------------------
+
+
+def path_or_none(text: str) -> Path | None:
+    """A path; None for the empty text that an unset shell variable leaves."""
+    return Path(text) if text else None
+
+
+def positive_number(text: str) -> float:
+    """A finite number above zero."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def whole_number(text: str) -> int:
+    """An integer from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "--json": {"action": "store_true", "help": "print one JSON document on stdout, and nothing else there"},
+    "--suite": {
+        "metavar": "FILE",
+        "help": "the suite's TOML file (default: suites/demo.toml, or the embedded suite where that file is missing)",
+    },
+    "--variant": {"action": "append", "metavar": "NAME", "help": "only this variant of the suite (may be repeated)"},
+    "--artifacts": {
+        "type": Path,
+        "default": Path("artifacts"),
+        "metavar": "DIR",
+        "help": "the folder of the built variants (default: artifacts)",
+    },
+    "--results": {
+        "type": Path,
+        "default": Path("results"),
+        "metavar": "DIR",
+        "help": "the folder of the records (default: results)",
+    },
+    "--scales": {
+        "metavar": "METHOD",
+        "help": "choose scales by absmax, search or weighted-search, not as the recipe says",
+    },
+    "--codes": {"metavar": "METHOD", "help": "choose codes by rtn or gptq, not as the recipe says"},
+    "--engine": {"metavar": "NAME", "help": "the engine (default: the suite's)"},
+    "--dtype": {"metavar": "TYPE", "help": "the type of activations (default: the suite's)"},
+    "--limit": {
+        "type": whole_number,
+        "metavar": "N",
+        "help": "measure only the first N windows, repetitions or documents",
+    },
+    "--fresh": {"action": "store_true", "help": "compute everything again, also what earlier runs have kept"},
+}
+JOB = ("--suite", "--artifacts", "--results", "--json")
+"""The arguments that `open_job` needs, and `--json`."""
+MEASURING = ("--variant", *JOB, "--engine", "--dtype", "--limit")
+"""The arguments of every measure."""
+
+
+def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds arguments that several subcommands have."""
+    for name in names:
+        parser.add_argument(name, **_SHARED[name])
+
+
 # -- The suite and its job -----------------------------------------------------------------------------------------
 
 

@@ -12,23 +12,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness import demo
-from harness.commands.shared import measuring_job, print_measured, print_models
-from harness.engines.protocol import ENGINES
+from harness.commands.shared import MEASURING, add_shared, measuring_job, print_measured, print_models
 from harness.errors import UserError, did_you_mean
-from harness.job import Job, MeasuredByName, Model, failure_in
-from harness.measure.answers import Journal
-from harness.record.store import RunWriter, read
-from harness.resolve import DEMO, check_engine, chosen_setups, chosen_variants, max_length
 from harness.suite.names import SOURCE
-from harness.suite.schema import Suite, Task
-from harness.suite.values import as_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from harness.job import Job, MeasuredByName, Model
     from harness.measure.tasks import ReadyTask
+    from harness.suite.schema import Suite, Task
 
 _JOURNALS = ".answers"  # no variant can be called so
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of a measure, and the tasks."""
+    add = parser.add_argument
+    add("--task", action="append", metavar="NAME", help="only this task of the suite (may be repeated)")
+    add_shared(parser, *MEASURING, "--fresh")
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -67,6 +69,8 @@ class _Work:
 
 def _prepared(job: Job, variants: Sequence[str] | None, named_tasks: Sequence[str] | None) -> _Work:
     """The chosen tasks, ready to run, and the models, built where missing; before that `UserError` for a wrong task."""
+    from harness.resolve import check_engine, chosen_setups, chosen_variants, max_length
+
     suite = job.suite
     if not suite.tasks:
         raise UserError(f"Suite '{suite.name}' has no [tasks.NAME] table.", "Add one, or measure another suite.")
@@ -95,6 +99,8 @@ def _prepared(job: Job, variants: Sequence[str] | None, named_tasks: Sequence[st
 
 def _place(suite: Suite, task: Task) -> str | Path:
     """lm-eval's name of a task, or its file; as with sources, what is a file is told by how it is written."""
+    from harness.resolve import DEMO
+
     if task.task.startswith(DEMO):
         return demo.task_file(task.task.removeprefix(DEMO))
     return suite.path(task.task) if task.task.startswith((".", "/", "~")) else task.task
@@ -102,7 +108,10 @@ def _place(suite: Suite, task: Task) -> str | Path:
 
 def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> MeasuredByName:
     """One run a task and row. An engine that dies takes its own row with it, and what it answered stays."""
+    from harness.job import MeasuredByName, failure_in
     from harness.measure import tasks
+    from harness.measure.answers import Journal
+    from harness.record.store import RunWriter, read
 
     found = MeasuredByName()
     for model in work.models:
@@ -138,6 +147,8 @@ def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> Measu
 
 def _dataset(loaded: ReadyTask) -> dict[str, Any]:
     """What a run's header says of the task."""
+    from harness.suite.values import as_json
+
     return {
         "name": loaded.label,
         "num_docs": loaded.num_docs,
@@ -148,6 +159,7 @@ def _dataset(loaded: ReadyTask) -> dict[str, Any]:
 
 def _identity(model: Model, engine: Mapping[str, Any], loaded: ReadyTask) -> dict[str, Any]:
     """Whose answers a journal holds: this checkpoint's, by this engine, to this version of a task."""
+    from harness.engines.protocol import ENGINES
     from harness.measure.tasks import VERSION
 
     return {

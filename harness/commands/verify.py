@@ -5,15 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.shared import format_table, open_job, print_findings, print_json, progress_bars
+from harness.commands.shared import JOB, add_shared, format_table, open_job, print_findings, print_json, progress_bars
 from harness.errors import UserError
 from harness.resolve import chosen_variants, find_source
 
 if TYPE_CHECKING:
     from harness.audit.verify import Verification
     from harness.job import Job
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the checkpoint and its source, or a suite and its variants."""
+    add = parser.add_argument
+    add("folder", metavar="DIR", nargs="?", type=Path, help="the checkpoint to check (default: the suite's variants)")
+    add("--source", metavar="SOURCE", help="with DIR: the 16-bit checkpoint that it was made from, to compare with")
+    add_shared(parser, "--variant", *JOB)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

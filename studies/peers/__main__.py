@@ -10,7 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from harness.commands.grammar import whole_number
+from harness.commands.shared import whole_number
 from harness.errors import UserError, did_you_mean
 
 QUANTIZING = ("speed-a16", "speed-w4a4", "quality", "agreement")

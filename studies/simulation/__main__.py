@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from harness.commands.grammar import whole_number
+from harness.commands.shared import whole_number
 from harness.errors import UserError, did_you_mean
 from harness.record import stats, store
 from harness.report import card

@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.commands.grammar import whole_number
-from harness.commands.shared import format_table, print_json
+from harness.commands.shared import format_table, print_json, whole_number
 from harness.errors import UserError
 
 ROUNDS = 7
