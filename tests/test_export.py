@@ -21,7 +21,6 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from lm_eval.utils import make_table
 
 from harness.cli import main
 from harness.errors import UserError
@@ -30,7 +29,7 @@ from harness.record.store import read_all
 from harness.report import build_tables, gather
 from harness.report.columns import COLUMNS
 from harness.report.evidence import Evidence
-from harness.report.export import export, path_part, shared_files, variant_files
+from harness.report.export import csv_files, export, path_part, variant_files
 from harness.report.hub_scores import BENCHMARKS, eval_results, model_index
 from harness.suite.load import load
 from harness.suite.schema import Suite, Task, Variant
@@ -113,16 +112,6 @@ def gsm8k(variant: str, scores: Sequence[float], dataset: dict[str, Any] = GSM8K
     return tasks_record(variant, items, dataset=dataset, **header)
 
 
-EVERY = 20
-"""The lines of a file are made alike: one in so many is looked at."""
-
-
-def one_of(files: dict[str, bytes], pattern: str | re.Pattern[str]) -> bytes:
-    """The one file whose path matches."""
-    (found,) = [path for path in files if re.search(pattern, path)]
-    return files[found]
-
-
 def schema_and_documents(path: str, data: bytes) -> tuple[str, Iterable[Any]]:
     """Which schema an exported file has, and what in it must conform to it."""
     kind = PurePosixPath(path)
@@ -130,12 +119,8 @@ def schema_and_documents(path: str, data: bytes) -> tuple[str, Iterable[Any]]:
         return "eval_results", [yaml.safe_load(data)]
     if kind.name == "model-index.yaml":
         return "model_index", [yaml.safe_load(data)]
-    if kind.parts[0] == "csv":
-        return "csv", csv.DictReader(io.StringIO(data.decode()))
-    name = ("lm_eval_samples", "lm_eval_results")[kind.suffix == ".json"]
-    if kind.suffix == ".json":
-        return name, [json.loads(data)]
-    return name, map(json.loads, data.splitlines()[::EVERY])
+    assert kind.parts[0] == "csv"
+    return "csv", csv.DictReader(io.StringIO(data.decode()))
 
 
 def assert_conforming(files: dict[str, bytes]) -> set[str]:
@@ -203,7 +188,6 @@ def test_a_published_variant_is_called_by_its_repository_and_links_to_its_record
     assert entry.source_url == where and entry.source_name == f"nvfp4-harness, run {record.run.run_id}"
     name, (first, *_) = model_index_to_eval_results(yaml.safe_load(files["nvfp4a16/model-index.yaml"])["model-index"])
     assert name == "my-model" and first.source_url == where
-    assert json.loads(one_of(files, r"lm-eval/nvfp4a16/gsm8k/results_.*\.json$"))["model_name"] == "me/my-model"
 
 
 @pytest.mark.parametrize(
@@ -254,8 +238,6 @@ def test_a_groups_benchmark_is_the_groups_own_figure(suite: Suite) -> None:
     ((name, (entry,)),) = eval_results(of(suite, [record]), "w4a4").items()
     assert (name, entry["dataset"]["task_id"], entry["value"]) == ("mmlu_pro", "mmlu_pro", 50)
     assert "n = 4" in entry["notes"] and "standard error 30.00" in entry["notes"]
-    results = json.loads(one_of(export(of(suite, [record]), ["w4a4"]), "results_"))
-    assert list(results["groups"]) == ["mmlu_pro"] and set(results["versions"]) == set(dataset["tasks"])
 
 
 def test_the_benchmarks_are_tasks_that_lm_eval_has_on_those_datasets() -> None:
@@ -305,47 +287,22 @@ def test_a_score_over_repetitions_says_how_many_beside_its_items(suite: Suite) -
         assert words in eval_results(gathered, "w4a4")["gsm8k"][0]["notes"].split(", ")
 
 
-@pytest.mark.parametrize("name", ["nul", "com1", "v1.", "csv", "lm-eval", "x" * 99, "a"])
+@pytest.mark.parametrize("name", ["nul", "com1", "v1.", "csv", "x" * 99, "a"])
 def test_a_variants_own_files_are_those_of_its_folder_whatever_it_is_called(suite: Suite, name: str) -> None:
     named = replace(suite, variants={name: Variant("w4a4")})
     gathered = of(named, [gsm8k(name, [1, 0, 1, 1]), make_record("bench", name, prefills(0.5))])
-    own, shared = variant_files(gathered, name), shared_files(gathered, named.rows())
+    own, shared = variant_files(gathered, name), csv_files(gathered, named.rows())
     assert list(own) == [".eval_results/gsm8k.yaml", "model-index.yaml"]
     assert export(gathered, [name]) == shared | {f"{path_part(name)}/{path}": data for path, data in own.items()}
     assert "csv/prefill.csv" in shared
 
 
-# -- lm-eval ---------------------------------------------------------------------------------------------------------
-
-
-def test_lm_eval_prints_its_own_table_of_our_results(suite: Suite) -> None:
-    files = export(of(suite, [gsm8k("nvfp4a16", [1, 0, 1, 1])]), ["nvfp4a16"])
-    folder = "lm-eval/nvfp4a16/gsm8k"
-    document = json.loads(files[f"{folder}/results_2026-03-01T12-00-00.000000.json"])
-    table = make_table(document)
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert ["gsm8k", "3", "flexible-extract", "5", "exact_match", "↑", "0.75", "±", "0.25"] in cells
-    assert ["", "", "strict-match", "5", "exact_match", "↑", "0.75", "±", "0.25"] in cells
-    assert document["n-samples"] == {"gsm8k": {"original": 4, "effective": 4}}
-    assert document["n-shot"] == {"gsm8k": 5} and document["versions"] == {"gsm8k": 3.0}
-    samples = files[f"{folder}/samples_gsm8k_2026-03-01T12-00-00.000000.jsonl"]
-    lines = [json.loads(line) for line in samples.splitlines()]
-    strict = [line["exact_match"] for line in lines if line["filter"] == "strict-match"]
-    assert strict == [1, 0, 1, 1] and len(lines) == 8
-
-
-def test_what_lm_eval_has_no_error_for_says_so_in_its_words(suite: Suite) -> None:
-    record = tasks_record("w4a4", [choice(0, 1.0)])
-    document = json.loads(one_of(export(of(suite, [record]), ["w4a4"]), "results_"))
-    assert document["results"]["demo_arithmetic"]["acc_stderr,none"] == "N/A"
+# -- CSV -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_that_lm_eval_made_no_figure_of_is_in_no_format_of_scores(suite: Suite) -> None:
     files = export(of(suite, [tasks_record("w4a4", [choice(0, 1.0)], results=[])]), ["w4a4"])
     assert files and all(path.startswith("csv/") for path in files)
-
-
-# -- CSV -------------------------------------------------------------------------------------------------------------
 
 
 def test_pandas_reads_every_frame_back(suite: Suite) -> None:
@@ -436,11 +393,10 @@ def test_any_name_comes_back_from_every_format(suite: Suite, name: str) -> None:
     files = export(of(replace(suite, tasks={name: Task(task=name)}), [record]), ["w4a4"])
     assert_inside(files)
     read = [
-        *json.loads(one_of(files, "results_"))["results"],
         *(row["task"] for row in csv.DictReader(io.StringIO(files["csv/tasks.csv"].decode(), newline=""))),
         yaml.safe_load(files["w4a4/model-index.yaml"])["model-index"][0]["results"][0]["dataset"]["name"],
     ]
-    assert read == [name] * 3
+    assert read == [name] * 2
 
 
 @given(st.text(min_size=1).filter(lambda text: text.isprintable() or "\n" in text))
@@ -496,7 +452,6 @@ def test_only_the_wanted_variants_and_the_source_are_exported(suite: Suite) -> N
     assert not [path for path in files if "nvfp4a16" in path]
     wanted = {"source", "w4a4", "w4a4+mtp1"}
     assert {row["variant"] for row in csv.DictReader(io.StringIO(files["csv/tasks.csv"].decode()))} == wanted
-    assert {PurePosixPath(path).parts[1] for path in files if path.startswith("lm-eval/")} == wanted
     assert "csv/size.csv" not in files, "the build is of the other variant"
 
 

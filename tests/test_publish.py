@@ -158,7 +158,7 @@ def test_a_dry_run_of_the_embedded_suite_assembles_everything(rehearsed: tuple[P
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt"):
         assert found[name] == (demo.checkpoint_path("dense") / name).read_bytes()
     assert found["suite.toml"] == (ROOT / "suites/demo.toml").read_bytes()
-    records = {name for name in found if name.endswith(".jsonl") and not name.startswith("results/exports/")}
+    records = {name for name in found if name.endswith(".jsonl")}
     cited = set(re.findall(r"\]\((results/[^)]+\.jsonl)\)", found["README.md"].decode()))
     assert records == cited and len(cited) > 10
     assert all(found[name] == (ROOT / name).read_bytes() for name in records)

@@ -240,7 +240,7 @@ def _contents(artifact: _Artifact, evidence: Evidence) -> dict[str, bytes | Path
     _add(contents, {evidence.record_path(record): record.path for record in evidence.chosen}, "the records")
 
     (variant,) = evidence.suite.variants
-    exported = export.variant_files(evidence, variant) | export.shared_files(evidence, evidence.suite.rows())
+    exported = export.variant_files(evidence, variant) | export.csv_files(evidence, evidence.suite.rows())
     placed = {name if name.startswith(_EVAL_RESULTS) else f"{_EXPORTS}/{name}": data for name, data in exported.items()}
     _add(contents, placed, "the exports")
     return contents

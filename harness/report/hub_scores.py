@@ -12,16 +12,10 @@ from harness.record.run import Record
 from harness.record.stats import Estimate
 from harness.report import runs, task_tables
 from harness.report.evidence import Evidence
-from harness.suite.names import SOURCE, is_hub_id, row_parts
+from harness.suite.names import SOURCE, is_hub_id
 from harness.suite.schema import Suite
 
-HARNESS = "nvfp4-harness"
-"""The name that exports give the harness."""
-
 Json = dict[str, Any]
-
-
-# -- The names of models -----------------------------------------------------------------------------------------
 
 
 def base_model_of(suite: Suite) -> str | None:
@@ -29,30 +23,22 @@ def base_model_of(suite: Suite) -> str | None:
     return next((name for name in (suite.source.base_model, suite.source.location) if is_hub_id(name)), None)
 
 
-def model_id(evidence: Evidence, row: str) -> str:
-    """`owner/name` on the Hub of the source or of a published variant, else `<suite>/<variant>`; the same in every
-    setup."""
-    variant, _ = row_parts(row)
-    on_the_hub = base_model_of(evidence.suite) if variant == SOURCE else evidence.repo
-    return on_the_hub or f"{evidence.suite.name}/{variant}"
-
-
 # -- Scores ------------------------------------------------------------------------------------------------------
 
 
-def about_task(record: Record, task: str) -> Json:
+def _about_task(record: Record, task: str) -> Json:
     """What the header says of one of lm-eval's tasks: version, dataset, examples; nothing for a group."""
     about: Json = ((record.run.dataset or {}).get("tasks") or {}).get(task) or {}
     return about
 
 
-def settings_of(record: Record) -> Json:
+def _settings_of(record: Record) -> Json:
     """The suite's settings of a task: the keys of `suite.schema.Task`."""
     settings: Json = (record.run.dataset or {}).get("settings") or {}
     return settings
 
 
-def without_none(values: Mapping[str, Any]) -> Json:
+def _without_none(values: Mapping[str, Any]) -> Json:
     """The values that are not None, by key."""
     return {key: value for key, value in values.items() if value is not None}
 
@@ -119,7 +105,7 @@ def _source(evidence: Evidence, record: Record) -> Json | None:
     if evidence.repo is None:
         return None
     url = f"https://huggingface.co/{evidence.repo}/blob/main/{quote(evidence.record_path(record))}"
-    return {"url": url, "name": f"{HARNESS}, run {record.run.run_id}"}
+    return {"url": url, "name": f"nvfp4-harness, run {record.run.run_id}"}
 
 
 # -- Leaderboards ------------------------------------------------------------------------------------------------
@@ -172,7 +158,7 @@ def eval_results(evidence: Evidence, variant: str) -> dict[str, list[Json]]:
         if (
             benchmark is None
             or benchmark.name in found
-            or settings_of(record).get("limit") is not None
+            or _settings_of(record).get("limit") is not None
             or not score.is_first
             or benchmark.dataset not in {one.get("dataset") for one in about}
         ):
@@ -184,20 +170,20 @@ def eval_results(evidence: Evidence, variant: str) -> dict[str, list[Json]]:
             "revision": revisions.pop() if len(revisions) == 1 else None,
         }
         entry = {
-            "dataset": without_none(dataset),
+            "dataset": _without_none(dataset),
             "value": round(100 * score.value, 6),
             "date": record.run.started_utc,
             "source": _source(evidence, record),
             "notes": _notes(score),
         }
-        found[benchmark.name] = [without_none(entry)]
+        found[benchmark.name] = [_without_none(entry)]
     return found
 
 
 def _notes(score: _Score) -> str:
     """What the reader of a leaderboard must know of a value in per cent."""
-    dataset, settings = score.record.run.dataset or {}, settings_of(score.record)
-    num_fewshot = about_task(score.record, score.task).get("num_fewshot")
+    dataset, settings = score.record.run.dataset or {}, _settings_of(score.record)
+    num_fewshot = _about_task(score.record, score.task).get("num_fewshot")
     said = [
         f"{score.metric} of {score.task}, lm-eval {dataset.get('lm_eval')}",
         f"{num_fewshot}-shot" if num_fewshot is not None else None,
@@ -233,22 +219,22 @@ def model_index(evidence: Evidence, variant: str) -> list[Json]:
             metric = {"type": "perplexity", "value": row["ppl"], "name": f"perplexity per {row['unit']}, {protocol}"}
             dataset = _dataset_of_text(record)
             results.append(_indexed(f"perplexity by {protocol}", dataset, metric, _source(evidence, record)))
-    return [{"name": model_id(evidence, variant).rpartition("/")[2], "results": results}] if results else []
+    return [{"name": (evidence.repo or variant).rpartition("/")[2], "results": results}] if results else []
 
 
 def _indexed(task: str, dataset: Json, metric: Json, source: Json | None) -> Json:
     result = {
         "task": {"type": "text-generation", "name": task},
-        "dataset": without_none(dataset),
+        "dataset": _without_none(dataset),
         "metrics": [metric],
         "source": source,
     }
-    return without_none(result)
+    return _without_none(result)
 
 
 def _dataset_of_task(record: Record, task: str) -> Json:
     """The dataset of one of lm-eval's tasks, as the header names it."""
-    about = about_task(record, task)
+    about = _about_task(record, task)
     repo, revision = about.get("dataset"), about.get("dataset_revision") or ""
     if not is_hub_id(repo):
         return {"type": task, "name": task}
