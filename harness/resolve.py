@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness import demo
 from harness.demo import corpus
-from harness.errors import UserError, did_you_mean
-from harness.measure.texts import load_text
+from harness.errors import UserError, did_you_mean, first_line
 from harness.model.census import RoleCount, kv_bytes_per_token, state_bytes
 from harness.model.checkpoint import read_json
 from harness.model.families import parse_config, role_is
@@ -88,8 +87,7 @@ def serving_footprint(config: ModelConfig, counts: Sequence[RoleCount]) -> Footp
 
 
 def read_text(suite: Suite, text: texts.Text, *, as_lines: bool = False) -> tuple[dict[str, Any], str]:
-    """What identifies a text of the suite, and the text. `as_lines`: the rows of a dataset end as they do in its file,
-    as `texts.load_text` says."""
+    """What identifies a text of the suite, and the text. `as_lines`: as in `dataset_text`."""
     from harness.suite.texts import DatasetText, DemoText, FileText
 
     match text:
@@ -99,11 +97,58 @@ def read_text(suite: Suite, text: texts.Text, *, as_lines: bool = False) -> tupl
                 raise UserError(f"The embedded corpus has no text '{split}'.", did_you_mean(split, known))
             name, content = f"{DEMO}{split}", known[split]()
         case FileText(path):
-            name, content = Path(path).name, load_text(path=suite.path(path))
+            name, content = Path(path).name, file_text(suite.path(path))
         case DatasetText():
             name = "/".join(part for part in (text.dataset, text.config, text.split) if part)
-            content = load_text(**vars(text), as_lines=as_lines)
+            content = dataset_text(text, as_lines=as_lines)
     return {"name": name, "text_sha256": hashlib.sha256(content.encode()).hexdigest()}, content
+
+
+def file_text(path: Path) -> str:
+    """The text of a UTF-8 file; `UserError` for one that cannot be read or is empty."""
+    try:
+        # Bytes, not text mode: that would turn the line ends of a Windows file into other tokens.
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start:,}).", "Convert it, for example with iconv.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path in the suite.") from None
+    return _not_empty(text, path)
+
+
+def dataset_text(wanted: texts.DatasetText, *, as_lines: bool = False) -> str:
+    """The rows of a dataset on the hub, joined with nothing in between: WikiText's carry their own line ends.
+
+    `as_lines`: every row ends with a line feed, and an empty row becomes a line of one blank. This turns a WikiText
+    dataset back into the file that it was made from. `UserError` for a text that cannot be read or is empty.
+    """
+    import datasets  # type: ignore[import-untyped]
+
+    dataset, config, split, column = wanted.dataset, wanted.config, wanted.split, wanted.column
+    try:
+        rows = datasets.load_dataset(dataset, config, split=split, revision=wanted.revision)
+    except Exception as error:
+        # Its errors for "no network", "no such name" and "no such split" have no base class of their own.
+        arguments = ", ".join(repr(a) for a in (dataset, config) if a is not None)
+        raise UserError(
+            f"The dataset {dataset} ({config or 'default'}, {split}) cannot be loaded: {first_line(error)}.",
+            "On a machine with the network, fetch it once into the cache with "
+            f'`python -c "import datasets; datasets.load_dataset({arguments})"`, or give a local file as path.',
+        ) from error
+    if column not in rows.column_names:
+        raise UserError(
+            f"The dataset {dataset} has no column '{column}'.", f"Its columns: {', '.join(rows.column_names)}."
+        )
+    found = list(rows[column])
+    if as_lines:
+        found = [(row.removesuffix("\n") or " ") + "\n" for row in found]
+    return _not_empty("".join(found), dataset)
+
+
+def _not_empty(text: str, name: object) -> str:
+    if not text.strip():
+        raise UserError(f"The text of {name} is empty.", "Check its path, split and column.")
+    return text
 
 
 def tokenized(suite: Suite, text: texts.Text) -> tuple[list[int], dict[str, Any]]:

@@ -58,7 +58,7 @@ GROUPS = {
         "harness.quantize.artifact:VERSION", ("quantize.build",), ("quantize", "engines", "formats", "model")
     ),
     "perplexity": Group("harness.measure.perplexity:VERSION", ("measure.perplexity", "measure.wikitext"), ("measure",)),
-    "fidelity": Group("harness.measure.fidelity:VERSION", ("measure.fidelity", "measure.packs"), ("measure",)),
+    "fidelity": Group("harness.measure.fidelity:VERSION", ("measure.fidelity", "measure.kept"), ("measure",)),
     "speed": Group("harness.measure.decode:VERSION", ("measure.decode",), ("measure",)),
     "tasks": Group("harness.measure.tasks:VERSION", ("measure.tasks",), ("measure",)),
 }
@@ -68,7 +68,6 @@ NO_NUMBERS = {
     "engines.scratch": "where hidden states lie",
     "engines.vllm_log": "what vLLM's log says",
     "measure.vllm_bench": "numbers of another program, read",
-    "measure.texts": "a text, whose digest is recorded",
     "model.sources": "finds a folder",
 }
 """Modules that compute no number, and what they do instead."""

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harness.errors import UserError
-from harness.measure.answers import Journal, digest
+from harness.measure.kept import Journal, digest
 
 IDENTITY: dict[str, Any] = {"artifact_digest": "3" * 64, "engine": {"name": "torch", "version": "2.13.0"}, "seeds": [1]}
 
@@ -283,7 +283,7 @@ def test_an_answer_that_is_no_json_is_an_error_and_leaves_the_file_as_it_was(tmp
 
 WRITER = """
 import itertools, json, pathlib, sys
-from harness.measure.answers import Journal
+from harness.measure.kept import Journal
 
 with Journal(pathlib.Path(sys.argv[1]), "source-sums", json.loads(sys.argv[2])) as journal:
     print("open", flush=True)

@@ -18,6 +18,7 @@ from harness.errors import UserError
 from harness.measure import fidelity
 from harness.measure.fidelity import token_kl_nats
 from harness.record.packed import unpack_numbers
+from studies.peers.chunks import chunks_of
 
 
 class Told:
@@ -88,7 +89,7 @@ def test_many_rows_are_taken_in_pieces_without_a_seam(monkeypatch: pytest.Monkey
 
 
 def pairs(reference: Told, variant: Told, windows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    chunks = fidelity.chunks_of([reference, variant], windows, 1)
+    chunks = chunks_of([reference, variant], windows, 1)
     return [sample for _, sample in fidelity.fidelity_samples(chunks, windows, ["w4a4"])]
 
 
@@ -187,7 +188,7 @@ def test_a_broken_distribution_is_named_by_window_and_position(value: float) -> 
 def test_a_model_does_not_diverge_from_itself() -> None:
     windows = [list(range(10, 30)), list(range(50, 60)), list(range(70, 90))]
     engine = open_engine("torch", checkpoint_path("dense"), dtype="float32", device="cpu")
-    chunks = fidelity.chunks_of([engine, engine], windows, 2)
+    chunks = chunks_of([engine, engine], windows, 2)
     samples = [sample for _, sample in fidelity.fidelity_samples(chunks, windows, ["itself"])]
     assert [sample["kl_nats"] for sample in samples] == [0, 0, 0]
     assert [sample["num_agreed"] for sample in samples] == [19, 9, 19]
@@ -196,7 +197,7 @@ def test_a_model_does_not_diverge_from_itself() -> None:
 def test_progress_counts_windows_to_the_end() -> None:
     told = Told(*[logs((0.5, 0.5))] * 3)
     seen: list[tuple[int, int, str]] = []
-    chunks = fidelity.chunks_of([told, told], [[0, 1]] * 3, 1)
+    chunks = chunks_of([told, told], [[0, 1]] * 3, 1)
     list(fidelity.fidelity_samples(chunks, [[0, 1]] * 3, ["w4a4"], progress=lambda *step: seen.append(step)))
     assert seen == [(done, 3, "fidelity") for done in range(4)]
 

@@ -18,6 +18,7 @@ from harness.record import store
 from harness.suite.load import load
 from harness.suite.names import NOISE
 from harness.suite.schema import Suite
+from studies.peers.chunks import chunks_of
 
 WINDOW, LIMIT = 96, 5
 
@@ -49,7 +50,7 @@ def test_one_pass_gives_what_plain_engines_give_to_the_last_bit(suite: Suite, pl
     measured = compare_with_source(job, work, LIMIT)
     windows = disjoint_windows(work.ids, WINDOW)[:LIMIT]
     engines = [open_engine("torch", model.folder, dtype="float32", device="cpu") for model in work.models[:2]]
-    chunks = divergence.chunks_of(engines, windows, 2)
+    chunks = chunks_of(engines, windows, 2)
     wanted = [sample for _, sample in divergence.fidelity_samples(chunks, windows, ["nvfp4a16"])]
     found = measured.records["nvfp4a16"].kind("window")
     keys = ("kl_codes", "num_agreed", "num_scored", "index")

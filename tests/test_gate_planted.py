@@ -27,6 +27,7 @@ from harness.report.gate import Judgement
 from harness.suite.rules import Rule
 from harness.suite.schema import Bench, Fidelity, Perplexity, Source, Suite, Task, Variant
 from harness.suite.texts import DemoText
+from studies.peers.chunks import chunks_of
 from studies.simulation import planning
 from tests.artifacts import change, quiet, write_artifact
 from tests.perplexities import protocol_samples
@@ -144,7 +145,7 @@ def test_one_corrupted_layer_is_caught_by_what_it_predicts_and_by_the_auditor(
     change(corrupted, lambda tensors: tensors[f"{DOWN_PROJ}.weight_packed"].random_(256, generator=generator))
     assert judged(LOSS, source_run, scored("nvfp4a16", corrupted, ids)).verdict == "fail"
     windows = [ids[first : first + 64] for first in range(0, 64 * 32, 64)]
-    chunks = fidelity.chunks_of([engine_of(one) for one in (source, sound, corrupted)], windows, 8)
+    chunks = chunks_of([engine_of(one) for one in (source, sound, corrupted)], windows, 8)
     samples: dict[str, list[dict[str, Any]]] = {"sound": [], "corrupted": []}
     for name, sample in fidelity.fidelity_samples(chunks, windows, list(samples)):
         samples[name].append({**sample, "first_token": 64 * sample["index"]})

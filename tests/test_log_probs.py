@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from harness.engines.protocol import EngineInfo
 from harness.errors import UserError
-from harness.measure.log_probs import LogProbs
+from harness.measure.kept import LogProbs
 from harness.measure.perplexity import PROTOCOLS, Protocol, Window, extend, whole, window_samples, windows
 from tests.perplexities import protocol_samples
 from tests.test_perplexity import CUTTING, PositionEngine

@@ -8,7 +8,7 @@ import pytest
 
 from harness.engines.protocol import Top
 from harness.errors import UserError
-from harness.measure.packs import pack_of
+from harness.measure.kept import pack_of
 
 WINDOWS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 IDENTITY = {"artifact_digest": "a", "options": {"max_model_len": 8}}

@@ -20,7 +20,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from harness.demo import checkpoint_path
 from harness.engines.protocol import Decoded, EngineInfo, Memory
 from harness.errors import UserError
-from harness.measure import texts
 from harness.measure.perplexity import (
     PROTOCOLS,
     Window,
@@ -31,6 +30,8 @@ from harness.measure.perplexity import (
     windows,
     windows_digest,
 )
+from harness.resolve import dataset_text, file_text
+from harness.suite.texts import DatasetText
 from tests.perplexities import protocol_samples
 
 CUTTING = {name: protocol for name, protocol in PROTOCOLS.items() if protocol.window is not None}
@@ -285,37 +286,30 @@ def test_a_missing_or_broken_tokenizer_is_the_users_error(tmp_path: Path) -> Non
 def test_a_file_is_read_byte_by_byte(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_bytes("naïve\r\nline\n".encode())
-    assert texts.load_text(path=file) == "naïve\r\nline\n"
+    assert file_text(file) == "naïve\r\nline\n"
 
 
 def test_a_file_that_is_no_text_is_the_users_error(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     with pytest.raises(UserError, match="cannot be read"):
-        texts.load_text(path=file)
+        file_text(file)
     file.write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"not UTF-8 \(byte 3\)"):
-        texts.load_text(path=file)
+        file_text(file)
     file.write_bytes(b" \n")
     with pytest.raises(UserError, match="is empty"):
-        texts.load_text(path=file)
-
-
-def test_a_text_has_one_origin() -> None:
-    with pytest.raises(UserError, match="exactly one"):
-        texts.load_text()
-    with pytest.raises(UserError, match="exactly one"):
-        texts.load_text(path=Path("a"), dataset="b")
+        file_text(file)
 
 
 def test_dataset_rows_are_joined_with_nothing(tmp_path: Path) -> None:
     rows = [" = Title = \n", "", "A line .\n"]
     (tmp_path / "data").mkdir()
     datasets.Dataset.from_dict({"text": rows, "n": [1, 2, 3]}).to_parquet(str(tmp_path / "data/test-0.parquet"))
-    assert texts.load_text(dataset=str(tmp_path), split="test") == " = Title = \nA line .\n"
+    assert dataset_text(DatasetText(str(tmp_path), split="test")) == " = Title = \nA line .\n"
     with pytest.raises(UserError, match=r"no column 'prose'\. Its columns: text, n"):
-        texts.load_text(dataset=str(tmp_path), split="test", column="prose")
+        dataset_text(DatasetText(str(tmp_path), split="test", column="prose"))
     with pytest.raises(UserError, match="cannot be loaded"):
-        texts.load_text(dataset=str(tmp_path), split="nope")
+        dataset_text(DatasetText(str(tmp_path), split="nope"))
 
 
 def test_rows_as_lines_are_the_file_that_a_wikitext_dataset_was_made_of(tmp_path: Path) -> None:
@@ -326,8 +320,8 @@ def test_rows_as_lines_are_the_file_that_a_wikitext_dataset_was_made_of(tmp_path
         folder = tmp_path / name
         folder.mkdir()
         datasets.Dataset.from_dict({"text": texts_of}).to_parquet(str(folder / "test-0.parquet"))
-        assert texts.load_text(dataset=str(folder), as_lines=True) == file
-    assert texts.load_text(dataset=str(tmp_path / "lines")) == file.replace(" \n \n", " \n").removeprefix(" \n")
+        assert dataset_text(DatasetText(str(folder)), as_lines=True) == file
+    assert dataset_text(DatasetText(str(tmp_path / "lines"))) == file.replace(" \n \n", " \n").removeprefix(" \n")
 
 
 def test_wikitext_comes_from_a_filled_cache_and_is_the_file_without_its_blank_lines(tmp_path: Path) -> None:
@@ -371,6 +365,6 @@ def test_an_absent_dataset_says_how_to_fetch_it(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(UserError) as caught:
-        texts.load_text(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1")
+        dataset_text(DatasetText("Salesforce/wikitext", config="wikitext-2-raw-v1"))
     assert caught.value.problem.endswith("cannot be loaded: Couldn't reach the Hub.")
     assert "datasets.load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1')" in caught.value.remedy

@@ -27,7 +27,7 @@ from harness.engines.protocol import Answer, Engine, EngineDied, Prompt, Start, 
 from harness.engines.torch_engine import TorchEngine
 from harness.errors import UserError
 from harness.measure import tasks
-from harness.measure.answers import Journal
+from harness.measure.kept import Journal
 from harness.measure.lm import Texts
 from harness.record import store
 from harness.suite.schema import Task

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from harness import resolve
 from harness.commands.shared import MEASURING, add_shared, measuring_job, print_measured, print_models
 from harness.errors import UserError
 from harness.suite.names import SOURCE
@@ -59,7 +60,6 @@ def _tables(job: Job, records: Mapping[str, Record]) -> list[Any]:
 def _prepared(job: Job, names: Sequence[str] | None) -> Work:
     """The source and the variants that speed is measured of, built where missing, and the text's token ids. `UserError`
     for a suite that cannot be measured, before anything is built for it."""
-    from harness import resolve
     from harness.job import Work
     from harness.measure.decode import COHERENCE_TOKENS
 
@@ -79,7 +79,6 @@ def _prepared(job: Job, names: Sequence[str] | None) -> Work:
 
 def _prepared_server(job: Job, variant: str) -> tuple[Job, Work]:
     """The job and the work of measuring a running server, which serves `variant` by its owner's word."""
-    from harness import resolve
     from harness.job import Model, Work
     from harness.suite.schema import EngineOptions
 
@@ -91,7 +90,6 @@ def _prepared_server(job: Job, variant: str) -> tuple[Job, Work]:
 
 def _text(job: Job) -> tuple[Bench, list[int], dict[str, Any]]:
     """The suite's [bench] table, and the token ids of its text; `UserError` for a text that is too short."""
-    from harness import resolve
     from harness.measure import decode
     from harness.measure.decode import COHERENCE_TOKENS
 
@@ -174,7 +172,6 @@ def _measured(job: Job, work: Work, limit: int | None) -> Measured:
 
 def _coherent(job: Job, engine: Engine, work: Work, model: Model, prompt_tokens: int) -> dict[str, Any]:
     """The sample of the check that comes before any speed; `EngineDied` where the model writes gibberish."""
-    from harness import resolve
     from harness.engines.protocol import EngineDied
     from harness.measure import decode
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.shared import MEASURING, add_shared, measuring_job, print_measured, print_models, stored_noise
 from harness.errors import UserError
+from harness.resolve import check_engine, check_lengths, chosen_setups, chosen_variants, required, tokenized
 from harness.suite.names import NOISE, SOURCE
 
 if TYPE_CHECKING:
     from harness.engines.protocol import Top
     from harness.job import Job, Measured, Model, Work
-    from harness.measure.packs import Pack
+    from harness.measure.kept import Pack
     from harness.suite.schema import Fidelity, Suite
 
 _PACKS, _SCRATCH = ".packs", ".streamed"  # beside the artifacts; no variant can be called so
@@ -55,7 +56,6 @@ def fidelity_work(job: Job, names: Sequence[str] | None) -> Work:
     """The source, then the variants and setups to be compared with it, built where missing, and the text's token ids.
     `UserError` for a suite that cannot be measured, before anything is built for it."""
     from harness.job import Work
-    from harness.resolve import check_engine, check_lengths, chosen_setups, chosen_variants, required, tokenized
 
     suite, wanted = job.suite, required(job.suite, "fidelity", job.suite.fidelity)
     variants = chosen_variants(suite, names, with_source=True)
@@ -84,8 +84,6 @@ def fidelity_work(job: Job, names: Sequence[str] | None) -> Work:
 
 def _check_noise(suite: Suite, wanted: Fidelity) -> None:
     """`UserError` for noise that would be none, or that nothing here can measure."""
-    from harness.resolve import check_engine
-
     if wanted.noise_batch_size == wanted.batch_size:
         raise UserError(
             f"Suite '{suite.name}' has noise_batch_size = batch_size = {wanted.batch_size} in [fidelity].",
@@ -231,7 +229,7 @@ def _compare_one(
 def _pack(job: Job, work: Work, source: Model, windows: Sequence[Sequence[int]]) -> Pack:
     """What the source predicts on the suite's engine: built once, kept beside the artifacts."""
     from harness.measure import fidelity
-    from harness.measure.packs import pack_of
+    from harness.measure.kept import pack_of
 
     wanted = _wanted(job)
     identity = {

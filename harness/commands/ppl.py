@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from harness import resolve
 from harness.commands.shared import MEASURING, add_shared, measuring_job, print_measured, print_models, stored_noise
 from harness.errors import UserError
 from harness.suite.names import SOURCE
@@ -70,8 +71,6 @@ class _Reading:
 def _prepared(job: Job, names: Sequence[str] | None) -> tuple[list[Model], list[_Reading]]:
     """The source and the variants, built where missing, and the text by every protocol of the suite. `UserError` for a
     suite that cannot be measured or a text that is not the expected one, before anything is built."""
-    from harness import resolve
-
     resolve.check_engine(job.suite)
     suite, wanted = job.suite, resolve.required(job.suite, "ppl", job.suite.ppl)
     variants = resolve.chosen_variants(suite, names, with_source=True)
@@ -99,7 +98,6 @@ def _readings(suite: Suite, wanted: Perplexity) -> list[_Reading]:
 
 def _by_window(suite: Suite, wanted: Perplexity, protocol: Protocol) -> _Reading:
 
-    from harness import resolve
     from harness.measure import perplexity
 
     ids, dataset = resolve.tokenized(suite, wanted.text)
@@ -108,7 +106,6 @@ def _by_window(suite: Suite, wanted: Perplexity, protocol: Protocol) -> _Reading
 
 
 def _by_page(suite: Suite, wanted: Perplexity, protocol: Protocol) -> _Reading:
-    from harness import resolve
     from harness.measure import perplexity, wikitext
     from harness.measure.lm import Texts, rolling_window
 
@@ -190,7 +187,7 @@ def _runs_alike(
 ) -> Iterator[tuple[str, Record]]:
     """The runs of one model by protocols that read the same; `start` gives the engine, which may not be needed."""
     from harness.measure import perplexity
-    from harness.measure.log_probs import LogProbs
+    from harness.measure.kept import LogProbs
     from harness.record.run import new_id
 
     assert job.suite.ppl is not None

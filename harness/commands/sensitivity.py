@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.commands.shared import JOB, add_shared, open_job, print_json
+from harness.resolve import required
 from harness.suite.names import SOURCE
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ def _measured(job: Job) -> Record:
     """What each format would cost each group of the source's layers, on the suite's calibration samples."""
     from harness.job import Model, fingerprint
     from harness.model.checkpoint import open_checkpoint
-    from harness.resolve import required
 
     required(job.suite, "calibration", job.suite.calibration)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harness import demo
 from harness.commands.shared import MEASURING, add_shared, measuring_job, print_measured, print_models
 from harness.errors import UserError, did_you_mean
+from harness.resolve import DEMO, check_engine, chosen_setups, chosen_variants, max_length
 from harness.suite.names import SOURCE
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ class _Work:
 
 def _prepared(job: Job, variants: Sequence[str] | None, named_tasks: Sequence[str] | None) -> _Work:
     """The chosen tasks, ready to run, and the models, built where missing; before that `UserError` for a wrong task."""
-    from harness.resolve import check_engine, chosen_setups, chosen_variants, max_length
-
     suite = job.suite
     if not suite.tasks:
         raise UserError(f"Suite '{suite.name}' has no [tasks.NAME] table.", "Add one, or measure another suite.")
@@ -99,8 +98,6 @@ def _prepared(job: Job, variants: Sequence[str] | None, named_tasks: Sequence[st
 
 def _place(suite: Suite, task: Task) -> str | Path:
     """lm-eval's name of a task, or its file; as with sources, what is a file is told by how it is written."""
-    from harness.resolve import DEMO
-
     if task.task.startswith(DEMO):
         return demo.task_file(task.task.removeprefix(DEMO))
     return suite.path(task.task) if task.task.startswith((".", "/", "~")) else task.task
@@ -110,7 +107,7 @@ def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> Measu
     """One run a task and row. An engine that dies takes its own row with it, and what it answered stays."""
     from harness.job import MeasuredByName, failure_in
     from harness.measure import tasks
-    from harness.measure.answers import Journal
+    from harness.measure.kept import Journal
     from harness.record.store import RunWriter, read
 
     found = MeasuredByName()

@@ -7,8 +7,7 @@ token the variant's Q has lost. It is never negative, and zero only where the tw
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,14 +27,6 @@ _ROWS_ELEMENTS = 1 << 20  # log-probabilities widened at a time: 8 MB of float64
 _REPEAT = "The run is not usable: repeat it."
 _LEAST_TAIL = 1e-6
 """Below this, what is left of 1 after a float32 sum is rounding."""
-
-
-class Predictor(Protocol):
-    """What gives distributions: an `Engine`, or what remembers an engine's."""
-
-    def log_probs(self, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[NDArray[np.float32]]:
-        """For each window of n token ids, in order, the natural-log probabilities [n - 1, vocabulary] of what
-        follows its tokens 0 … n - 2."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +119,6 @@ def _found(ids: NDArray[np.int32], top: Top) -> tuple[NDArray[np.bool_], NDArray
     at = np.searchsorted(keys, ids + base).clip(max=len(keys) - 1)
     log_probs = np.take_along_axis(top.log_probs.astype(np.float64), order, axis=1).ravel()
     return keys[at] == ids + base, log_probs[at]
-
-
-def chunks_of(predictors: Sequence[Predictor], windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Chunk]:
-    """The distributions of several models, the reference first, window by window. The models go through the windows in
-    step, so that only one batch of each is in memory."""
-    walks = zip_longest(*(one.log_probs(windows, batch_size) for one in predictors))
-    for index, found in enumerate(walks):
-        if any(one is None for one in found):
-            return
-        yield Chunk(index, 0, tuple(found))
 
 
 def side_by_side(*streams: Iterable[Chunk]) -> Iterator[Chunk]:

@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from harness.engines.protocol import Choice, Engine, Prompt
 from harness.errors import UserError
-from harness.measure.answers import Journal, digest
+from harness.measure.kept import Journal, digest
 from harness.progress import Progress, silent
 from harness.sampling import Sampling
 

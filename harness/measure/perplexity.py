@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from harness.engines.protocol import Engine
 from harness.errors import UserError, did_you_mean
-from harness.measure.log_probs import LogProbs
+from harness.measure.kept import LogProbs
 from harness.progress import Progress, silent
 
 VERSION = 1

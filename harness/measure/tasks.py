@@ -30,7 +30,7 @@ from lm_eval.tasks import TaskManager
 
 from harness.engines.protocol import Engine
 from harness.errors import UserError, first_line
-from harness.measure.answers import Journal, digest
+from harness.measure.kept import Journal, digest
 from harness.measure.lm import AnswerLog, Detail, EngineLM, Settings, Texts, rolling_window
 from harness.progress import Progress, silent
 from harness.sampling import PRESETS

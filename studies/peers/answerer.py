@@ -87,7 +87,7 @@ def _model_class(name: str) -> Any:
 def _ours(job: dict[str, Any]) -> dict[str, Any]:
     from harness.engines.protocol import open_engine
     from harness.measure import tasks
-    from harness.measure.answers import Journal
+    from harness.measure.kept import Journal
     from harness.measure.lm import Texts
     from harness.record import provenance
     from harness.suite.schema import Task

@@ -23,6 +23,7 @@ from harness.record.run import Record
 from harness.record.store import RunWriter
 from studies.languages import FAR
 from studies.peers import contest
+from studies.peers.chunks import chunks_of
 from studies.peers.contest import Contestant
 from studies.peers.quantizers import Data, quantize_once, remarks_on, write_calibration
 from studies.peers.session import Session, header
@@ -113,7 +114,7 @@ def _measured(
             writer.sample({"kind": "failure", "reason": failure or "it was not opened"})
         else:
             for text, windows in texts.items():
-                chunks = fidelity.chunks_of([reference[text], variant], windows, _BATCH)
+                chunks = chunks_of([reference[text], variant], windows, _BATCH)
                 progress = named(session.progress, text)
                 for _, sample in fidelity.fidelity_samples(chunks, windows, [name], progress=progress):
                     writer.sample({**{key: sample[key] for key in _STORED}, "text": text})

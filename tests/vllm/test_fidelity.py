@@ -15,6 +15,7 @@ from harness.report import quality_tables
 from harness.resolve import suite_source
 from harness.suite.load import load
 from harness.suite.schema import Suite
+from studies.peers.chunks import chunks_of
 from tests.vllm.conftest import Engines
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def test_a_variant_in_vllm_is_compared_with_a_pack_and_its_divergence_is_above_t
     source, folder = suite_source(suite), job.artifact("w4a4")
     windows = disjoint_windows(fidelity_work(job, ["w4a4"]).ids, 256)[:LIMIT]
     engines = [open_engine("torch", one, dtype="bfloat16") for one in (source, folder)]
-    chunks = divergence.chunks_of(engines, windows, 4)
+    chunks = chunks_of(engines, windows, 4)
     whole = sum(sample["kl_nats"] for _, sample in divergence.fidelity_samples(chunks, windows, ["w4a4"])) / (
         255 * LIMIT
     )

@@ -17,7 +17,7 @@ from harness.demo import checkpoint_path
 from harness.engines.protocol import Choice, Engine, EngineDied, Prompt, Start, open_engine
 from harness.engines.vllm_engine import VllmEngine
 from harness.measure import tasks
-from harness.measure.answers import Journal
+from harness.measure.kept import Journal
 from harness.measure.lm import Texts
 from harness.sampling import PRESETS
 from tests.test_tasks import CHOICE, GENERATE, ROLLING, of_kind, run, wanted, written
