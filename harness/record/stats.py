@@ -11,9 +11,9 @@ section 3.2 (the quantile test that `scipy.stats.quantile_test` inverts). Others
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -294,6 +294,8 @@ def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
     """
     if not (num_lost >= 0 and num_won >= 0 and 0 < num >= num_lost + num_won):
         raise ValueError("flips must not be negative, nor more than the items")
+    from scipy.optimize import brentq
+
     value = (num_won - num_lost) / num
 
     def score(difference: float, bound: float) -> float:
@@ -305,60 +307,10 @@ def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
         return num * (value - difference) - bound * math.sqrt(max(0.0, variance))
 
     # Without flips the value itself solves the equation too, so the search keeps off it.
-    low = -1.0 if num_lost == num else root_between(partial(score, bound=_Z), -1.0, value - 1e-12)
-    high = 1.0 if num_won == num else root_between(partial(score, bound=-_Z), value + 1e-12, 1.0)
+    low = -1.0 if num_lost == num else float(brentq(score, -1.0, value - 1e-12, (_Z,)))
+    high = 1.0 if num_won == num else float(brentq(score, value + 1e-12, 1.0, (-_Z,)))
     method = "paired shares, Tango's score interval"
     return Estimate(value, low, high, num, method, _implied_error(low, high, num))
-
-
-_ABSOLUTE, _RELATIVE = 2e-12, 4 * 2.0**-52
-"""How near the root is found, in absolute terms and as a share of it."""
-_MOST_STEPS = 100
-
-
-def root_between(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where `function` is zero between `low` and `high`; `ValueError` where it has one sign at both ends.
-
-    By Brent's method (Algorithms for Minimization Without Derivatives, 1973, chapter 4), with the steps and so the bits
-    of `scipy.optimize.brentq`: importing that package costs more than all the roots that a command looks for.
-    """
-    previous, current, other = low, high, 0.0
-    at_previous, at_current, at_other = function(previous), function(current), 0.0
-    if at_previous == 0:
-        return previous
-    if at_current == 0:
-        return current
-    if math.copysign(1, at_previous) == math.copysign(1, at_current):
-        raise ValueError("the function has one sign at both ends")
-    step = last_step = 0.0
-    for _ in range(_MOST_STEPS):
-        if at_previous != 0 and math.copysign(1, at_previous) != math.copysign(1, at_current):
-            other, at_other = previous, at_previous
-            last_step = step = current - previous
-        if abs(at_other) < abs(at_current):
-            previous, current, other = current, other, current
-            at_previous, at_current, at_other = at_current, at_other, at_current
-        near = (_ABSOLUTE + _RELATIVE * abs(current)) / 2
-        half = (other - current) / 2
-        if at_current == 0 or abs(half) < near:
-            return current
-        guess = math.inf  # which is too far, so that the interval is halved
-        if abs(last_step) > near and abs(at_current) < abs(at_previous):
-            if previous == other:  # the secant
-                guess = -at_current * (current - previous) / (at_current - at_previous)
-            else:  # a parabola through three points, by its inverse
-                slope = (at_previous - at_current) / (previous - current)
-                other_slope = (at_other - at_current) / (other - current)
-                guess = -at_current * (at_other * other_slope - at_previous * slope)
-                guess /= other_slope * slope * (at_other - at_previous)
-        if 2 * abs(guess) < min(abs(last_step), 3 * abs(half) - near):
-            last_step, step = step, guess
-        else:
-            last_step = step = half
-        previous, at_previous = current, at_current
-        current += step if abs(step) > near else math.copysign(near, half)
-        at_current = function(current)
-    raise ValueError(f"no root was found in {_MOST_STEPS} steps")
 
 
 # -- Several estimates together ----------------------------------------------------------------------------------
@@ -384,20 +336,15 @@ def pooled(estimates: Sequence[Estimate]) -> Estimate:
     if len(bounds) < len(estimates):
         return Estimate(value, None, None, num, method)
     below, above = (math.hypot(*side) / len(estimates) for side in zip(*bounds, strict=True))
-    known = [error for one in estimates if (error := _error_of(one)) is not None]
+    errors = [
+        _implied_error(one.low, one.high, one.num) if one.standard_error is None else one.standard_error
+        for one in estimates
+    ]
+    known = [error for error in errors if error is not None]
     error = math.hypot(*known) / len(estimates)
     spread = math.fsum(error**4 / one.degrees_of_freedom for error, one in zip(known, estimates, strict=True))
     degrees = math.fsum(error**2 for error in known) ** 2 / spread if spread else None
     return Estimate(value, value - below, value + above, num, method, error, degrees)
-
-
-def _error_of(estimate: Estimate) -> float | None:
-    """The standard error of an estimate that has an interval."""
-    if estimate.low is None or estimate.high is None:
-        return None
-    if estimate.standard_error is not None:
-        return estimate.standard_error
-    return _implied_error(estimate.low, estimate.high, estimate.num)
 
 
 def _implied_error(low: float | None, high: float | None, num: int) -> float | None:
