@@ -39,6 +39,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 _SINCE: dict[str, Release] = {"linear_backend": (0, 22), "moe_backend": (0, 22)}
 """The first release that has an argument; the others are as old as `OLDEST`."""
 
+WORKER = "harness.engines.vllm_worker.HarnessWorker"
+"""The class that vLLM mixes into its workers."""
+
 _SCORED_TOKENS = 2048
 """Tokens in one forward pass while scoring: vLLM keeps the logits of all of them."""
 
@@ -124,7 +127,7 @@ def engine_arguments(folder: Path, start: Start, release: Release) -> dict[str, 
         "seed": 0,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
-        "worker_extension_cls": "harness.engines.vllm_worker.HarnessWorker",
+        "worker_extension_cls": WORKER,
         **arguments(start.options, release),
     }
     if start.purpose == "score":

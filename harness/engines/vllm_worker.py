@@ -3,7 +3,6 @@
 vLLM mixes this class into its own worker. Answers are plain values, since they cross a process boundary.
 """
 
-import hashlib
 import resource
 import sys
 from typing import Any
@@ -19,7 +18,7 @@ class HarnessWorker:
     def harness_layers(self) -> dict[str, str]:
         """Kind of layer (the last two parts of its name) -> the scheme and the kernel that compute it."""
         found: dict[str, set[str]] = {}
-        for name, module in self._harness_model().named_modules():
+        for name, module in self.harness_model().named_modules():
             kind = ".".join(name.split(".")[-2:])
             if (backend := getattr(module, "attn_backend", None)) is not None:
                 found.setdefault(kind, set()).add(str(getattr(backend, "__name__", backend)))
@@ -36,7 +35,7 @@ class HarnessWorker:
         family = family_of({"architectures": model_config.hf_config.architectures}, "The model")
         share = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_experts", 0) or 1)
         resident, read = 0, 0
-        for name, module in self._harness_model().named_modules():
+        for name, module in self.harness_model().named_modules():
             tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             size = sum(_num_bytes(module, tensor) for _, tensor in tensors)
             resident += size
@@ -53,31 +52,8 @@ class HarnessWorker:
         vram = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         return {"rss": rss, "vram": vram}
 
-    def harness_tensor(self, name: str) -> dict[str, Any]:
-        """A parameter as this worker holds it: `shape`, `dtype`, and the SHA-256 of its bytes."""
-        import torch
-
-        tensor = self._harness_model().get_parameter(name).detach().contiguous().cpu()
-        digest = hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-        return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sha256": digest}
-
-    def harness_linear(self, name: str, x: list[list[float]]) -> list[list[float]]:
-        """What the linear layer `name` makes of inputs `x [rows, in]`: a weight that a kernel has moved into a layout
-        of its own can be looked at in no other way."""
-        import torch
-
-        module = self._harness_model().get_submodule(name)
-        dtype = self.model_runner.model_config.dtype
-        with torch.inference_mode():
-            out = module(torch.tensor(x, dtype=dtype, device=self.model_runner.device))
-        found: list[list[float]] = (out[0] if isinstance(out, tuple) else out).float().tolist()
-        return found
-
-    def harness_parameters(self) -> list[str]:
-        """The names of all parameters."""
-        return [name for name, _ in self._harness_model().named_parameters()]
-
-    def _harness_model(self) -> Any:
+    def harness_model(self) -> Any:
+        """The part of the model that this worker holds."""
         return self.model_runner.get_model()
 
 

@@ -6,6 +6,7 @@ one model are a group (`group_of`), which xdist gives to one of its two workers,
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch._dynamo.config
 from xdist.scheduler import LoadScopeScheduling
 
+from harness.engines import vllm_options
 from harness.engines.protocol import open_engine
 from harness.engines.vllm_engine import VllmEngine
 
@@ -26,6 +28,11 @@ OPTIONS: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 8, "kv_cache_g
 IN_ONE_PROCESS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 """Lets the worker run in the process of the engine, as on one GPU. On a CPU vLLM itself starts another process for it,
 and that imports everything a second time."""
+
+sys.path.append(str(Path(__file__).parent))
+ASKED_WORKER = "worker.AskedWorker"
+"""The class of `worker.py` as vLLM's processes import it: not as a part of `tests`, which would forbid them to
+compile."""
 
 
 class Engines:
@@ -43,6 +50,7 @@ class Engines:
             self.end()
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv(*IN_ONE_PROCESS)
+                patch.setattr(vllm_options, "WORKER", ASKED_WORKER)
                 engine = open_engine("vllm", folder, dtype="bfloat16", options={**OPTIONS, **options})
             assert isinstance(engine, VllmEngine)
             self._wanted, self._engine = wanted, engine
