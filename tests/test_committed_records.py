@@ -14,7 +14,7 @@ import pytest
 import harness
 from harness.record.stats import Estimate
 from harness.record.store import read_all
-from harness.report import evidence, gather
+from harness.report import evidence
 from harness.suite.load import load
 from harness.suite.schema import Suite
 
@@ -26,7 +26,7 @@ SUITES = ("demo", "demo-moe")
 def found(request: pytest.FixtureRequest) -> evidence.Evidence:
     records, skipped = read_all(ROOT / "results")
     assert not skipped
-    return gather.gather(suite(request.param), records, "results")
+    return evidence.gather(suite(request.param), records, "results")
 
 
 def suite(name: str) -> Suite:

@@ -26,11 +26,18 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.record.run import Record
 from harness.record.store import read_all
-from harness.report import build_tables, gather
+from harness.report import build_tables
 from harness.report.columns import COLUMNS
-from harness.report.evidence import Evidence
-from harness.report.export import csv_files, export, path_part, variant_files
-from harness.report.hub_scores import BENCHMARKS, eval_results, model_index
+from harness.report.evidence import Evidence, gather
+from harness.report.export import (
+    BENCHMARKS,
+    csv_files,
+    eval_results,
+    export,
+    model_index,
+    path_part,
+    variant_files,
+)
 from harness.suite.load import load
 from harness.suite.schema import Suite, Task, Variant
 from tests.conftest import DATA
@@ -99,7 +106,7 @@ def suite(tmp_path: Path) -> Suite:
 
 
 def of(suite: Suite, records: Sequence[Record], repo: str | None = None) -> Evidence:
-    return gather.gather(suite, records, "results", repo)
+    return gather(suite, records, "results", repo)
 
 
 def gsm8k(variant: str, scores: Sequence[float], dataset: dict[str, Any] = GSM8K, **header: Any) -> Record:

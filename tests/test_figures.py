@@ -21,9 +21,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from harness.record.run import Record
-from harness.report import drawings, figure_data, figures, plots, tables
-from harness.report.evidence import Evidence
-from harness.report.gather import gather
+from harness.report import card, drawings, figure_data, plots, tables
+from harness.report.evidence import Evidence, gather
 from harness.suite.load import load
 from harness.suite.schema import Suite
 from tests.records import (
@@ -123,7 +122,7 @@ def evidence_of(suite: Suite, records: Sequence[Record]) -> Evidence:
 
 def digests(evidence: Evidence) -> dict[str, str | None]:
     """Of every figure that there is something for, without drawing it."""
-    shown = figures.plotted_by_name(evidence)
+    shown = evidence.figures
     blank = {name: plots.image_files(name, [one], lambda: plots.canvas(1, 1)) for name, one in shown.items()}
     return {name: figure_data.embedded_digest(blank[name][f"{name}.png"]) for name in shown}
 
@@ -172,7 +171,7 @@ def test_a_figure_is_there_exactly_if_something_was_measured_for_it(
 ) -> None:
     evidence = evidence_of(suite, records)
     assert list(evidence.figures) == names
-    files = figures.drawn_files(evidence)
+    files = card.drawn_files(evidence)
     assert files.keys() == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
     for name, digest in digests(evidence).items():
         assert {figure_data.embedded_digest(files[f"{name}.{kind}"]) for kind in ("svg", "png")} == {digest}
@@ -260,7 +259,7 @@ def words_of(figure: Figure) -> list[str]:
 
 def test_the_divergence_has_each_variants_bytes_and_kl_and_the_source_at_zero(tmp_path: Path) -> None:
     evidence = evidence_of(suite_of(tmp_path, ["a", "b"]), many_records(["a", "b"], alike=False))
-    axes = drawn("divergence", figures.plotted_by_name(evidence)["divergence"]).axes[0]
+    axes = drawn("divergence", evidence.figures["divergence"]).axes[0]
     rows = evidence.tables["fidelity"].rows
     assert markers(axes) == [
         (18.0, 0.0),
@@ -278,7 +277,7 @@ def test_variants_of_one_size_and_divergence_stand_side_by_side_with_their_inter
         *(build(name, 10**7 + 10**3 * (name == "b")) for name in names),
         *(fidelity_record(name, fidelity_windows([0.9 * kl, kl, 1.1 * kl])) for name, kl in means.items()),
     ]
-    figure = drawn("divergence", figures.plotted_by_name(evidence_of(suite_of(tmp_path, names), records))["divergence"])
+    figure = drawn("divergence", evidence_of(suite_of(tmp_path, names), records).figures["divergence"])
     axes = figure.axes[0]
     figure.draw_without_rendering()
     _, *points = axes.transData.transform(markers(axes)) * 72 / figure.dpi
@@ -290,13 +289,13 @@ def test_variants_of_one_size_and_divergence_stand_side_by_side_with_their_inter
     note = "Variants of nearly the same size and divergence stand side by side, around that size."
     assert note in words_of(figure)
     alone = evidence_of(suite_of(tmp_path, names), [records[0], *records[2:4], records[5]])
-    assert note not in words_of(drawn("divergence", figures.plotted_by_name(alone)["divergence"]))
+    assert note not in words_of(drawn("divergence", alone.figures["divergence"]))
 
 
 def test_divergences_far_apart_are_on_a_logarithmic_scale_that_still_has_a_zero(tmp_path: Path) -> None:
     names = [f"v{place}" for place in range(6)]
     evidence = evidence_of(suite_of(tmp_path, names), many_records(names, alike=False))
-    axes = drawn("divergence", figures.plotted_by_name(evidence)["divergence"]).axes[0]
+    axes = drawn("divergence", evidence.figures["divergence"]).axes[0]
     assert axes.get_yscale() == "symlog"
     ticks = axes.get_yticks()
     assert f"linear up to {ticks[1]:g}, logarithmic above" in axes.get_ylabel()
@@ -315,7 +314,7 @@ def test_a_divergence_within_the_noise_is_at_the_noise_and_says_so(tmp_path: Pat
         fidelity_record("b", fidelity_windows([0.1, 0.1])),
         fidelity_record("noise-batch", fidelity_windows([0.002, 0.002])),
     ]
-    plotted = figures.plotted_by_name(evidence_of(suite, records))["divergence"]
+    plotted = evidence_of(suite, records).figures["divergence"]
     floor = plotted.floor
     assert floor == pytest.approx(0.002, rel=1e-3)
     figure = drawn("divergence", plotted)
@@ -325,7 +324,7 @@ def test_a_divergence_within_the_noise_is_at_the_noise_and_says_so(tmp_path: Pat
 
 def test_the_losses_are_those_of_the_tables_by_protocol_and_from_the_fidelity(tmp_path: Path) -> None:
     evidence = evidence_of(suite_of(tmp_path, ["a", "b"]), many_records(["a", "b"], alike=False))
-    plotted = figures.plotted_by_name(evidence)["losses"]
+    plotted = evidence.figures["losses"]
     figure = drawn("losses", plotted)
     wanted = [row["delta_log_ppl"] for row in evidence.tables["perplexity"].rows if row["variant"] != "source"] + list(
         evidence.tables["fidelity"]["kl_log_ppl"]
@@ -343,7 +342,7 @@ def test_the_losses_are_those_of_the_tables_by_protocol_and_from_the_fidelity(tm
 
 def test_the_decode_figure_has_speeds_and_the_ceilings_that_arithmetic_gives(tmp_path: Path) -> None:
     evidence = evidence_of(suite_of(tmp_path, ["a"]), many_records(["a"], alike=False))
-    plotted = figures.plotted_by_name(evidence)["decode"]
+    plotted = evidence.figures["decode"]
     axes = drawn("decode", plotted).axes[0]
     bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
     speeds = [bar.get_width() for bar in bars if bar.get_fill()]
@@ -364,20 +363,20 @@ def test_the_decode_figure_says_what_the_table_says_with_its_mark(tmp_path: Path
     effective = {**EFFECTIVE, "bandwidth_bytes_per_second": 11.126 * (10**9 + 2 * 10**7 + 128 * 10**4)}
     slow = make_record("bench", "source", decodes(1 / 7.928, repetitions=1), engine={**GPU, "effective": effective})
     evidence = evidence_of(suite_of(tmp_path, ["a"]), [slow])
-    plotted = figures.plotted_by_name(evidence)["decode"]
+    plotted = evidence.figures["decode"]
     assert plotted.groups[0].marks[0].words == "7.93 †, 71.3 % of 11.13"
     cells = {cell.strip() for cell in tables.markdown_table(evidence.tables["decode"], lambda _: "").split("|")}
     assert {"7.93 †", "71.3 %", "11.13"} <= cells
     said = " ".join(" ".join(words_of(drawn("decode", plotted))).split())
     assert "† no interval" in said
     quick = evidence_of(suite_of(tmp_path, ["a"]), [make_record("bench", "source", decodes(0.01))])
-    assert "†" not in " ".join(words_of(drawn("decode", figures.plotted_by_name(quick)["decode"])))
+    assert "†" not in " ".join(words_of(drawn("decode", quick.figures["decode"])))
 
 
 def test_speeds_of_another_session_are_named_and_not_drawn(suite: Suite) -> None:
     source = make_record("bench", "source", TWO_BATCHES)
     apart = make_record("bench", "nvfp4a16", TWO_BATCHES, session_id="ffffffff")
-    shown = figures.plotted_by_name(evidence_of(suite, [source, apart]))
+    shown = evidence_of(suite, [source, apart]).figures
     assert [(mark.variant, mark.words) for mark in shown["decode"].groups[0].marks if mark.value is None] == [
         ("nvfp4a16", "incomparable: session_id")
     ]
@@ -393,7 +392,7 @@ def test_divergences_on_another_text_are_named_and_not_drawn(tmp_path: Path) -> 
         fidelity_record("a", fidelity_windows([0.01, 0.01])),
         fidelity_record("b", fidelity_windows([0.02, 0.02]), dataset={**FIDELITY, "token_ids_sha256": "9" * 64}),
     ]
-    shown = figures.plotted_by_name(evidence_of(suite_of(tmp_path, ["a", "b"]), records))
+    shown = evidence_of(suite_of(tmp_path, ["a", "b"]), records).figures
     assert [point.variant for point in shown["divergence"].points] == ["a"]
     assert [curve.variant for curve in shown["depth"].curves] == ["a"]
     for name in ("divergence", "depth"):
@@ -402,7 +401,7 @@ def test_divergences_on_another_text_are_named_and_not_drawn(tmp_path: Path) -> 
 
 def test_the_batch_curves_are_the_tables_speeds_in_total_and_for_each_user(tmp_path: Path) -> None:
     evidence = evidence_of(suite_of(tmp_path, ["a"]), many_records(["a"], alike=False))
-    plotted = figures.plotted_by_name(evidence)["batch"]
+    plotted = evidence.figures["batch"]
     panels = drawn("batch", plotted).axes
     for axes, key in zip(panels, ("tokens_per_second", "user_tokens_per_second"), strict=True):
         rows = [row for row in evidence.tables["decode"].rows if row["prompt_tokens"] == 128]
@@ -414,7 +413,7 @@ def test_the_batch_curves_are_the_tables_speeds_in_total_and_for_each_user(tmp_p
 
 def test_the_depths_are_the_bands_of_the_table(tmp_path: Path) -> None:
     evidence = evidence_of(suite_of(tmp_path, ["a", "b"]), many_records(["a", "b"], alike=False))
-    axes = drawn("depth", figures.plotted_by_name(evidence)["depth"]).axes[0]
+    axes = drawn("depth", evidence.figures["depth"]).axes[0]
     rows = evidence.tables["bands"].rows
     assert [y for _, y in markers(axes)] == [row["kl"].value for row in rows]
     assert [round(x) for x, _ in markers(axes)] == [0, 1, 0, 1]
@@ -424,7 +423,7 @@ def test_the_depths_are_the_bands_of_the_table(tmp_path: Path) -> None:
 def test_the_experts_are_shares_of_the_calibration_tokens_and_crosses(suite: Suite) -> None:
     routed = [[8, 0, 2], [4, 4, 2]]
     evidence = evidence_of(suite, [build("nvfp4a16", 10**7, expert_samples(routed, 10))])
-    figure = drawn("experts", figures.plotted_by_name(evidence)["experts"])
+    figure = drawn("experts", evidence.figures["experts"])
     axes = figure.axes[0]
     squares = next(one for one in axes.collections if isinstance(one, PatchCollection))
     assert sorted(squares.get_array()) == pytest.approx([0.2, 0.2, 0.4, 0.4, 0.8])
@@ -450,7 +449,7 @@ def test_builds_whose_experts_look_the_same_share_a_panel(
 ) -> None:
     routed = [[400, 300, 300], [500, 490, 10]]
     records = [build(name, 10**7, expert_samples(counts, 1000)) for name, counts in (("a", routed), ("b", other))]
-    plotted = figures.plotted_by_name(evidence_of(suite_of(tmp_path, ["a", "b"]), records))["experts"]
+    plotted = evidence_of(suite_of(tmp_path, ["a", "b"]), records).figures["experts"]
     titles = [axes.get_title(loc="left") for axes in drawn("experts", plotted).axes[:-1]]
     assert len(titles) == num_panels
     if num_panels == 2:
@@ -467,7 +466,7 @@ def test_the_names_of_many_builds_in_one_panel_stay_in_the_picture(tmp_path: Pat
     names = [*LONG, *(f"{place}-{'w' * 60}" for place in range(6))][:num]
     routed = [[400 + place % 2, 600] for place in range(num)]
     records = [build(name, 10**7, expert_samples([counts], 1000)) for name, counts in zip(names, routed, strict=True)]
-    figure = drawn("experts", figures.plotted_by_name(evidence_of(suite_of(tmp_path, names), records))["experts"])
+    figure = drawn("experts", evidence_of(suite_of(tmp_path, names), records).figures["experts"])
     assert len(figure.axes) == 2  # a panel and the colours
     title = "".join(figure.axes[0].get_title(loc="left").split())
     assert title.startswith(",".join(names) + ":")
@@ -481,7 +480,7 @@ def test_a_large_mixture_is_an_image_with_a_cross_for_each_expert_that_got_nothi
     routed[3, 7] = routed[39, 255] = 0
     records = [build("nvfp4a16", 10**7, expert_samples(routed.tolist(), 262_144))]
     evidence = evidence_of(suite, records)
-    axes = drawn("experts", figures.plotted_by_name(evidence)["experts"]).axes[0]
+    axes = drawn("experts", evidence.figures["experts"]).axes[0]
     image = next(one for one in axes.images if isinstance(one, AxesImage))
     pixels = np.asarray(image.get_array())
     assert pixels.shape == (40, 256, 4)
@@ -490,7 +489,7 @@ def test_a_large_mixture_is_an_image_with_a_cross_for_each_expert_that_got_nothi
     assert sorted(zip(crosses.get_ydata(), crosses.get_xdata(), strict=True)) == [(3, 7), (39, 255)]
     brightest, darkest = (np.unravel_index(place, routed.shape) for place in (routed.argmax(), (routed > 0).argmin()))
     assert pixels[brightest].tolist()[:3] != pixels[darkest].tolist()[:3]
-    files = figures.drawn_files(evidence)
+    files = card.drawn_files(evidence)
     assert all(len(files[f"experts.{kind}"]) < 500_000 for kind in ("svg", "png"))
 
 
@@ -498,7 +497,7 @@ def test_a_variant_has_the_same_colour_and_marker_in_every_figure_and_in_its_set
     records = many_records(["a", "b", "c"], alike=False)
     for name in ("b", "c"):
         records.append(fidelity_record(f"{name}+mtp1", fidelity_windows([0.2, 0.2, 0.2])))
-    shown = figures.plotted_by_name(evidence_of(suite_of(tmp_path, ["a", "b", "c"], ["mtp1"]), records))
+    shown = evidence_of(suite_of(tmp_path, ["a", "b", "c"], ["mtp1"]), records).figures
     looks: dict[str, set[tuple[str, str]]] = {}
     everything = [
         *shown["overview"].rows,
@@ -559,7 +558,7 @@ def crowded(figure: Figure, dpi: int) -> list[str]:
 )
 def test_no_words_cover_others_or_leave_the_picture(tmp_path: Path, variants: list[str], alike: bool) -> None:
     evidence = evidence_of(suite_of(tmp_path, variants), many_records(variants, alike=alike))
-    for name, plotted in figures.plotted_by_name(evidence).items():
+    for name, plotted in evidence.figures.items():
         for dpi in (100, 160):  # of a screen, and of the PNG
             assert crowded(drawn(name, plotted), dpi) == [], name
 
@@ -578,7 +577,7 @@ def test_pictures_have_a_size_that_a_page_can_show_and_no_number_that_is_none(tm
     names = [f"variant-{place}" for place in range(num)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        files = figures.drawn_files(evidence_of(suite_of(tmp_path, names), many_records(names, alike=False)))
+        files = card.drawn_files(evidence_of(suite_of(tmp_path, names), many_records(names, alike=False)))
     for name, data in files.items():
         assert len(data) < 800_000, name
         if name.endswith(".png"):
@@ -598,13 +597,13 @@ def test_what_is_all_zero_or_all_the_same_can_be_drawn(tmp_path: Path) -> None:
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        files = figures.drawn_files(evidence_of(suite_of(tmp_path, ["a"]), records))
+        files = card.drawn_files(evidence_of(suite_of(tmp_path, ["a"]), records))
     assert {name.partition(".")[0] for name in files} == set(figure_data.FIGURES) - {"sensitivity"}
     assert not any(re.search(rb"\b(nan|inf)\b", data) for name, data in files.items() if name.endswith("svg"))
 
 
 def test_pictures_have_no_ground_of_their_own(suite: Suite) -> None:
-    for name, data in figures.drawn_files(evidence_of(suite, demo_records())).items():
+    for name, data in card.drawn_files(evidence_of(suite, demo_records())).items():
         if name.endswith(".png"):
             pixels = imread(io.BytesIO(data))
             assert pixels.shape[2] == 4 and (pixels[0, :, 3] == 0).all() and (pixels[..., 3] == 0).mean() > 0.4, name

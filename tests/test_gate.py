@@ -21,7 +21,7 @@ from harness.errors import UserError
 from harness.record import baselines, significance, stats
 from harness.record.run import Record, Skipped
 from harness.record.store import RunWriter
-from harness.report import gate, gate_output
+from harness.report import gate
 from harness.report.gate import Judgement
 from harness.suite.load import load
 from harness.suite.metrics import METRICS
@@ -826,7 +826,7 @@ def test_a_failure_goes_before_what_could_not_be_judged(place: Path) -> None:
 
 
 def test_junit_has_a_case_for_every_rule_and_hides_nothing(place: Path) -> None:
-    root = ElementTree.fromstring(gate_output.junit("demo", four(place)))
+    root = ElementTree.fromstring(gate.junit("demo", four(place)))
     cases = root.findall("testsuite/testcase")
     assert [[child.tag for child in case] for case in cases] == [["system-out"], ["failure"], ["failure"], ["error"]]
     kinds = [child.get("type") for case in cases[1:] for child in case]
@@ -842,7 +842,7 @@ def test_junit_has_a_case_for_every_rule_and_hides_nothing(place: Path) -> None:
 @given(st.text(max_size=40))
 def test_junit_is_well_formed_whatever_a_reason_says(place: Path, reason: str) -> None:
     judgement = Judgement(suite_of(place, LOSS).gate[0], "fail", reason)
-    (told,) = ElementTree.fromstring(gate_output.junit("demo", [judgement])).iter("failure")
+    (told,) = ElementTree.fromstring(gate.junit("demo", [judgement])).iter("failure")
     message = told.get("message") or ""
     assert len(message) == len(reason)
     assert all(back in (char, "\ufffd", " ") for char, back in zip(reason, message, strict=True))
@@ -850,7 +850,7 @@ def test_junit_is_well_formed_whatever_a_reason_says(place: Path, reason: str) -
 
 
 def test_the_summary_is_one_markdown_table(place: Path) -> None:
-    page = gate_output.step_summary("demo", four(place))
+    page = gate.step_summary("demo", four(place))
     assert page.startswith("### harness gate: demo\n\n1 pass, 1 inconclusive, 1 incomparable, 1 fail\n")
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 4 and len({line.count(" | ") for line in lines[:1] + lines[2:]}) == 1

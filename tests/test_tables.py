@@ -9,7 +9,7 @@ import pytest
 
 from harness.record import stats
 from harness.record.run import Record
-from harness.report import build_tables, columns, gather, numbers, quality_tables, runs, speed_tables, tables
+from harness.report import build_tables, columns, evidence, numbers, quality_tables, runs, speed_tables, tables
 from tests.records import (
     BUILD,
     DATASET,
@@ -622,7 +622,7 @@ def test_the_runs_table_names_engine_machine_versions_and_commit() -> None:
     gpu = {"name": "NVIDIA H200", "count": 1, "memory_bytes": 1, "driver": "570.86"}
     machine = {"name": "nvidia-h200-1x", "cpu": "x", "cores": 16, "gpu": gpu, "os": "Linux"}
     text = tables.terminal_table(
-        gather.run_table([make_record("ppl", "source", windows(8.0), machine=machine, git=None)])
+        evidence.run_table([make_record("ppl", "source", windows(8.0), machine=machine, git=None)])
     )
     for words in ("torch (transformers 5.17.0, torch 2.13.0), bfloat16 on cpu", "1 × NVIDIA H200, driver 570.86"):
         assert words in text

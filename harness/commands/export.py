@@ -22,8 +22,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         raise UserError(f"{options.out} is not a folder.", "Give another --out.")
 
     from harness.report import card
+    from harness.report.evidence import gather
     from harness.report.export import export
-    from harness.report.gather import gather
 
     evidence = gather(suite, stored_records(options.results)[0], options.results.as_posix())
     files = export(evidence, options.variant or list(suite.variants))

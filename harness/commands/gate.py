@@ -52,19 +52,19 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         return _update_baseline(options, suite, folder, records)
 
     from harness.record import baselines
-    from harness.report import gate, gate_output, tables
+    from harness.report import gate, tables
 
     judgements = gate.judge(suite, records, baselines.baseline_in_force(folder, suite.name), skipped)
     if options.json:
-        print_json({"suite": suite.name, "judgements": gate_output.verdict_rows(judgements)})
+        print_json({"suite": suite.name, "judgements": gate.verdict_rows(judgements)})
     else:
-        table = tables.terminal_table(gate_output.verdict_table(judgements))
-        print(f"{table}\n\n{gate_output.verdict_counts(judgements)}")
+        table = tables.terminal_table(gate.verdict_table(judgements))
+        print(f"{table}\n\n{gate.verdict_counts(judgements)}")
     if options.junit:
-        options.junit.write_text(gate_output.junit(suite.name, judgements), encoding="utf-8")
+        options.junit.write_text(gate.junit(suite.name, judgements), encoding="utf-8")
     if options.step_summary:
         with options.step_summary.open("a", encoding="utf-8") as page:
-            page.write(gate_output.step_summary(suite.name, judgements))
+            page.write(gate.step_summary(suite.name, judgements))
     return gate.exit_code(judgements)
 
 

@@ -37,9 +37,8 @@ from harness.quantize.artifact import MANIFEST, altered, pretty_json
 from harness.record import baselines
 from harness.record.run import Record, Skipped
 from harness.report import card, claims, export, gate
-from harness.report.evidence import Evidence
+from harness.report.evidence import Evidence, gather
 from harness.report.gate import Judgement
-from harness.report.gather import gather
 from harness.resolve import chosen_variants
 from harness.serve import CONTAINER_CACHE
 from harness.suite.load import narrowed

@@ -16,14 +16,15 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.record.run import Record
-from harness.report import build_tables, columns, figure_data, figures, headline, hub_scores, page, usage
+from harness.record.stats import Estimate
+from harness.report import build_tables, columns, export, figure_data, page, sections, speed_tables, task_tables
 from harness.report.blocks import filled
 from harness.report.claims import judged_claims
-from harness.report.evidence import Evidence
-from harness.report.gather import gather
-from harness.report.pieces import Link, paragraphs
-from harness.report.sections import section
+from harness.report.evidence import Evidence, gather
+from harness.report.sections import Link, paragraphs, reference, section
+from harness.report.tables import cell_text, runs_of
 from harness.suite.load import narrowed
+from harness.suite.names import SOURCE
 from harness.suite.schema import Suite
 
 
@@ -38,7 +39,7 @@ def generated_files(
     """
     evidence = gather(suite, records, results_dir)
     folder = f"reports/{suite.name}"
-    drawn = figures.drawn_files(evidence) if is_drawn else figures.undrawn_files(evidence)
+    drawn = drawn_files(evidence) if is_drawn else _undrawn_files(evidence)
     files = {
         **_card_files(evidence, f"{folder}/", _linker(f"{folder}/README.md"), drawn),
         **{f"{folder}/{name}": data for name, data in drawn.items()},
@@ -62,7 +63,7 @@ def variant_card(
     def link(path: str) -> str:
         return quote(f"{_FIGURES}/{path.removeprefix(folder)}" if path.startswith(folder) else path)
 
-    drawn = figures.drawn_files(evidence)
+    drawn = drawn_files(evidence)
     return {
         **_card_files(evidence, "", link, drawn),
         **{f"{_FIGURES}/{name}": data for name, data in drawn.items()},
@@ -115,6 +116,27 @@ def _says(path: Path, data: bytes) -> bool:
     return present == data if digest is None else figure_data.embedded_digest(present) == digest
 
 
+# -- Figures -----------------------------------------------------------------------------------------------------
+
+
+def drawn_files(evidence: Evidence) -> dict[str, bytes]:
+    """The files of every figure that there is something for: "NAME.svg" and "NAME.png" -> bytes."""
+    from harness.report.drawings import DRAWINGS
+    from harness.report.plots import image_files
+
+    made: dict[str, bytes] = {}
+    for name, what in evidence.figures.items():
+        made |= image_files(name, [what], partial(DRAWINGS[name], what))
+    return made
+
+
+def _undrawn_files(evidence: Evidence) -> dict[str, bytes]:
+    """The same names, and in place of each drawing the mark that its file carries. It tells whether a file is stale, in
+    a fraction of the time."""
+    marks = {name: figure_data.mark_of([what]).encode() for name, what in evidence.figures.items()}
+    return {f"{name}.{kind}": mark for name, mark in marks.items() for kind in ("svg", "png")}
+
+
 # -- Pages -------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +169,7 @@ def _card(evidence: Evidence, link: Link) -> str:
 def _front_matter(evidence: Evidence) -> str:
     """The metadata that the model hub reads; keys that the suite leaves open are left out, not guessed."""
     suite, built = evidence.suite, evidence.records["build"]
-    base_model = hub_scores.base_model_of(suite)
+    base_model = export.base_model_of(suite)
     metadata: dict[str, str | list[Any] | None] = {
         "license": suite.source.license,
         "base_model": base_model,
@@ -158,7 +180,7 @@ def _front_matter(evidence: Evidence) -> str:
         else None,
         "tags": ["nvfp4", "compressed-tensors", "deltanet"],
         "datasets": build_tables.calibration_datasets(built),
-        "model-index": hub_scores.model_index(evidence, next(iter(suite.variants))) if evidence.repo else None,
+        "model-index": export.model_index(evidence, next(iter(suite.variants))) if evidence.repo else None,
     }
     # JSON strings and lists of printable characters are YAML.
     lines = [
@@ -169,8 +191,94 @@ def _front_matter(evidence: Evidence) -> str:
     return "\n".join(("---", *lines, "---"))
 
 
+# -- Headline ------------------------------------------------------------------------------------------------------
+
+
 def _headline(evidence: Evidence, link: Link) -> str:
-    return headline.headline(evidence, link, judged_claims(evidence.suite, evidence.chosen))
+    """One line per variant: what it weighs, what it loses, how fast it decodes, each with the run that says so."""
+    lines = []
+    for name, variant in evidence.suite.variants.items():
+        parts = [
+            part(evidence, name) for part in (_size_words, _perplexity_words, _kl_words, _task_words, _decode_words)
+        ]
+        said = "; ".join(
+            f"{words} {' '.join(reference(evidence, link, record) for record in records)}"
+            for words, records in filter(None, parts)
+        )
+        lines.append(f"- **{name}** ({columns.escape(variant.recipe)}): {said or 'not measured yet'}.")
+    marked = any(columns.NO_INTERVAL_MARK in line for line in lines)
+    return paragraphs("\n".join(lines), _claim_lines(evidence, link), columns.NO_INTERVAL if marked else None)
+
+
+def _claim_lines(evidence: Evidence, link: Link) -> str:
+    """One line for every claim of the suite that the records support, with the runs that support it."""
+    by_id = {record.run.run_id: record for record in evidence.chosen}
+    return "\n".join(
+        f"- {claim.sentence}: {columns.escape(claim.reason)} "
+        f"{' '.join(reference(evidence, link, by_id[run]) for run in claim.runs if run in by_id)}."
+        for claim in judged_claims(evidence.suite, evidence.chosen)
+        if claim.supported
+    )
+
+
+_Words = tuple[str, tuple[Record, ...]] | None  # what runs say of a variant
+
+
+def _size_words(evidence: Evidence, variant: str) -> _Words:
+    row = evidence.tables["totals"].row(variant=variant)
+    if row is None:
+        return None
+    share, output, source = (cell_text(key, row[key]) for key in ("bytes_share", "output_bytes", "source_bytes"))
+    return f"{output} of {source} ({share})", (evidence.records["build"][variant],)
+
+
+def _perplexity_words(evidence: Evidence, variant: str) -> _Words:
+    row = evidence.tables["perplexity"].row(variant=variant, protocol=evidence.protocol)
+    base = evidence.tables["perplexity"].row(variant=SOURCE, protocol=evidence.protocol)
+    if row is None or evidence.protocol is None:
+        return None
+    runs = (evidence.perplexities[evidence.protocol][variant],)
+    kind = "perplexity" if row["unit"] == "token" else f"{row['unit']} perplexity"
+    words = f"{kind} {cell_text('ppl', row['ppl'])}"
+    loss = row["delta_log_ppl"]
+    if base is None or not isinstance(loss, Estimate):
+        return f"{words} ({f'Δ {loss}' if loss == columns.AT_NOISE else loss})", runs
+    change = cell_text("relative_change_ratio", row["relative_change_ratio"])
+    against = cell_text("ppl", base["ppl"])
+    return f"{words} against {against} ({change}; Δ log-perplexity {cell_text('delta_log_ppl', loss)})", runs
+
+
+def _kl_words(evidence: Evidence, variant: str) -> _Words:
+    row = evidence.tables["fidelity"].row(variant=variant)
+    if row is None:
+        return None
+    unit = " nats" if isinstance(row["kl"], Estimate) else ""
+    return f"KL to the source {cell_text('kl', row['kl'])}{unit}", (evidence.records["fidelity"][variant],)
+
+
+def _task_words(evidence: Evidence, variant: str) -> _Words:
+    """All tasks together, or the only one."""
+    rows = [row for row in evidence.tables["tasks"].rows if row["variant"] == variant]
+    row = next((row for row in rows if row["task"] == task_tables.ALL_TASKS), rows[0] if len(rows) == 1 else None)
+    if row is None or not isinstance(row["delta_score"], Estimate):
+        return None
+    change = cell_text("delta_score", row["delta_score"])
+    return f"tasks {change} ({row['metric'] if len(rows) > 1 else row['task']})", runs_of(row["run"])
+
+
+def _decode_words(evidence: Evidence, variant: str) -> _Words:
+    decoded = evidence.tables["decode"]
+    if not decoded:
+        return None
+    row = speed_tables.single_user(decoded).row(variant=variant) or speed_tables.by_depth(decoded).row(variant=variant)
+    if row is None:
+        return None
+    speed, ratio = cell_text("tokens_per_second", row["tokens_per_second"]), row["speed_ratio"]
+    other = "the source" if row["versus"] == SOURCE else row["versus"]
+    relation = f"{cell_text('speed_ratio', ratio)} × {other}" if isinstance(ratio, Estimate) else ratio
+    record = evidence.records["bench"][variant]
+    caveat = "; no NVFP4 kernel" if (record.run.engine or {}).get("name") == "torch" else ""
+    return f"decode {speed} tok/s at batch 1 ({relation or f'not measured for {other}'}{caveat})", (record,)
 
 
 # What a page may ask for by name, under the heading that it has in the card.
@@ -188,9 +296,9 @@ BLOCKS: dict[str, tuple[str | None, Callable[[Evidence, Link], str]]] = {
     "prefill": ("Prefill speed", section("prefill")),
     "memory": ("Memory", section("memory")),
     "served": ("Served elsewhere", section("served")),
-    "usage": ("Usage", usage.usage),
-    "presets": ("Sampling presets", usage.presets),
-    "limits": ("Known limits", usage.known_limits),
+    "usage": ("Usage", sections.usage),
+    "presets": ("Sampling presets", sections.presets),
+    "limits": ("Known limits", sections.known_limits),
     "reproduce": ("How to reproduce", section("reproduce")),
     "runs": ("Provenance", section("runs")),
 }

@@ -343,4 +343,4 @@ DRAWINGS: dict[str, Callable[[Any], Figure]] = {
     "sensitivity": heatmaps.draw_sensitivity,
     "experts": heatmaps.draw_experts,
 }
-"""Each draws the dataclass that `figures.plotted_by_name` has for its name, inside `plots.style()`."""
+"""Each draws the dataclass that `Evidence.figures` has for its name, inside `plots.style()`."""

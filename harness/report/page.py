@@ -45,7 +45,7 @@ def page(title: str, markdown: str, images: Mapping[str, bytes]) -> bytes:
     `markdown` is the card without its front matter, in CommonMark with tables. `images` are its figures, by name: where
     the Markdown shows `NAME.png` or `NAME.svg`, of whatever folder, alone in a paragraph, and `NAME.svg` is among them,
     the page shows that; any other picture becomes a link to it. Links stay as they are, so the page belongs beside the
-    card. An image that is only the mark of a figure (see `figures.undrawn_files`) gives the page without that drawing.
+    card. An image that is only the mark of a figure (see `card.generated_files`) gives the page without that drawing.
     """
     tokens = _MARKDOWN.parse(markdown)
     headings = _numbered(tokens)

@@ -16,9 +16,8 @@ from harness.errors import UserError
 from harness.record import store
 from harness.record.run import Record
 from harness.report import card as cards
-from harness.report.evidence import Evidence
-from harness.report.gather import gather
-from harness.report.pieces import Link
+from harness.report.evidence import Evidence, gather
+from harness.report.sections import Link
 from harness.suite.load import narrowed, restored
 from harness.suite.schema import Suite
 
