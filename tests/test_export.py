@@ -27,7 +27,6 @@ from harness.errors import UserError
 from harness.record.run import Record
 from harness.record.store import read_all
 from harness.report import build_tables
-from harness.report.columns import COLUMNS
 from harness.report.evidence import Evidence, gather
 from harness.report.export import (
     BENCHMARKS,
@@ -38,6 +37,7 @@ from harness.report.export import (
     path_part,
     variant_files,
 )
+from harness.report.tables import COLUMNS
 from harness.suite.load import load
 from harness.suite.schema import Suite, Task, Variant
 from tests.conftest import DATA

@@ -19,7 +19,7 @@ import harness
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import recipe_named
 from harness.record.run import Record
-from harness.report import build_tables, card, columns, quality_tables, speed_tables, tables
+from harness.report import build_tables, card, quality_tables, speed_tables, tables
 from harness.report.trace import trace
 from harness.suite.load import load
 from harness.suite.schema import Suite
@@ -285,7 +285,7 @@ def test_the_mixed_cards_perplexities_are_reproduced_and_their_differences_have_
         assert row["Δ log-PPL, nats [95 %]"] == f"{math.log(PPL[variant] / PPL['source']):+.4f} †"
     assert mine.row("PPL", variant="source")["PPL"] == "8.0481"
     (table,) = mine.with_heading("PPL")
-    assert table.after == columns.NO_INTERVAL
+    assert table.after == tables.NO_INTERVAL
     for words in ("wikitext2-512", "tokens 297,053", "scored tokens 296,472"):
         assert words in table.caption
 
@@ -296,7 +296,7 @@ def test_a_perplexity_that_is_spread_evenly_over_its_581_windows_has_no_interval
         for row, ppl in PPL.items()
     }
     text = tables.terminal_table(quality_tables.perplexity_table({"wikitext2-512": records}))
-    assert "windows 581 · scored tokens 296,472" in text and "+0.0180 †" in text and columns.NO_INTERVAL in text
+    assert "windows 581 · scored tokens 296,472" in text and "+0.0180 †" in text and tables.NO_INTERVAL in text
 
 
 def test_the_mixed_cards_speeds_are_reproduced_below_their_ceilings(published: CardOf) -> None:
@@ -309,7 +309,7 @@ def test_the_mixed_cards_speeds_are_reproduced_below_their_ceilings(published: C
     assert (quantized["÷ source [95 %]"], quantized["change"]) == (f"{163.4 / 170.3:.3f} †", "-4 %")
     kernels = speed_tables.kernel_table(mine.measured["bench"])
     assert cell(kernels, "kernel", variant="mixed-fp8-rtn") == "FLASHINFER_CUTLASS"
-    assert all(table.after == columns.NO_INTERVAL for table in mine.with_heading("tok/s [95 %]"))
+    assert all(table.after == tables.NO_INTERVAL for table in mine.with_heading("tok/s [95 %]"))
 
 
 def test_the_mixed_cards_mtp_row_has_its_acceptance_and_its_speed_beside_that_without_drafts(published: CardOf) -> None:
@@ -374,7 +374,7 @@ def test_the_16_bit_activations_cards_sizes_counts_and_errors_are_reproduced(pub
     shown = {key: cell(totals, key, variant="nvfp4a16") for key in totals.columns}
     assert (shown["num_quantized"], shown["num_kept"]) == ("128", "632")
     assert (shown["source_bytes"], shown["output_bytes"], shown["bytes_share"]) == ("18.82 GB", "11.20 GB", "59.5 %")
-    trips = build_tables.roundtrip_table(records["verify"])
+    trips = build_tables.samples_table(records["verify"], "roundtrip")
     assert cell(trips, "max_abs_error", variant="nvfp4a16") == "0.058"
     assert cell(trips, "mean_abs_error", variant="nvfp4a16") == "0.0008"
     text = published(A16).text
@@ -448,5 +448,5 @@ def test_every_mark_on_a_card_is_explained_below_its_table(published: CardOf, na
     marked = [
         table for table in published(name).tables if any("†" in one for row in table.rows for one in row.values())
     ]
-    assert all(table.after == columns.NO_INTERVAL for table in marked)
+    assert all(table.after == tables.NO_INTERVAL for table in marked)
     assert bool(marked) == (name in (A16, W27B, MIXED))  # the others publish no estimate

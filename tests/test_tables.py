@@ -9,7 +9,7 @@ import pytest
 
 from harness.record import stats
 from harness.record.run import Record
-from harness.report import build_tables, columns, evidence, numbers, quality_tables, runs, speed_tables, tables
+from harness.report import build_tables, evidence, numbers, quality_tables, runs, speed_tables, tables
 from tests.records import (
     BUILD,
     DATASET,
@@ -304,7 +304,7 @@ def test_few_repetitions_give_a_value_that_is_marked_as_one_without_an_interval(
     assert tables.cell_text("speed_ratio", cells["speed_ratio"]) == "0.500 †"
     assert tables.json_rows(frame)[1]["speed_ratio"]["low"] is None and "†" not in json.dumps(tables.json_rows(frame))
     for text in (tables.terminal_table(frame), tables.markdown_table(frame, link)):
-        assert text.endswith(f"\n\n{columns.NO_INTERVAL}") and text.count(columns.NO_INTERVAL) == 1
+        assert text.endswith(f"\n\n{tables.NO_INTERVAL}") and text.count(tables.NO_INTERVAL) == 1
 
 
 def test_what_has_an_interval_or_is_no_estimate_has_no_mark() -> None:
@@ -313,7 +313,7 @@ def test_what_has_an_interval_or_is_no_estimate_has_no_mark() -> None:
     for frame in (
         perplexity(ppl_pair(8.0, 8.1), floor=1.0),  # below the floor
         perplexity(ppl_pair(8.0, 8.1, dataset={**DATASET, "token_ids_sha256": "f" * 64})),  # refused
-        build_tables.roundtrip_table({"nvfp4": make_record("verify", "nvfp4", VERIFY)}),
+        build_tables.samples_table({"nvfp4": make_record("verify", "nvfp4", VERIFY)}, "roundtrip"),
         build_tables.role_table({"nvfp4": make_record("build", "nvfp4", BUILD)}),
         quality_tables.sensitivity_table({"source": make_record("sensitivity", "source", SENSITIVITY)}),
     ):
@@ -500,7 +500,7 @@ def test_the_published_sizes_give_the_published_share() -> None:
 
 def test_an_exact_round_trip_has_no_signal_to_noise_ratio() -> None:
     exact = {**VERIFY[0], "role": "norm", "max_abs_error": 0.0, "snr_db": None}
-    frame = build_tables.roundtrip_table({"nvfp4": make_record("verify", "nvfp4", [*VERIFY, exact])})
+    frame = build_tables.samples_table({"nvfp4": make_record("verify", "nvfp4", [*VERIFY, exact])}, "roundtrip")
     assert tables.cell_text("snr_db", row(frame, role="mlp.up_proj")["snr_db"]) == "20.6"
     assert tables.cell_text("snr_db", row(frame, role="norm")["snr_db"]) == "—"
 
@@ -512,7 +512,7 @@ def test_sensitivities_are_medians_over_layers_the_worst_group_first() -> None:
     frame = quality_tables.sensitivity_table({"source": make_record("sensitivity", "source", SENSITIVITY)})
     assert list(frame["role"]) == ["self_attn.o_proj", "linear_attn.out_proj", "mlp.down_proj"]
     deltanet = row(frame, role="linear_attn.out_proj")
-    assert deltanet["NVFP4"] == columns.Spread(median=0.03, largest=0.04, layer=1)
+    assert deltanet["NVFP4"] == tables.Spread(median=0.03, largest=0.04, layer=1)
     assert (deltanet["num_layers"], deltanet["fp8_extra_bytes"]) == (3, 3000)
     assert deltanet["fp8_gain_per_gb"] == pytest.approx((0.02 + 0.04 + 0.03 - 3 * 0.001) / 3000 * 1e9)
     assert "3 % (layer 1: 4 %)" in tables.terminal_table(frame)
@@ -598,7 +598,9 @@ def test_markdown_links_every_row_to_its_run() -> None:
 def test_text_that_would_break_a_table_is_escaped() -> None:
     hostile = "a|b\n*c* <d> [e](f) _g_ h_i `j`"
     finding = {"kind": "finding", "severity": "error", "tensor": hostile, "problem": "p", "consequence": "c"}
-    text = tables.markdown_table(build_tables.finding_table({"nvfp4": make_record("verify", "nvfp4", [finding])}), link)
+    text = tables.markdown_table(
+        build_tables.samples_table({"nvfp4": make_record("verify", "nvfp4", [finding])}, "finding"), link
+    )
     assert r"a\|b \*c\* \<d\> \[e\](f) \_g\_ h_i \`j\`" in text
     assert len(text.splitlines()) == 2 + 3
 

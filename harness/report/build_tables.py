@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from harness import serve
 from harness.errors import UserError
@@ -12,7 +12,7 @@ from harness.model.families import role_is
 from harness.record.run import Record
 from harness.report import runs
 from harness.report.tables import Table, table_of
-from harness.suite.names import SOURCE, is_hub_id
+from harness.suite.names import is_hub_id
 
 GPUS_GIB = (16, 24, 32, 96)
 """Memory of the GPUs that sizes are given for: what Blackwell cards have."""
@@ -23,7 +23,7 @@ def total_table(records: runs.Records) -> Table:
     rows = []
     for variant, record in records.items():
         roles = record.kind("role")
-        source, output = (_sum(record, key) for key in ("source_bytes", "output_bytes"))
+        source, output = (sum(role[key] for role in roles) for key in ("source_bytes", "output_bytes"))
         rows.append(
             {
                 "variant": variant,
@@ -51,34 +51,12 @@ def role_table(records: runs.Records) -> Table:
     return table_of(rows)
 
 
-def roundtrip_table(records: runs.Records) -> Table:
-    """How far the decoded weights are from the source's, per role."""
-    return _samples_table(records, "roundtrip")
-
-
-def finding_table(records: runs.Records) -> Table:
-    """What `harness verify` objects to; empty is good."""
-    return _samples_table(records, "finding")
-
-
-def _samples_table(records: runs.Records, kind: str) -> Table:
-    """A row for every sample of a kind."""
+def samples_table(records: runs.Records, kind: str) -> Table:
+    """A row for every sample of a kind: of `roundtrip`, how far the decoded weights of a role are from the source's; of
+    `finding`, what `harness verify` objects to."""
     return table_of(
         {"variant": variant, **one, "run": record} for variant, record in records.items() for one in record.kind(kind)
     )
-
-
-def bytes_and_params(records: runs.Records, variant: str) -> tuple[int, int] | None:
-    """Bytes and parameters of all tensors of a variant; the source's by any build of it, since all read the same. None
-    without a build."""
-    record = next(iter(records.values()), None) if variant == SOURCE else records.get(variant)
-    if record is None:
-        return None
-    return _sum(record, "source_bytes" if variant == SOURCE else "output_bytes"), _sum(record, "num_params")
-
-
-def _sum(record: Record, key: str) -> int:
-    return sum(role[key] for role in record.kind("role"))
 
 
 def method_table(records: runs.Records) -> Table:
@@ -136,19 +114,9 @@ def calibration_datasets(records: runs.Records) -> list[str]:
     return list(dict.fromkeys(one["dataset"] for one in sources if is_hub_id(one.get("dataset"))))
 
 
-def has_vision(records: runs.Records) -> bool:
-    """Whether a variant has a vision tower."""
-    return any(role_is(role["role"], "visual") for record in records.values() for role in record.kind("role"))
-
-
-def has_mtp(record: Record) -> bool:
-    """Whether a variant has an MTP head to speculate with."""
-    return any(role_is(role["role"], "mtp") for role in record.kind("role"))
-
-
-def has_experts(record: Record) -> bool:
-    """Whether a variant is a mixture of experts."""
-    return any(role_is(role["role"], "experts") for role in record.kind("role"))
+def has_role(record: Record, kind: Literal["visual", "mtp", "experts"]) -> bool:
+    """Whether a variant has a vision tower, an MTP head to speculate with, or a mixture of experts."""
+    return any(role_is(role["role"], kind) for role in record.kind("role"))
 
 
 def has_four_bit_activations(record: Record) -> bool:

@@ -17,12 +17,12 @@ from urllib.parse import quote
 
 from harness.record.run import Record
 from harness.record.stats import Estimate
-from harness.report import build_tables, columns, export, figure_data, page, sections, speed_tables, task_tables
+from harness.report import build_tables, export, figure_data, page, sections, speed_tables, task_tables
 from harness.report.blocks import filled
 from harness.report.claims import judged_claims
 from harness.report.evidence import Evidence, gather
 from harness.report.sections import Link, paragraphs, reference, section
-from harness.report.tables import cell_text, runs_of
+from harness.report.tables import AT_NOISE, NO_INTERVAL, NO_INTERVAL_MARK, cell_text, escape, runs_of
 from harness.suite.load import narrowed
 from harness.suite.names import SOURCE
 from harness.suite.schema import Suite
@@ -156,7 +156,7 @@ def _card(evidence: Evidence, link: Link) -> str:
     source = suite.source.location + (f" at revision {suite.source.revision}" if suite.source.revision else "")
     return (
         paragraphs(
-            f"# {columns.escape(_title(evidence))}",
+            f"# {escape(_title(evidence))}",
             suite.description and suite.description.strip(),
             f"NVFP4 quantization of `{source}`. Every number is computed from the raw records that its row links to; "
             "`harness trace` resolves them.",
@@ -170,14 +170,14 @@ def _front_matter(evidence: Evidence) -> str:
     """The metadata that the model hub reads; keys that the suite leaves open are left out, not guessed."""
     suite, built = evidence.suite, evidence.records["build"]
     base_model = export.base_model_of(suite)
+    sees = any(build_tables.has_role(one, "visual") for one in built.values())
+    pipeline = "image-text-to-text" if sees else "text-generation"
     metadata: dict[str, str | list[Any] | None] = {
         "license": suite.source.license,
         "base_model": base_model,
         "base_model_relation": "quantized" if base_model else None,
         "library_name": "transformers",
-        "pipeline_tag": ("image-text-to-text" if build_tables.has_vision(built) else "text-generation")
-        if built
-        else None,
+        "pipeline_tag": pipeline if built else None,
         "tags": ["nvfp4", "compressed-tensors", "deltanet"],
         "datasets": build_tables.calibration_datasets(built),
         "model-index": export.model_index(evidence, next(iter(suite.variants))) if evidence.repo else None,
@@ -205,16 +205,16 @@ def _headline(evidence: Evidence, link: Link) -> str:
             f"{words} {' '.join(reference(evidence, link, record) for record in records)}"
             for words, records in filter(None, parts)
         )
-        lines.append(f"- **{name}** ({columns.escape(variant.recipe)}): {said or 'not measured yet'}.")
-    marked = any(columns.NO_INTERVAL_MARK in line for line in lines)
-    return paragraphs("\n".join(lines), _claim_lines(evidence, link), columns.NO_INTERVAL if marked else None)
+        lines.append(f"- **{name}** ({escape(variant.recipe)}): {said or 'not measured yet'}.")
+    marked = any(NO_INTERVAL_MARK in line for line in lines)
+    return paragraphs("\n".join(lines), _claim_lines(evidence, link), NO_INTERVAL if marked else None)
 
 
 def _claim_lines(evidence: Evidence, link: Link) -> str:
     """One line for every claim of the suite that the records support, with the runs that support it."""
     by_id = {record.run.run_id: record for record in evidence.chosen}
     return "\n".join(
-        f"- {claim.sentence}: {columns.escape(claim.reason)} "
+        f"- {claim.sentence}: {escape(claim.reason)} "
         f"{' '.join(reference(evidence, link, by_id[run]) for run in claim.runs if run in by_id)}."
         for claim in judged_claims(evidence.suite, evidence.chosen)
         if claim.supported
@@ -242,7 +242,7 @@ def _perplexity_words(evidence: Evidence, variant: str) -> _Words:
     words = f"{kind} {cell_text('ppl', row['ppl'])}"
     loss = row["delta_log_ppl"]
     if base is None or not isinstance(loss, Estimate):
-        return f"{words} ({f'Δ {loss}' if loss == columns.AT_NOISE else loss})", runs
+        return f"{words} ({f'Δ {loss}' if loss == AT_NOISE else loss})", runs
     change = cell_text("relative_change_ratio", row["relative_change_ratio"])
     against = cell_text("ppl", base["ppl"])
     return f"{words} against {against} ({change}; Δ log-perplexity {cell_text('delta_log_ppl', loss)})", runs

@@ -33,8 +33,9 @@ from typing import Any
 from harness.errors import UserError
 from harness.record import stats
 from harness.record.run import Record, Skipped
-from harness.report import columns, gate, quality_tables, runs, task_tables
+from harness.report import gate, quality_tables, runs, task_tables
 from harness.report.numbers import format_estimate
+from harness.report.tables import scaled
 from harness.suite.metrics import METRICS
 from harness.suite.names import NOISE, SOURCE
 from harness.suite.rules import Claim, Rule
@@ -269,7 +270,7 @@ def _recovery(facts: _Facts, claim: Claim) -> list[_Finding]:
     if not shares or None in shares:
         return [_Finding(False, f"{claim.variant}: not every task has a score of which a share could be left", ids)]
     share, wanted = stats.pooled(shares), 1 - claim.margin
-    percent = format_estimate(columns.scaled(share, 100), ".1f")
+    percent = format_estimate(scaled(share, 100), ".1f")
     words = f"{percent} % of the source's score, mean of {len(shares)} {'task' if len(shares) == 1 else 'tasks'}"
     if share.low is None or share.low < wanted:
         return [_Finding(False, f"{claim.variant}: {words}, which does not make sure of {100 * wanted:g} %", ids)]

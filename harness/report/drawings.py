@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from harness.report import columns, heatmaps, plots
+from harness.report import heatmaps, plots
 from harness.report.figure_data import (
     SOURCE_COLOUR,
     Bands,
@@ -29,6 +29,7 @@ from harness.report.figure_data import (
 )
 from harness.report.numbers import byte_unit, format_bytes
 from harness.report.plots import INK, NAME_WIDTH, canvas, draw_estimate, draw_interval, draw_marker, interval_ends
+from harness.report.tables import NO_INTERVAL, lacks_interval
 
 _NUM_DOTS = 200
 _BESIDE = 9.0  # points, between markers that would cover each other
@@ -264,9 +265,7 @@ def _forest(groups: Sequence[MarkGroup], title: str, heading: str) -> tuple[Figu
     for place, said in words:
         axes.annotate(said, (1, place), (10, 0), va="center", **written)
     axes.annotate(heading, (1, -0.04), (10, 10), va="bottom", **written)
-    plots.add_footnote(
-        figure, columns.NO_INTERVAL if any(columns.lacks_interval(mark.value) for _, mark in rows) else ""
-    )
+    plots.add_footnote(figure, NO_INTERVAL if any(lacks_interval(mark.value) for _, mark in rows) else "")
     return figure, axes, rows
 
 

@@ -73,8 +73,8 @@ def gather(suite: Suite, records: Sequence[Record], results_dir: str, repo: str 
         "method": build_tables.method_table(chosen["build"]),
         "calibration": build_tables.calibration_table(chosen["build"]),
         "sizes": build_tables.sizing_table(chosen["build"]),
-        "roundtrip": build_tables.roundtrip_table(chosen["verify"]),
-        "findings": build_tables.finding_table(chosen["verify"]),
+        "roundtrip": build_tables.samples_table(chosen["verify"], "roundtrip"),
+        "findings": build_tables.samples_table(chosen["verify"], "finding"),
         "sensitivity": quality_tables.sensitivity_table(chosen["sensitivity"]),
         "perplexity": quality_tables.perplexity_table(
             perplexities, quality_tables.log_ppl_floor(chosen["fidelity"], perplexities)
@@ -272,8 +272,10 @@ def _looks(evidence: Evidence) -> dict[str, figure_data.Look]:
 
 
 def _num_bytes(evidence: Evidence, variant: str) -> int | None:
-    found = build_tables.bytes_and_params(evidence.records["build"], variant)
-    return found[0] if found else None
+    """Of all tensors of a variant; of the source by any build of it, since all read the same. None without a build."""
+    totals, key = evidence.tables["totals"], "source_bytes" if variant == SOURCE else "output_bytes"
+    found: list[int] = [row[key] for row in totals.rows if variant in (SOURCE, row["variant"])]
+    return next(iter(found), None)
 
 
 def _of_rows(evidence: Evidence, measure: str) -> dict[str, Record]:

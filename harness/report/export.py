@@ -30,9 +30,8 @@ from harness.record import stats
 from harness.record.run import Record
 from harness.record.stats import Estimate
 from harness.report import runs, task_tables
-from harness.report.columns import Spread
 from harness.report.evidence import Evidence
-from harness.report.tables import Table
+from harness.report.tables import Spread, Table
 from harness.suite.names import NOISE, SOURCE, is_hub_id, row_parts
 from harness.suite.schema import Suite
 
@@ -89,7 +88,7 @@ def path_part(name: str) -> str:
 def csv_files(evidence: Evidence, rows: Sequence[str]) -> dict[str, bytes]:
     """A CSV (RFC 4180, UTF-8) for every table, with its rows that are among `rows` or of the noise floor.
 
-    Columns are called as in `columns.COLUMNS`. Numbers have eight significant digits, on which every machine agrees.
+    Columns are called as in `tables.COLUMNS`. Numbers have eight significant digits, on which every machine agrees.
     Unknown numbers are empty. Runs are there by their ids: eight hexadecimal digits, some of which pandas takes for
     numbers without `dtype={"run": str}`. An estimate has three columns, `<key>`, `<key>_low` and `<key>_high`, the last
     two empty without an interval, and `<key>_reason` where words stand in its place. A spread over layers has `<key>`,

@@ -20,9 +20,9 @@ from harness.record.comparable import incomparable
 from harness.record.packed import unpack_numbers
 from harness.record.run import Record
 from harness.record.stats import Estimate
-from harness.report import columns, runs
+from harness.report import runs
 from harness.report.numbers import format_bytes, format_percent
-from harness.report.tables import Table, table_of
+from harness.report.tables import AT_NOISE, Spread, Table, table_of
 from harness.suite.names import NOISE, SOURCE
 
 PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p95": 95, "kl_p99": 99, "kl_p999": 99.9, "kl_max": 100}
@@ -85,7 +85,7 @@ def _lost(
         [nll for nll, _ in base], [nll for nll, _ in clusters], [weight for _, weight in clusters], block
     )
     if floor is not None and abs(loss.value) <= floor:
-        return {"delta_log_ppl": columns.AT_NOISE}
+        return {"delta_log_ppl": AT_NOISE}
     ppl, base_ppl = _ppl(clusters), _ppl(base)
     return {
         "delta_ppl": ppl - base_ppl if ppl is not None and base_ppl is not None else None,
@@ -129,7 +129,7 @@ def divergence_table(records: runs.Records) -> Table:
                 "num_tokens": (record.run.dataset or {}).get("num_tokens"),
                 "num_windows": len(windows),
                 "num_scored": sum(window["num_scored"] for window in windows),
-                "kl": columns.AT_NOISE if floor and kl.value <= floor.kl_nats else kl,
+                "kl": AT_NOISE if floor and kl.value <= floor.kl_nats else kl,
                 **{name: float(value) for name, value in zip(PERCENTILES, percentiles, strict=True)},
                 "agreement": _mean(windows, "num_agreed"),
                 "rms_dp": _rms(windows),
@@ -285,12 +285,12 @@ def sensitivity_table(records: runs.Records) -> Table:
     return table_of(rows)
 
 
-def _spread(samples: Sequence[Mapping[str, Any]]) -> columns.Spread | None:
+def _spread(samples: Sequence[Mapping[str, Any]]) -> Spread | None:
     known = [(one["layer_error"], one["index"]) for one in samples if one["layer_error"] is not None]
     if not known:
         return None
     largest, layer = max(known, key=lambda pair: pair[0])
-    return columns.Spread(statistics.median(error for error, _ in known), largest, layer)
+    return Spread(statistics.median(error for error, _ in known), largest, layer)
 
 
 def sensitivity_words(frame: Table) -> list[str]:

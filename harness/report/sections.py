@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined, Template
 from tabulate import tabulate
@@ -20,11 +20,11 @@ from harness import serve
 from harness.formats.names import KEPT
 from harness.record.run import Record
 from harness.record.stats import RESAMPLES
-from harness.report import build_tables, columns, quality_tables, speed_tables
+from harness.report import build_tables, quality_tables, speed_tables
 from harness.report.evidence import Evidence
 from harness.report.figure_data import FIGURES
 from harness.report.numbers import format_bytes
-from harness.report.tables import Table, markdown_table
+from harness.report.tables import AT_NOISE, Table, escape, markdown_table
 from harness.sampling import GREEDY, PRESETS, Sampling
 from harness.suite.names import NOISE, SOURCE, row_name
 from harness.suite.schema import Suite
@@ -142,7 +142,7 @@ def _known(evidence: Evidence, link: Link) -> dict[str, Any]:
             if variant not in evidence.tasks.get(label, {})
         ],
         "SOURCE": SOURCE,
-        "AT_NOISE": columns.AT_NOISE,
+        "AT_NOISE": AT_NOISE,
         "RESAMPLES": f"{RESAMPLES:,}",
     }
 
@@ -162,9 +162,9 @@ def _roles(evidence: Evidence, link: Link) -> str:
         (name, f"{tensors:,}", f"{params:,}", format_bytes(size), *(after.get(variant, "—") for variant in records))
         for (name, tensors, params, size), after in found.items()
     ]
-    headers = ("role", "tensors", "parameters", "before", *map(columns.escape, records))
+    headers = ("role", "tensors", "parameters", "before", *map(escape, records))
     align = ("left", *("right" for _ in headers[1:]))
-    runs = (f"{columns.escape(name)} {reference(evidence, link, record)}" for name, record in records.items())
+    runs = (f"{escape(name)} {reference(evidence, link, record)}" for name, record in records.items())
     return paragraphs(
         f"runs {' · '.join(runs)}",
         tabulate(rows, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True),
@@ -249,7 +249,7 @@ def usage(evidence: Evidence, link: Link) -> str:
         f"```sh\n{serve.vllm_line(model, given)}\n```",
         f"```sh\n{serve.docker_bash(model, given)}\n```",
         f"With one token drafted by the MTP head:\n\n```sh\n{serve.vllm_line(model, speculating)}\n```"
-        if build_tables.has_mtp(record)
+        if build_tables.has_role(record, "mtp")
         else None,
         f"```python\n{python}\n```",
         _part(evidence, link, "What fits", evidence.tables["sizes"]),
@@ -269,12 +269,11 @@ def _settings(preset: Sampling) -> str:
     return ", ".join(f"{name}={value:g}" for name, value in unlike.items())
 
 
-_NEEDS = {
-    "mtp": build_tables.has_mtp,
-    "activations": build_tables.has_four_bit_activations,
-    "experts": build_tables.has_experts,
-}
-"""By the words of `limits.toml`: whether a build has what a limit is about."""
+def _has(record: Record, need: Literal["mtp", "activations", "experts"]) -> bool:
+    """Whether a build has what a limit is about, by the words of `limits.toml`."""
+    if need == "activations":
+        return build_tables.has_four_bit_activations(record)
+    return build_tables.has_role(record, need)
 
 
 def known_limits(evidence: Evidence, link: Link) -> str:
@@ -284,7 +283,7 @@ def known_limits(evidence: Evidence, link: Link) -> str:
     rows = [
         (one["configuration"], one["effect"], one["remedy"], f"[source]({one['source']})")
         for one in known
-        if not built or all(any(map(_NEEDS[need], built)) for need in one.get("needs", ()))
+        if not built or all(any(_has(record, need) for record in built) for need in one.get("needs", ()))
     ]
     headers = ("configuration", "what happens", "instead", "where it is known from")
     return tabulate(rows, headers=headers, tablefmt="pipe")

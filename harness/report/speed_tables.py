@@ -8,8 +8,8 @@ from typing import Any
 from harness.record import stats
 from harness.record.run import Record
 from harness.record.stats import Estimate
-from harness.report import columns, runs
-from harness.report.tables import Table, table_of
+from harness.report import runs
+from harness.report.tables import Table, scaled, table_of
 from harness.suite.names import SOURCE, row_parts
 
 
@@ -41,7 +41,7 @@ def decode_table(records: runs.Records, versus: str = SOURCE) -> Table:
             )
             row["acceptance_share"] = accepted / proposed if proposed else None
             row["mean_accepted_length"] = 1 + accepted / drafts if drafts else None
-        row["user_tokens_per_second"] = columns.scaled(speed, 1 / batch)
+        row["user_tokens_per_second"] = scaled(speed, 1 / batch)
         row["ceiling_tokens_per_second"] = ceiling
         row["ceiling_share"] = speed.value / ceiling if ceiling else None
     return table_of(rows)

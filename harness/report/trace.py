@@ -77,11 +77,17 @@ def trace(card: Path, suite: Suite | None = None) -> Traced:
     findings: list[str] = []
     records: dict[str, Record] = {}
     for link in cited:
+        where = next(line.number for line in lines if link in (one for _, one in line.references))
         try:
-            records[link] = _whole(store.read(card.parent / unquote(link)))
+            record = store.read(card.parent / unquote(link))
         except UserError as error:
-            where = next(line.number for line in lines if link in (one for _, one in line.references))
             findings.append(f"Line {where}: {error.problem}")
+            continue
+        if record.whole:
+            records[link] = record
+        else:
+            told = f"{record.end.status}, {record.end.coverage['done']} of {record.end.coverage['expected']} samples"
+            findings.append(f"Line {where}: {record.path} is not a whole run ({told}).")
     for line in lines:
         findings += [
             f"Line {line.number}: [{run_id}] leads to run {records[link].run.run_id}."
@@ -108,16 +114,6 @@ def trace(card: Path, suite: Suite | None = None) -> Traced:
         num_lines = len(citing) - len(differing)
     references = sum(len(line.references) for line in lines)
     return Traced(references, len(records), num_lines, tuple(findings))
-
-
-def _whole(record: Record) -> Record:
-    if not record.whole:
-        done, status = record.end.coverage, record.end.status
-        raise UserError(
-            f"{record.path} is not a whole run ({status}, {done['done']} of {done['expected']} samples).",
-            "Measure again without a limit.",
-        )
-    return record
 
 
 def _lines(text: str) -> list[_Line]:

@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from harness.record.run import Record
 from harness.report.blocks import filled
-from harness.report.columns import escape
+from harness.report.tables import escape
 from studies.peers import tables
 
 PARTS = {

@@ -15,8 +15,8 @@ from tabulate import tabulate
 
 from harness.report import figure_data, plots
 from harness.report.blocks import filled
-from harness.report.columns import escape
 from harness.report.numbers import format_percent
+from harness.report.tables import escape
 from studies.simulation import scenarios
 from studies.simulation.scenarios import Result
 
