@@ -22,8 +22,7 @@ from harness.record.store import read_all
 from harness.report import card, claims
 from harness.report.claims import CLAIM_WORDS, JudgedClaim, check_words, claim_sentence
 from harness.suite.load import load, narrowed
-from harness.suite.metrics import CLAIM_KINDS
-from harness.suite.rules import Claim, ClaimMargins
+from harness.suite.rules import CLAIM_KINDS, Claim, ClaimMargins
 from harness.suite.schema import Suite, Task
 from tests.records import (
     DATASET,

@@ -24,7 +24,7 @@ from harness.record.store import RunWriter
 from harness.report import gate
 from harness.report.gate import Judgement
 from harness.suite.load import load
-from harness.suite.metrics import METRICS
+from harness.suite.rules import METRICS
 from harness.suite.schema import Suite
 from tests.records import (
     DATASET,

@@ -43,9 +43,8 @@ def test_the_schema_is_json_schema_of_draft_2020_12(table: type) -> None:
 def test_every_key_of_every_table_is_explained() -> None:
     written_out = json_schema(SuiteFile)
     classes = [one for module in (schema, rules, texts) for one in vars(module).values() if isinstance(one, type)]
-    tables = {one for one in classes if one.__module__ in (schema.__name__, rules.__name__, texts.__name__)} - {
-        schema.Suite
-    }
+    tables = {one for one in classes if one.__module__ in (schema.__name__, rules.__name__, texts.__name__)}
+    tables -= {schema.Suite, rules.Metric, rules.ClaimKind}
     assert len(tables) > 20
     for table in tables:
         said = written_out if table is SuiteFile else written_out["$defs"][table.__name__]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from harness.engines.protocol import Engine
     from harness.job import Job, Measured, Model, Work
     from harness.measure.decode import Shape
-    from harness.record.run import Record
     from harness.record.store import RunWriter
     from harness.suite.schema import Bench
 
@@ -44,17 +43,15 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
             work = _prepared(job, options.variant)
         print_models(options, work.models)
         measured = _measured(job, work, options.limit)
-        frames = _tables(job, measured.records) if measured.records else []
+        frames = []
+        if measured.records and job.suite.bench is not None:
+            from harness.report import runs, speed_tables
+
+            # Beside the newest stored run of the source, where this command measured none.
+            is_measured = SOURCE in measured.records
+            stored = {} if is_measured else runs.newest_runs(job.stored(), job.suite.name, "bench", (SOURCE,))
+            frames = speed_tables.bench_tables({**stored, **measured.records}, job.suite.bench.versus)
     return print_measured(options, measured.records, frames, measured.failures)
-
-
-def _tables(job: Job, records: Mapping[str, Record]) -> list[Any]:
-    """The tables of the measured runs beside the newest stored one of the source, where this command measured none."""
-    from harness.report import runs, speed_tables
-
-    assert job.suite.bench is not None
-    stored = {} if SOURCE in records else runs.newest_runs(job.stored(), job.suite.name, "bench", (SOURCE,))
-    return speed_tables.bench_tables({**stored, **records}, job.suite.bench.versus)
 
 
 def _prepared(job: Job, names: Sequence[str] | None) -> Work:

@@ -239,16 +239,14 @@ def _pack(job: Job, work: Work, source: Model, windows: Sequence[Sequence[int]])
         "windows": [wanted.window, len(windows), wanted.batch_size],
         "named_tokens": wanted.named_tokens,
     }
-    return pack_of(job.artifact(_PACKS), identity, lambda: _predictions(job, source, windows))
 
+    def predictions() -> Iterator[Top]:
+        with job.engine(source, "score") as engine:
+            for number, top in enumerate(engine.top_log_probs(windows, wanted.batch_size, wanted.named_tokens), 1):
+                job.progress(number, len(windows), f"{source.row}: reference pack")
+                yield top
 
-def _predictions(job: Job, source: Model, windows: Sequence[Sequence[int]]) -> Iterator[Top]:
-    """The source's most probable tokens, window by window."""
-    wanted = _wanted(job)
-    with job.engine(source, "score") as engine:
-        for number, top in enumerate(engine.top_log_probs(windows, wanted.batch_size, wanted.named_tokens), 1):
-            job.progress(number, len(windows), f"{source.row}: reference pack")
-            yield top
+    return pack_of(job.artifact(_PACKS), identity, predictions)
 
 
 def _placed(sample: dict[str, Any], wanted: Fidelity) -> dict[str, Any]:

@@ -71,29 +71,20 @@ class _Reading:
 def _prepared(job: Job, names: Sequence[str] | None) -> tuple[list[Model], list[_Reading]]:
     """The source and the variants, built where missing, and the text by every protocol of the suite. `UserError` for a
     suite that cannot be measured or a text that is not the expected one, before anything is built."""
+    from harness.measure import perplexity
+
     resolve.check_engine(job.suite)
     suite, wanted = job.suite, resolve.required(job.suite, "ppl", job.suite.ppl)
     variants = resolve.chosen_variants(suite, names, with_source=True)
-    readings = _readings(suite, wanted)
+    protocols = [perplexity.get_protocol(name) for name in wanted.protocols]
+    readings = [(_by_page if one.window is None else _by_window)(suite, wanted, one) for one in protocols]
+    for reading in readings:
+        _check_counts(wanted, reading)
     setups = resolve.chosen_setups(suite, wanted.setups)
     resolve.check_lengths(
         suite, "ppl", setups, 1 + max(window.num_tokens for one in readings for window in one.windows)
     )
     return job.models(variants, setups), readings
-
-
-def _readings(suite: Suite, wanted: Perplexity) -> list[_Reading]:
-
-    from harness.measure import perplexity
-
-    protocols = [perplexity.get_protocol(name) for name in wanted.protocols]
-    readings = [
-        _by_page(suite, wanted, protocol) if protocol.window is None else _by_window(suite, wanted, protocol)
-        for protocol in protocols
-    ]
-    for reading in readings:
-        _check_counts(wanted, reading)
-    return readings
 
 
 def _by_window(suite: Suite, wanted: Perplexity, protocol: Protocol) -> _Reading:

@@ -109,6 +109,7 @@ def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> Measu
     from harness.measure import tasks
     from harness.measure.kept import Journal
     from harness.record.store import RunWriter, read
+    from harness.suite.values import as_json
 
     found = MeasuredByName()
     for model in work.models:
@@ -117,7 +118,9 @@ def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> Measu
             job.engine(model, "score") as engine,
         ):
             for loaded in work.of(model):
-                run = job.new_run("tasks", tasks.VERSION, model, engine=engine, dataset=_dataset(loaded))
+                settings = {**as_json(loaded.wanted), "setups": None}
+                about = {"name": loaded.label, "num_docs": loaded.num_docs, "settings": settings, **loaded.identity}
+                run = job.new_run("tasks", tasks.VERSION, model, engine=engine, dataset=about)
                 assert run.engine is not None
                 identity = _identity(model, run.engine, loaded)
                 with (
@@ -140,18 +143,6 @@ def _answered(job: Job, work: _Work, *, limit: int | None, fresh: bool) -> Measu
                     record = read(writer.finish(num_missing=missing))
                 found.records.setdefault(loaded.label, {})[model.row] = record
     return found
-
-
-def _dataset(loaded: ReadyTask) -> dict[str, Any]:
-    """What a run's header says of the task."""
-    from harness.suite.values import as_json
-
-    return {
-        "name": loaded.label,
-        "num_docs": loaded.num_docs,
-        "settings": {**as_json(loaded.wanted), "setups": None},
-        **loaded.identity,
-    }
 
 
 def _identity(model: Model, engine: Mapping[str, Any], loaded: ReadyTask) -> dict[str, Any]:

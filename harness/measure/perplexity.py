@@ -223,7 +223,20 @@ def score(
     progress(done, len(cut), name)
     for window, row in zip(cut[first:], rows, strict=False):
         log_probs = row.astype(np.float32)
-        _check(log_probs, window, done)
+        if len(log_probs) != window.num_tokens - 1:
+            raise UserError(
+                f"Window {done} has {window.num_tokens} tokens, and the engine gave {len(log_probs)} "
+                "log-probabilities.",
+                "The run is not usable: repeat it.",
+            )
+        bad = np.flatnonzero(~np.isfinite(log_probs))
+        if len(bad):
+            position = int(bad[0]) + 1
+            raise UserError(
+                f"Window {done} has a log-probability of {log_probs[bad[0]]} at position {position} "
+                f"(token {window.first_token + position} of the text).",
+                "Run `harness verify`: a scale or weight of the checkpoint is broken.",
+            )
         yield log_probs
         done += 1
         progress(done, len(cut), name)
@@ -231,20 +244,4 @@ def score(
         raise UserError(
             f"The {engine.info.name} engine scored {done} of {len(cut)} windows.",
             "The run is not usable: repeat it.",
-        )
-
-
-def _check(log_probs: NDArray[np.float32], window: Window, index: int) -> None:
-    if len(log_probs) != window.num_tokens - 1:
-        raise UserError(
-            f"Window {index} has {window.num_tokens} tokens, and the engine gave {len(log_probs)} log-probabilities.",
-            "The run is not usable: repeat it.",
-        )
-    bad = np.flatnonzero(~np.isfinite(log_probs))
-    if len(bad):
-        position = int(bad[0]) + 1
-        raise UserError(
-            f"Window {index} has a log-probability of {log_probs[bad[0]]} at position {position} "
-            f"(token {window.first_token + position} of the text).",
-            "Run `harness verify`: a scale or weight of the checkpoint is broken.",
         )

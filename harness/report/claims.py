@@ -36,9 +36,8 @@ from harness.record.run import Record, Skipped
 from harness.report import gate, quality_tables, runs, task_tables
 from harness.report.numbers import format_estimate
 from harness.report.tables import scaled
-from harness.suite.metrics import METRICS
 from harness.suite.names import NOISE, SOURCE
-from harness.suite.rules import Claim, Rule
+from harness.suite.rules import METRICS, Claim, Rule
 from harness.suite.schema import Suite
 
 REMEDY = "Measure what would support it, or take the [[claim]] out."

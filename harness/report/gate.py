@@ -35,9 +35,8 @@ from harness.report.gate_runs import (
     slots_of,
 )
 from harness.report.tables import Table, cell_text, markdown_table, table_of
-from harness.suite.metrics import METRICS
 from harness.suite.names import BASELINE, SOURCE, row_name
-from harness.suite.rules import Rule
+from harness.suite.rules import METRICS, Rule
 from harness.suite.schema import Suite
 
 Verdict = Literal["pass", "fail", "inconclusive", "incomparable"]

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from harness.record.baselines import Slots, slot
 from harness.record.run import Record, Skipped
 from harness.report import runs, task_tables
-from harness.suite.metrics import METRICS
 from harness.suite.names import BASELINE
-from harness.suite.rules import Rule
+from harness.suite.rules import METRICS, Rule
 from harness.suite.schema import Suite
 
 
