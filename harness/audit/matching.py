@@ -108,7 +108,13 @@ class Reader:
             return Reading("ignored")
         if any(ignored):
             return Reading("raises")
-        tests = [self._first(name), self._of_shards(shards), self._of_class(kind)]
+        found = [self._first(shard) for shard in shards]
+        of_class = (
+            group
+            for target, group in self._groups.items()
+            if matches(kind, target) or (not target.startswith("re:") and target.lower() in kind.lower())
+        )
+        tests = [self._first(name), found[0] if all(found) else None, next(of_class, None)]
         if self._up_to_026:
             tests[1], tests[2] = tests[2], tests[1]
         group = next((group for group in tests if group is not None), None)
@@ -116,16 +122,6 @@ class Reader:
 
     def _first(self, name: str) -> Group | None:
         return next((group for target, group in self._groups.items() if matches(name, target)), None)
-
-    def _of_shards(self, shards: Sequence[str]) -> Group | None:
-        found = [self._first(shard) for shard in shards]
-        return found[0] if all(found) else None
-
-    def _of_class(self, kind: str) -> Group | None:
-        for target, group in self._groups.items():
-            if matches(kind, target) or (not target.startswith("re:") and target.lower() in kind.lower()):
-                return group
-        return None
 
 
 def matching_findings(family: Family, config: QuantizationConfig, meant: Sequence[Meant]) -> Iterator[Finding]:

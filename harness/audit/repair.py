@@ -271,7 +271,10 @@ def _write(
         for shard in checkpoint.shards
     ]
     if original is not None and added:
-        plan.append((original, _new_name(checkpoint), list(added)))
+        name = _ADDED
+        while name in checkpoint.shards:
+            name = f"more-{name}"
+        plan.append((original, name, list(added)))
     for origin, shard, entries in plan:
         weight_map |= {entry.name: shard for entry in entries}
         with new_shard(folder / shard, entries) as writer:
@@ -281,8 +284,10 @@ def _write(
                     writer.write(entry.name, piece)
                 meter.advance(entry.num_bytes)
             writer.close()
-    for path in [*filter(_is_copied, sorted(checkpoint.folder.iterdir())), *files]:
-        write_file(folder / path.name, path.read_bytes())
+    for path in [*sorted(checkpoint.folder.iterdir()), *files]:
+        is_left = path.name.startswith(".") or path.name in _NOT_COPIED or path.name.endswith(_WEIGHTS)
+        if path in files or (path.is_file() and not is_left):
+            write_file(folder / path.name, path.read_bytes())
     if added or (checkpoint.folder / INDEX).exists():
         write_file(folder / INDEX, index_json(weight_map, total))
     write_file(folder / _LOG, (json.dumps(log, indent=2) + "\n").encode())
@@ -301,17 +306,3 @@ def _mended(
         return None
     one = rescaled[module]
     return (_encoded_rows(checkpoint, one, first, count)[suffix] for first, count in _row_pieces(one.module))
-
-
-def _new_name(checkpoint: Checkpoint) -> str:
-    """The file of the tensors from the source, under a name that no shard has."""
-    name = _ADDED
-    while name in checkpoint.shards:
-        name = f"more-{name}"
-    return name
-
-
-def _is_copied(path: Path) -> bool:
-    return path.is_file() and not (
-        path.name.startswith(".") or path.name in _NOT_COPIED or path.name.endswith(_WEIGHTS)
-    )

@@ -88,13 +88,12 @@ def _prepared_server(job: Job, variant: str) -> tuple[Job, Work]:
 def _text(job: Job) -> tuple[Bench, list[int], dict[str, Any]]:
     """The suite's [bench] table, and the token ids of its text; `UserError` for a text that is too short."""
     from harness.measure import decode
-    from harness.measure.decode import COHERENCE_TOKENS
 
     bench = resolve.required(job.suite, "bench", job.suite.bench)
     ids, dataset = resolve.tokenized(job.suite, bench.text)
     for shape in _shapes(bench):
         decode.prompts(ids, shape.batch, shape.prompt_tokens)
-    decode.prompts(ids, 1, max(_depths(bench)) + COHERENCE_TOKENS)
+    decode.prompts(ids, 1, max(_depths(bench)) + decode.COHERENCE_TOKENS)
     return bench, ids, dataset
 
 

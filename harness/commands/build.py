@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from harness.commands.shared import JOB, add_shared, open_job, print_json, progress_bars
 from harness.errors import UserError
@@ -27,7 +26,24 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Builds what is missing, and prints a line an artifact."""
     built = _built_variants(options, given) if options.source is None else [_built_source(options)]
     if options.json:
-        print_json([_as_json(artifact) for artifact in built])
+        from harness.record.provenance import peak_rss_bytes
+
+        told = [
+            {
+                "folder": str(artifact.folder),
+                "digest": artifact.digest,
+                "reused": artifact.reused,
+                "output_bytes": sum(count.output_bytes for count in artifact.counts),
+                "stage_seconds": dict(artifact.stage_seconds),
+                "num_calibration_tokens": artifact.num_calibration_tokens,
+                "planned_memory_bytes": artifact.planned_memory_bytes,
+                "peak_rss_bytes": peak_rss_bytes(),
+                "peak_vram_bytes": artifact.peak_vram_bytes,
+                "layers": list(artifact.layers),
+            }
+            for artifact in built
+        ]
+        print_json(told)
         return 0
 
     for artifact in built:
@@ -72,23 +88,6 @@ def _built_source(options: argparse.Namespace) -> Artifact:
         from harness.quantize.build import build
 
         return build(source, recipe, options.out, progress, calibration)
-
-
-def _as_json(artifact: Artifact) -> dict[str, Any]:
-    from harness.record.provenance import peak_rss_bytes
-
-    return {
-        "folder": str(artifact.folder),
-        "digest": artifact.digest,
-        "reused": artifact.reused,
-        "output_bytes": sum(count.output_bytes for count in artifact.counts),
-        "stage_seconds": dict(artifact.stage_seconds),
-        "num_calibration_tokens": artifact.num_calibration_tokens,
-        "planned_memory_bytes": artifact.planned_memory_bytes,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_vram_bytes": artifact.peak_vram_bytes,
-        "layers": list(artifact.layers),
-    }
 
 
 def _calibration_lines(artifact: Artifact) -> Iterator[str]:

@@ -121,8 +121,12 @@ def compare_with_source(job: Job, work: Work, limit: int | None) -> Measured:
         _together(job, work, windows, measured)
     else:
         _one_after_another(job, work, windows, measured)
-    if any(model.variant == _ENGINE for model in work.models):
-        _other_engine(job, work, windows, measured)
+    for model in (one for one in work.models if one.variant == _ENGINE):
+        # The source on the engine that noise is measured with, beside the source on the suite's own.
+        pack = _pack(job, work, work.models[0], windows)
+        there = replace(job, suite=_noise_suite(job.suite, wanted))
+        named_only = replace(work, dataset=work.dataset | {"distribution": f"{pack.num} named tokens"})
+        _compare_one(there, named_only, model, windows, pack, wanted.batch_size, measured)
     return measured
 
 
@@ -186,16 +190,6 @@ def _one_after_another(job: Job, work: Work, windows: Sequence[Sequence[int]], m
         return
     for model in others:
         _compare_one(job, work, model, windows, pack, _batch_size(_wanted(job), model), measured)
-
-
-def _other_engine(job: Job, work: Work, windows: Sequence[Sequence[int]], measured: Measured) -> None:
-    """The source on the engine that noise is measured with, beside the source on the suite's own."""
-    wanted = _wanted(job)
-    (model,) = (one for one in work.models if one.variant == _ENGINE)
-    pack = _pack(job, work, work.models[0], windows)
-    there = replace(job, suite=_noise_suite(job.suite, wanted))
-    named_only = replace(work, dataset=work.dataset | {"distribution": f"{pack.num} named tokens"})
-    _compare_one(there, named_only, model, windows, pack, wanted.batch_size, measured)
 
 
 def _compare_one(

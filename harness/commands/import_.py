@@ -7,16 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from harness.commands.shared import JOB, add_shared, open_job, print_json, whole_number
 from harness.errors import UserError
 from harness.measure.vllm_bench import VERSION, BatchShape, read_vllm_bench
-from harness.record.run import Record
 from harness.resolve import chosen_variants
-
-if TYPE_CHECKING:
-    from harness.job import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,24 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variant", metavar="NAME", required=True, help="the variant that was measured")
     add("--machine", metavar="NAME", required=True, help="a name for the machine that measured it")
     add("--vllm-version", metavar="X", default="unknown", help="vLLM's release on that machine (default: unknown)")
-    add(
-        "--batch",
-        type=whole_number,
-        metavar="N",
-        help="requests in a batch, for a file of vllm bench latency, which lacks it",
-    )
-    add(
-        "--prompt-tokens",
-        type=whole_number,
-        metavar="N",
-        help="tokens of a prompt, for a file of vllm bench latency, which lacks it",
-    )
-    add(
-        "--new-tokens",
-        type=whole_number,
-        metavar="N",
-        help="generated tokens of a request, for a file of vllm bench latency, which lacks it",
-    )
+    for name, what in (
+        ("--batch", "requests in a batch"),
+        ("--prompt-tokens", "tokens of a prompt"),
+        ("--new-tokens", "generated tokens of a request"),
+    ):
+        add(name, type=whole_number, metavar="N", help=f"{what}, for a file of vllm bench latency, which lacks it")
     add_shared(parser, *JOB)
 
 
@@ -55,11 +38,23 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", options.machine):
         raise UserError(f"--machine '{options.machine}' is no name.", "Use lower-case letters, digits, '.' and '-'.")
 
-    shape = BatchShape(*sizes) if all(sizes) else None
-    with open_job(options, given) as job:
-        record = _imported(job, options.variant, options.file, shape, options.machine, options.vllm_version)
-
+    from harness.engines.protocol import EngineInfo
+    from harness.job import Model
     from harness.report import speed_tables, tables
+
+    with open_job(options, given) as job:
+        chosen_variants(job.suite, [options.variant], with_source=True)
+        found = read_vllm_bench(options.file, BatchShape(*sizes) if all(sizes) else None)
+        run = job.new_run("served", VERSION, Model(options.variant, job.source, None))
+        engine = EngineInfo(
+            name="vllm bench",
+            version=options.vllm_version,
+            device="unknown",
+            dtype="unknown",
+            requested={"benchmark": found.benchmark, "model": found.model, **found.settings},
+        )
+        elsewhere = {"name": options.machine, "cpu": "unknown", "cores": None, "gpu": None, "os": None}
+        record = job.store(replace(run, engine=engine.as_dict(), machine=elsewhere, packages={}), found.samples)
 
     frame = speed_tables.served_table({options.variant: record})
     if options.json:
@@ -67,22 +62,3 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     else:
         print(f"{tables.terminal_table(frame)}\n\nRecord: {record.path}")
     return 0
-
-
-def _imported(job: Job, variant: str, path: Path, shape: BatchShape | None, machine: str, version: str) -> Record:
-    """The record of a run of `vllm bench` on another machine, which is named by the user's word."""
-    from harness.engines.protocol import EngineInfo
-    from harness.job import Model
-
-    chosen_variants(job.suite, [variant], with_source=True)
-    found = read_vllm_bench(path, shape)
-    run = job.new_run("served", VERSION, Model(variant, job.source, None))
-    engine = EngineInfo(
-        name="vllm bench",
-        version=version,
-        device="unknown",
-        dtype="unknown",
-        requested={"benchmark": found.benchmark, "model": found.model, **found.settings},
-    )
-    elsewhere = {"name": machine, "cpu": "unknown", "cores": None, "gpu": None, "os": None}
-    return job.store(replace(run, engine=engine.as_dict(), machine=elsewhere, packages={}), found.samples)

@@ -3,13 +3,11 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from harness.commands.shared import add_shared, format_table, positive_number, print_json, whole_number
 from harness.errors import UserError
-from harness.model.family import ModelConfig
-from harness.quantize.plan import COMPUTED_BYTES, CalibrationMemory, Plan, calibration_memory, check_memory
-from harness.quantize.recipes import Recipe, recipe_named
+from harness.quantize.plan import COMPUTED_BYTES, Plan, calibration_memory, check_memory
+from harness.quantize.recipes import recipe_named
 from harness.report.numbers import format_bytes
 from harness.resolve import plan_source
 
@@ -64,7 +62,21 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
             check_memory(memory, round(options.memory_gb * 1e9))
     bandwidth = options.bandwidth_gbs and options.bandwidth_gbs * 1e9
     if options.json:
-        print_json(_as_json(config, plan, recipe, memory, bandwidth))
+        document = {
+            "architecture": config.architecture,
+            "recipe": recipe.name if recipe else None,
+            "num_tensors": plan.num_tensors,
+            "num_quantized": plan.num_quantized,
+            "source_bytes": plan.source_bytes,
+            "output_bytes": plan.output_bytes,
+            "roles": [asdict(count) for count in plan.counts],
+            "calibration_memory": asdict(memory) | {"total": memory.total} if memory else None,
+            "traffic": {
+                name: asdict(traffic) | {"ceiling_tokens_per_second": traffic.ceiling(bandwidth) if bandwidth else None}
+                for name, traffic in (("source", plan.source_traffic), ("output", plan.output_traffic))
+            },
+        }
+        print_json(document)
         return 0
     print(f"{config.architecture}, {config.num_layers} layers; recipe {recipe.name if recipe else 'none: all kept'}\n")
     _print_plan(plan, bandwidth)
@@ -75,25 +87,6 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         )
         print(format_table(("of it", ""), [(name, format_bytes(size)) for name, size in asdict(memory).items()]))
     return 0
-
-
-def _as_json(
-    config: ModelConfig, plan: Plan, recipe: Recipe | None, memory: CalibrationMemory | None, bandwidth: float | None
-) -> dict[str, Any]:
-    return {
-        "architecture": config.architecture,
-        "recipe": recipe.name if recipe else None,
-        "num_tensors": plan.num_tensors,
-        "num_quantized": plan.num_quantized,
-        "source_bytes": plan.source_bytes,
-        "output_bytes": plan.output_bytes,
-        "roles": [asdict(count) for count in plan.counts],
-        "calibration_memory": asdict(memory) | {"total": memory.total} if memory else None,
-        "traffic": {
-            name: asdict(traffic) | {"ceiling_tokens_per_second": traffic.ceiling(bandwidth) if bandwidth else None}
-            for name, traffic in (("source", plan.source_traffic), ("output", plan.output_traffic))
-        },
-    }
 
 
 def _print_plan(plan: Plan, bandwidth: float | None) -> None:

@@ -54,6 +54,11 @@ def whole_number(text: str) -> int:
     return value
 
 
+def _folder(name: str, holds: str) -> dict[str, Any]:
+    words = f"the folder of {holds} (default: {name})"
+    return {"type": Path, "default": Path(name), "metavar": "DIR", "help": words}
+
+
 _SHARED: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "print one JSON document on stdout, and nothing else there"},
     "--suite": {
@@ -61,18 +66,8 @@ _SHARED: dict[str, dict[str, Any]] = {
         "help": "the suite's TOML file (default: suites/demo.toml, or the embedded suite where that file is missing)",
     },
     "--variant": {"action": "append", "metavar": "NAME", "help": "only this variant of the suite (may be repeated)"},
-    "--artifacts": {
-        "type": Path,
-        "default": Path("artifacts"),
-        "metavar": "DIR",
-        "help": "the folder of the built variants (default: artifacts)",
-    },
-    "--results": {
-        "type": Path,
-        "default": Path("results"),
-        "metavar": "DIR",
-        "help": "the folder of the records (default: results)",
-    },
+    "--artifacts": _folder("artifacts", "the built variants"),
+    "--results": _folder("results", "the records"),
     "--scales": {
         "metavar": "METHOD",
         "help": "choose scales by absmax, search or weighted-search, not as the recipe says",

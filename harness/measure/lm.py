@@ -103,14 +103,6 @@ class Texts:
         """The digest of what turns text into ids: vocabulary, rules and chat template."""
         return digest([json.loads(self.tokenizer.backend_tokenizer.to_str()), self.tokenizer.chat_template])
 
-    def require_chat_template(self, task: str) -> None:
-        """`UserError` for a tokenizer without a chat template."""
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                f"Task '{task}' asks for a chat, and the tokenizer in {self.folder} has no chat template.",
-                "Copy the source's chat_template.jinja into that folder, or leave chat out.",
-            )
-
 
 class EngineLM(TemplateLM):  # type: ignore[misc]
     """Answers lm-eval's requests from the journal, or by the engine. Without an engine it only measures lengths."""

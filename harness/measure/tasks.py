@@ -83,8 +83,11 @@ def ready_task(taken: TakenTask, texts: Texts, max_length: int, engine: str) -> 
     """Writes a task's prompts and checks them against the `max_length` tokens that `engine` takes; `UserError` for what
     would go wrong later."""
     label, wanted, tasks = taken.label, taken.wanted, taken.tasks
-    if wanted.chat:
-        texts.require_chat_template(label)
+    if wanted.chat and texts.tokenizer.chat_template is None:
+        raise UserError(
+            f"Task '{label}' asks for a chat, and the tokenizer in {texts.folder} has no chat template.",
+            "Copy the source's chat_template.jinja into that folder, or leave chat out.",
+        )
     num_docs = sum(min(len(task.eval_docs), wanted.limit or len(task.eval_docs)) for task in tasks.values())
     configs = {name: _config(task) for name, task in tasks.items()}
     identity = {
@@ -151,7 +154,11 @@ def _loaded_by_lm_eval(label: str, source: str | Path, revision: str | None) -> 
             near = difflib.get_close_matches(source, manager.all_tasks, n=3)
             hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise UserError(f"lm-eval has no task '{source}'.", f"{hint}`lm_eval ls tasks` lists what it has.")
-    spec = str(source) if revision is None else _at_revision(manager, name, revision)
+    spec: Any = str(source)
+    if revision is not None:  # a group that holds only the task or group, with its dataset pinned
+        given = (manager.task_index[name].cfg or {}).get("dataset_kwargs") or {}
+        kind = "group" if name in manager.all_groups else "task"
+        spec = {"group": _PINNED, "task": [{kind: name, "dataset_kwargs": {**given, "revision": revision}}]}
     said: list[str] = []
     try:
         with contextlib.redirect_stdout(io.StringIO()), _logged(said):
@@ -189,13 +196,6 @@ def _logged(said: list[str]) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagated
-
-
-def _at_revision(manager: TaskManager, name: str, revision: str) -> dict[str, Any]:
-    """A group that holds only the named task or group, with its dataset pinned to `revision`."""
-    given = (manager.task_index[name].cfg or {}).get("dataset_kwargs") or {}
-    kind = "group" if name in manager.all_groups else "task"
-    return {"group": _PINNED, "task": [{kind: name, "dataset_kwargs": {**given, "revision": revision}}]}
 
 
 def _no_dataset(what: str, entry: Any, revision: str | None, error: Exception) -> UserError:

@@ -86,7 +86,7 @@ def _serve(path: Path, found: Mapping[str, Any]) -> Imported:
         )
     keys = ("backend", "num_prompts", "request_rate", "burstiness", "max_concurrency", "duration", "date")
     settings = {key: found[key] for key in keys if key in found}
-    return Imported("serve", _model(found), settings, tuple(samples))
+    return Imported("serve", str(found.get("model_id", "unknown")), settings, tuple(samples))
 
 
 def _latency(path: Path, found: Mapping[str, Any], shape: BatchShape | None) -> Imported:
@@ -97,7 +97,7 @@ def _latency(path: Path, found: Mapping[str, Any], shape: BatchShape | None) -> 
         )
     times = [_seconds(path, number, value) for number, value in enumerate(_list(path, found["latencies"]))]
     samples = [{"kind": "generation", **vars(shape), "seconds": seconds} for seconds in times]
-    return Imported("latency", _model(found), {}, tuple(samples))
+    return Imported("latency", str(found.get("model_id", "unknown")), {}, tuple(samples))
 
 
 def _throughput(path: Path, found: Mapping[str, Any]) -> Imported:
@@ -107,11 +107,7 @@ def _throughput(path: Path, found: Mapping[str, Any]) -> Imported:
         "num_tokens": _count(path, 0, found["total_num_tokens"]),
         "seconds": _seconds(path, 0, found["elapsed_time"]),
     }
-    return Imported("throughput", _model(found), {}, (sample,))
-
-
-def _model(found: Mapping[str, Any]) -> str:
-    return str(found.get("model_id", "unknown"))
+    return Imported("throughput", str(found.get("model_id", "unknown")), {}, (sample,))
 
 
 def _list(path: Path, value: object) -> list[Any]:

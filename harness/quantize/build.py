@@ -211,8 +211,10 @@ def _write_shards(
                 for tensor in members:
                     if tensor.name not in formats:
                         _copy(checkpoint, tensor.name, writer, meter)
-                    elif made is not None and _is_made(made, tensor, formats[tensor.name]):
-                        _collect(made, tensor, formats[tensor.name], writer)
+                    elif made is not None and (names := _made(made, tensor, formats[tensor.name])):
+                        for name in names:
+                            for piece in made.pieces(name):
+                                writer.write(name, piece)
                         meter.advance(tensor.num_bytes)
                     else:
                         _encode(encoder, tensor, writer, meter)
@@ -230,17 +232,10 @@ def _copy(checkpoint: Checkpoint, name: str, writer: ShardWriter, meter: Meter) 
         meter.advance(len(piece))
 
 
-def _is_made(made: Checkpoint, tensor: SourceTensor, form: Format) -> bool:
-    """Whether calibration wrote the linear layers of `tensor`."""
-    return all(f"{tensor.linears[0].module}.{suffix}" in made.tensors for suffix in form.weight_tensors)
-
-
-def _collect(made: Checkpoint, tensor: SourceTensor, form: Format, writer: ShardWriter) -> None:
-    for linear in tensor.linears:
-        for stored in form.stored(linear.out_features, linear.in_features):
-            name = f"{linear.module}.{stored.suffix}"
-            for piece in made.pieces(name):
-                writer.write(name, piece)
+def _made(made: Checkpoint, tensor: SourceTensor, form: Format) -> list[str]:
+    """The tensors of the artifact that `tensor` becomes; none where calibration did not write its linear layers."""
+    names = [new.name for new in new_tensors(made, tensor, form)]
+    return names if names and names[0] in made.tensors else []
 
 
 def _encode(encoder: Encoder, tensor: SourceTensor, writer: ShardWriter, meter: Meter) -> None:

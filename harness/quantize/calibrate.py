@@ -86,8 +86,8 @@ class Experts:
     """The routed experts of a half: one site for the input that all read, one for each inside. Their `gate_up_proj`
     `[E, 2I, H]` and `down_proj [E, H, I]` stay where they are; a few experts at a time are widened."""
 
-    def __init__(self, routed: RoutedExperts, reference: Any, form: Format | None) -> None:
-        self._routed, self._reference = routed, reference
+    def __init__(self, routed: RoutedExperts, reference: RoutedExperts | None, form: Format | None) -> None:
+        self._routed, self._reference = routed, reference and reference.module
         self._module, self._names = routed.module, routed.names
         self._num: int = self._module.gate_up_proj.shape[0]
         self._input = None if form is None else Site(form)
@@ -192,7 +192,8 @@ class _HalfPass:
 
     def run(self, advance: Callable[[int], None]) -> None:
         groups, sites = self._groups()
-        experts = self._experts()
+        routed, form = self.half.experts, next((form for linear, form in self.linears if linear.expert), None)
+        experts = None if routed is None else Experts(routed, self.reference.experts, form)
         stages = [
             [name for name, members in groups.items() if members[0].role.reads_hidden == first]
             for first in (True, False)
@@ -233,13 +234,6 @@ class _HalfPass:
                 groups.setdefault(linear.fused_into, []).append(linear)
                 sites.setdefault(linear.fused_into, Site(form))
         return groups, sites
-
-    def _experts(self) -> Experts | None:
-        routed, reference = self.half.experts, self.reference.experts
-        if routed is None or reference is None:
-            return None
-        form = next((form for linear, form in self.linears if linear.expert), None)
-        return Experts(routed, reference.module, form)
 
     def _take_moments(
         self,

@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,9 @@ def read_samples(
             }
         )
     found = CalibrationSet(tuple(samples), {})
-    manifest = {
-        "digest": found.digest,
-        "num_samples": len(samples),
-        "num_tokens": found.num_tokens,
-        "sources": manifests,
-    }
+    about = {"digest": found.digest, "num_samples": len(samples), "num_tokens": found.num_tokens}
     # Through JSON, so that what is compared with a stored manifest has no tuples in it.
-    return CalibrationSet(found.samples, json.loads(json.dumps(manifest)))
+    return replace(found, manifest=json.loads(json.dumps({**about, "sources": manifests})))
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:

@@ -63,11 +63,6 @@ class FusedLayers:
         """Whether these are projections of the routed experts."""
         return self.linears[0].expert is not None
 
-    @property
-    def num_weights(self) -> int:
-        """Their weights."""
-        return sum(linear.out_features * linear.in_features for linear in self.linears)
-
     def num_bytes(self, form: Format) -> int:
         """What the group takes on the disk, scales included."""
         return sum(form.num_bytes(linear.out_features, linear.in_features) for linear in self.linears)
@@ -179,7 +174,7 @@ def measure_half(
                     "format": form.name,
                     "output_error": own.ratio,
                     "layer_error": _Share(error, energy).ratio,
-                    "num_weights": stand.group.num_weights,
+                    "num_weights": sum(one.out_features * one.in_features for one in stand.group.linears),
                     "extra_bytes": stand.group.num_bytes(form) - stand.group.num_bytes(NVFP4),
                 }
             )
@@ -229,12 +224,9 @@ class _Linears:
     def __init__(self, half: Half, group: FusedLayers) -> None:
         self.group = group
         self._modules = [half.linears[linear.module] for linear in group.linears]
-        self._sites = _sites()
-
-    @property
-    def reader(self) -> nn.Module:
+        self.reader: nn.Module = self._modules[0]
         """A module that is called with the group's input."""
-        return self._modules[0]
+        self._sites = _sites()
 
     def observe(self, x: Tensor) -> None:
         """Takes inputs `[tokens, in]` into account for the scales of the formats that store one."""
@@ -273,12 +265,8 @@ class _Experts:
         self._module, self._router, self._names = half.experts.module, half.experts.router, half.experts.names
         self._first = group.linears[0].role.reads_hidden
         self._num: int = self._module.gate_up_proj.shape[0]
+        self.reader: nn.Module = self._module
         self._sites = _sites(1 if self._first else self._num)
-
-    @property
-    def reader(self) -> nn.Module:
-        module: nn.Module = self._module
-        return module
 
     def observe(self, x: Tensor) -> None:
         """Takes inputs `[tokens, H]` of all experts into account for the scales of the formats that store one."""

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from harness.errors import UserError, did_you_mean
 from harness.suite.names import BASELINE, SOURCE, row_name
 from harness.suite.rules import CLAIM_KINDS, METRICS, SHARE, Claim, Rule
-from harness.suite.schema import Bench, Suite, SuiteFile
+from harness.suite.schema import Suite, SuiteFile
 from harness.suite.texts import Calibration
 from harness.suite.values import tables_by_first_key
 
@@ -70,11 +70,14 @@ def load(path: Path) -> Suite:
                     f"{path}: '{table}.setups' names '{setup}', and there is no [setups.{setup}].",
                     did_you_mean(setup, suite.setups),
                 )
-    if suite.bench and suite.bench.versus not in (timed := _timed_rows(suite, suite.bench)):
-        raise UserError(
-            f"{path}: 'bench.versus' names '{suite.bench.versus}', which the suite does not measure the speed of.",
-            did_you_mean(suite.bench.versus, timed),
-        )
+    if bench := suite.bench:
+        names = (SOURCE, *(suite.variants if bench.variants is None else bench.variants))
+        timed = [row_name(name, setup) for setup in (None, *(bench.setups or ())) for name in names]
+        if bench.versus not in timed:
+            raise UserError(
+                f"{path}: 'bench.versus' names '{bench.versus}', which the suite does not measure the speed of.",
+                did_you_mean(bench.versus, timed),
+            )
     for name in suite.ppl.expected if suite.ppl else ():
         if suite.ppl and name not in suite.ppl.protocols:
             raise UserError(
@@ -101,12 +104,6 @@ def restored(resolved: Mapping[str, Any], where: str) -> Suite:
 
 def _read(document: Mapping[str, Any], file: Path) -> Suite:
     return Suite(**vars(_table(SuiteFile, document, file, "suite")))
-
-
-def _timed_rows(suite: Suite, bench: Bench) -> list[str]:
-    """The rows whose speed is measured."""
-    names = (SOURCE, *(suite.variants if bench.variants is None else bench.variants))
-    return [row_name(name, setup) for setup in (None, *(bench.setups or ())) for name in names]
 
 
 def _completed_rule(where: str, rule: Rule, suite: Suite) -> Rule:
