@@ -159,8 +159,12 @@ def key_findings(
     for name, (dtype, shape) in expectation.tensors.items():
         entry = stored.get(name)
         if entry is None:
-            if name not in gone:
-                yield _missing(name)
+            if name not in gone and name.rpartition(".")[2] in input_scale_names():
+                problem = "is missing, the calibrated scale of the activations, which its group (W4A4) calls for"
+                why = "vLLM divides activations by whatever memory holds: NaN or noise"
+                yield Finding("error", name, problem, why)
+            elif name not in gone:
+                yield Finding("error", name, "is missing", UNINITIALISED)
             continue
         if entry.shape != shape:
             yield Finding("error", name, f"has shape {list(entry.shape)} instead of {list(shape)}", REFUSED)
@@ -182,13 +186,6 @@ def _lost_part(config: ModelConfig, part: Part, count: int, source_has_mtp: bool
     problem = f"none of the MTP head's {count} tensors is there, though {' and '.join(told)}"
     why = "speculative decoding with method mtp runs on uninitialised weights: no draft is ever accepted"
     return Finding("error" if source_has_mtp else "warning", f"{prefix}*", problem, why)
-
-
-def _missing(name: str) -> Finding:
-    if name.rpartition(".")[2] in input_scale_names():
-        problem = "is missing, the calibrated scale of the activations, which its group (W4A4) calls for"
-        return Finding("error", name, problem, "vLLM divides activations by whatever memory holds: NaN or noise")
-    return Finding("error", name, "is missing", UNINITIALISED)
 
 
 def _surplus(family: Family, name: str, stored: Mapping[str, TensorEntry]) -> Finding:

@@ -1,18 +1,11 @@
 """`harness gate`: judges the rules of a suite by its records, and keeps the baselines that rules compare with."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from harness.commands.shared import add_shared, load_suite, path_or_none, print_json, stored_records
 from harness.errors import UserError
-
-if TYPE_CHECKING:
-    from harness.record.run import Record
-    from harness.suite.schema import Suite
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +41,22 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         if place is not None and (place.is_dir() or not place.absolute().parent.is_dir()):
             raise UserError(f"{place} cannot be written.", "Name a file in a folder that exists.")
     records, skipped = stored_records(options.results)
-    if options.update_baseline:
-        return _update_baseline(options, suite, folder, records)
 
     from harness.record import baselines
+    from harness.record.provenance import git
     from harness.report import gate, tables
 
+    if options.update_baseline:  # the newest records become it
+        checkout = git(Path(__file__).parent)
+        chosen = gate.for_baseline(suite, records)
+        commit = checkout["commit"] if checkout else None
+        path = baselines.update(folder, suite.name, chosen, reason=options.reason, commit=commit)
+        named = {where: {row: str(record.path) for row, record in rows.items()} for where, rows in chosen.items()}
+        if options.json:
+            print_json({"baseline": str(path), "records": named})
+        else:
+            print(f"{path}: updated", *(f"  {file}" for rows in named.values() for file in rows.values()), sep="\n")
+        return 0
     judgements = gate.judge(suite, records, baselines.baseline_in_force(folder, suite.name), skipped)
     if options.json:
         print_json({"suite": suite.name, "judgements": gate.verdict_rows(judgements)})
@@ -66,21 +69,3 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         with options.step_summary.open("a", encoding="utf-8") as page:
             page.write(gate.step_summary(suite.name, judgements))
     return gate.exit_code(judgements)
-
-
-def _update_baseline(options: argparse.Namespace, suite: Suite, folder: Path, records: Sequence[Record]) -> int:
-    """Makes the newest records the baseline of the suite, and names them."""
-    from harness.record import baselines
-    from harness.record.provenance import git
-    from harness.report import gate
-
-    checkout = git(Path(__file__).parent)
-    chosen = gate.for_baseline(suite, records)
-    commit = checkout["commit"] if checkout else None
-    path = baselines.update(folder, suite.name, chosen, reason=options.reason, commit=commit)
-    named = {where: {row: str(record.path) for row, record in rows.items()} for where, rows in chosen.items()}
-    if options.json:
-        print_json({"baseline": str(path), "records": named})
-    else:
-        print(f"{path}: updated", *(f"  {file}" for rows in named.values() for file in rows.values()), sep="\n")
-    return 0

@@ -1,7 +1,5 @@
 """`harness import`: makes a record of what `vllm bench` measured on another machine."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Sequence

@@ -1,21 +1,14 @@
 """`harness sensitivity`: what each format would cost each projection of each layer."""
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from harness.commands.shared import JOB, add_shared, open_job, print_json
 from harness.resolve import required
 from harness.suite.names import SOURCE
-
-if TYPE_CHECKING:
-    from harness.job import Job
-    from harness.record.run import Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +17,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """Measures the source's layers and prints a table of where bytes pay."""
+    """Measures the source's layers on the suite's calibration samples, and prints a table of where bytes pay."""
     with open_job(options, given) as job:
-        record = _measured(job)
+        required(job.suite, "calibration", job.suite.calibration)
 
-    from harness.report import quality_tables, tables
+        from harness.job import Model, fingerprint
+        from harness.model.checkpoint import open_checkpoint
+        from harness.quantize import sensitivity
+        from harness.report import quality_tables, tables
 
+        source, calibration = job.source, job.calibration
+        assert calibration is not None
+        dataset = {
+            "name": ", ".join(one["name"] for one in calibration.samples.manifest["sources"]),
+            "token_ids_sha256": calibration.samples.digest,
+            "num_samples": len(calibration.samples.samples),
+            "num_tokens": calibration.samples.num_tokens,
+        }
+        model = Model(SOURCE, source, fingerprint(source))
+        run = job.new_run("sensitivity", sensitivity.VERSION, model, dataset=dataset)
+        run = replace(run, engine=sensitivity.computed_by(calibration).as_dict())
+        job.artifacts.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=job.artifacts) as scratch:
+            checkpoint = open_checkpoint(source)
+            samples = sensitivity.measure_sensitivity(checkpoint, calibration, Path(scratch), job.progress)
+            record = job.store(run, samples)
     frame = quality_tables.sensitivity_table({SOURCE: record})
     words = quality_tables.sensitivity_words(frame)
     if options.json:
@@ -38,30 +50,3 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     print(f"\n{tables.terminal_table(frame)}\n", *words, sep="\n")
     print(f"\nRecords:\n  {record.path}")
     return 0
-
-
-def _measured(job: Job) -> Record:
-    """What each format would cost each group of the source's layers, on the suite's calibration samples."""
-    from harness.job import Model, fingerprint
-    from harness.model.checkpoint import open_checkpoint
-
-    required(job.suite, "calibration", job.suite.calibration)
-
-    from harness.quantize import sensitivity
-
-    source, calibration = job.source, job.calibration
-    assert calibration is not None
-    dataset = {
-        "name": ", ".join(one["name"] for one in calibration.samples.manifest["sources"]),
-        "token_ids_sha256": calibration.samples.digest,
-        "num_samples": len(calibration.samples.samples),
-        "num_tokens": calibration.samples.num_tokens,
-    }
-    model = Model(SOURCE, source, fingerprint(source))
-    run = job.new_run("sensitivity", sensitivity.VERSION, model, dataset=dataset)
-    run = replace(run, engine=sensitivity.computed_by(calibration).as_dict())
-    job.artifacts.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=job.artifacts) as scratch:
-        return job.store(
-            run, sensitivity.measure_sensitivity(open_checkpoint(source), calibration, Path(scratch), job.progress)
-        )

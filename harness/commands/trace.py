@@ -1,7 +1,5 @@
 """`harness trace`: follows every number of a card to its record."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -4,8 +4,6 @@
 that the models were trained on and are measured on. The program that trained them is `studies.demo_model`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from harness.errors import UserError, did_you_mean

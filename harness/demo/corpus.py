@@ -10,8 +10,6 @@ Document `i` depends on nothing but (language, split, i). Items are questions wi
 tasks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count

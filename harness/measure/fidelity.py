@@ -182,7 +182,8 @@ def fidelity_samples(
         place += len(reference)
         if place == len(window) - 1:
             for name, pieces in done.items():
-                yield name, sample(index, len(window), _joined(pieces))
+                joined = (np.concatenate([getattr(one, key.name) for one in pieces]) for key in fields(Compared))
+                yield name, sample(index, len(window), Compared(*joined))
                 pieces.clear()
             index, place = index + 1, 0
             progress(index, len(windows), "fidelity")
@@ -233,10 +234,6 @@ def _check_finite(name: str, compared: Compared, index: int, place: int) -> None
             f"{place + int(bad[0])}.",
             "Run `harness verify`: a scale or weight of the checkpoint is broken.",
         )
-
-
-def _joined(pieces: Sequence[Compared]) -> Compared:
-    return Compared(*(np.concatenate([getattr(piece, one.name) for piece in pieces]) for one in fields(Compared)))
 
 
 def sample(index: int, num_tokens: int, compared: Compared) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class Experts:
     def __init__(self, routed: RoutedExperts, reference: RoutedExperts | None, form: Format | None) -> None:
         self._routed, self._reference = routed, reference and reference.module
         self._module, self._names = routed.module, routed.names
+        self._gate_up = (routed.names.gate, routed.names.up)
         self._num: int = self._module.gate_up_proj.shape[0]
         self._input = None if form is None else Site(form)
         self._inner = None if form is None else Site(form, self._num)
@@ -133,10 +134,6 @@ class Experts:
                         emit(f"{self._routed.name}.{start + expert}.{shard}.{suffix}", rows)
         site.forget()
         return merged(reports)
-
-    @property
-    def _gate_up(self) -> tuple[str, str]:
-        return self._names.gate, self._names.up
 
     def round_inputs(self) -> None:
         """From now on the experts round what they read."""

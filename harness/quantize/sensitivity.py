@@ -141,9 +141,12 @@ def measure_half(
 
     `hidden` is what comes into the half and, afterwards, what comes out of the unquantized one; `added` is scratch.
     """
-    mine: list[_Linears | _Experts] = [
-        _Experts(half, group) if group.is_experts else _Linears(half, group) for group in groups if _is_in(group, half)
-    ]
+    mine: list[_Linears | _Experts] = []
+    for group in groups:
+        if group.is_experts and half.experts is not None:
+            mine.append(_Experts(half, group))
+        elif group.linears[0].module in half.linears:
+            mine.append(_Linears(half, group))
     energy = 0.0
     for number, batch in enumerate(batches):
         normed = half.norm(hidden[number])
@@ -203,10 +206,6 @@ class _Share:
 def _energy(x: Tensor) -> float:
     """|x|², summed in float64: a float32 sum over millions of tokens would lose the small ones."""
     return float(x.float().square().sum(dtype=torch.float64))
-
-
-def _is_in(group: FusedLayers, half: Half) -> bool:
-    return half.experts is not None if group.is_experts else group.linears[0].module in half.linears
 
 
 def _sites(num: int = 1) -> dict[str, Site]:
