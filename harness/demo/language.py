@@ -8,8 +8,6 @@ pronouns agree with the gender of a name, people go home to the place that the s
 keeps to one topic. Verbs like some objects and nouns like some adjectives: facts that only weights can hold.
 """
 
-from __future__ import annotations
-
 import random
 from bisect import bisect_right
 from collections.abc import Sequence
