@@ -65,7 +65,6 @@ GROUPS = {
 NO_NUMBERS = {
     "engines.protocol": "what an engine is asked, and the versions themselves",
     "engines.describing": "what an engine says of itself",
-    "engines.scratch": "where hidden states lie",
     "engines.vllm_log": "what vLLM's log says",
     "measure.vllm_bench": "numbers of another program, read",
     "model.sources": "finds a folder",

@@ -15,9 +15,9 @@ from harness.errors import UserError
 from harness.formats.fp8 import FP8_DYNAMIC
 from harness.measure.perplexity import PROTOCOLS, Protocol
 from harness.quantize.recipes import RECIPES, Recipe
-from harness.record import comparable, samples, store
-from harness.record.comparable import incomparable
+from harness.record import samples, schema, store
 from harness.record.keys import Key, Keys
+from harness.record.schema import incomparable
 from harness.report import card
 from harness.suite.load import load
 from tests.records import demo_records, make_run
@@ -83,7 +83,7 @@ def test_a_measure_is_its_samples_and_what_makes_two_runs_comparable(
 ) -> None:
     watts = Keys(index=Key("count", "The reading, from 0."), power_watts=Key("number", "Mean power.", "watts", low=0))
     monkeypatch.setitem(cast(dict[str, object], samples.SAMPLES), "power", {"reading": watts})
-    monkeypatch.setitem(comparable.COMPARABLE, "power", ("measure_version", "machine.name"))
+    monkeypatch.setitem(schema.COMPARABLE, "power", ("measure_version", "machine.name"))
     run = make_run("power", "source")
     with store.RunWriter(tmp_path, run) as writer:
         with pytest.raises(UserError, match="power_watts"):

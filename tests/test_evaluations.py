@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from harness.record import stats
-from harness.record.comparable import COMPARABLE
 from harness.record.run import Record
+from harness.record.schema import COMPARABLE
 from harness.record.store import RunWriter, read
 from harness.report import runs, tables, task_tables
 from harness.report.tables import Table

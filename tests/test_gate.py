@@ -18,7 +18,7 @@ from scipy import stats as scipy_stats
 
 from harness.cli import main
 from harness.errors import UserError
-from harness.record import baselines, significance, stats
+from harness.record import baselines, stats
 from harness.record.run import Record, Skipped
 from harness.record.store import RunWriter
 from harness.report import gate
@@ -508,7 +508,7 @@ def test_a_task_that_is_beyond_by_itself_may_be_chance_among_several(place: Path
     label = pair_of_scores(1000, 44, label="sums"), pair_of_scores(1000, 0, label="words")
     alone = judged(place, {**SCORE, "margin": 0.032}, *label[0])
     assert alone.verdict == "fail" and alone.loss is not None
-    p = significance.p_above(alone.loss, 0.032)
+    p = stats.p_above(alone.loss, 0.032)
     assert p is not None and 0.0125 < p < 0.025
     assert judged(place, {**ALL, "margin": 0.032}, *label[0], *label[1]).verdict == "pass"
 

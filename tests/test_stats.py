@@ -11,12 +11,16 @@ from scipy import optimize
 from scipy import stats as scipy_stats
 
 from harness.record import stats
-from harness.record.significance import holm, mcnemar, num_needed, p_above, paired_permutation
 from harness.record.stats import (
     Estimate,
     hodges_lehmann_ratio,
+    holm,
+    mcnemar,
     median,
+    num_needed,
+    p_above,
     paired_mean_difference,
+    paired_permutation,
     paired_share_difference,
     paired_sum_ratio,
     pooled,

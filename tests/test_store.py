@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import harness
 from harness.errors import UserError
-from harness.record import comparable, provenance
-from harness.record.comparable import COMPARABLE, incomparable
+from harness.record import provenance
 from harness.record.run import new_id, utc_now
 from harness.record.samples import SAMPLES
+from harness.record.schema import COMPARABLE, WATCHED, incomparable
 from harness.record.store import RunWriter, read, read_all
 from tests.records import ENGINE, answer, choice, decodes, make_record, make_run, result, windows
 
@@ -548,7 +548,7 @@ def test_over_time_only_what_a_regression_comes_from_may_differ() -> None:
 
 @pytest.mark.parametrize("measure", COMPARABLE)
 def test_every_watched_key_is_of_the_session_the_machine_or_the_engine(measure: str) -> None:
-    kept = [key for key in COMPARABLE[measure] if not comparable._is_watched(key)]
+    kept = [key for key in COMPARABLE[measure] if not key.startswith(WATCHED)]
     assert "measure_version" in kept
     assert not [key for key in kept if key.startswith(("machine", "session", "engine.effective", "engine.version"))]
     assert {key for key in COMPARABLE[measure] if key in ("engine.name", "engine.dtype")} <= set(kept)

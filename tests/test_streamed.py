@@ -146,7 +146,7 @@ def test_in_bfloat16_what_differs_is_what_compressed_tensors_rounds_and_no_more_
     for folder, tables, in_float32 in zip(models, found, exact, strict=True):
         expected = by_torch(folder, windows, 4, "bfloat16")
         if demo == "dense" and folder.name in INPUTS_ROUNDED:
-            # compressed-tensors computes the scales of activations in BF16, and `decoding` in float32: the two are not
+            # compressed-tensors computes the scales of activations in BF16, and `loading` in float32: the two are not
             # much further apart than the torch engine's BF16 is from float32, where they agree.
             by_bfloat16 = divergence(in_float32[4], expected)
             assert 0 < divergence(expected, tables) < 2 * by_bfloat16, folder.name

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from harness.engines.decoding import formats_of
+from harness.engines.emulation import formats_of
 from harness.engines.protocol import EngineInfo
 from harness.model.checkpoint import read_json
 from harness.model.families import family_of

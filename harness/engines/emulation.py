@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harness.formats.format import Rounding
+from harness.formats.format import Format, Rounding
+
+
+def formats_of(module: nn.Module) -> tuple[Format | None, ...]:
+    """The formats that the weights of `module` were decoded from (`loading.Stored`), None among them for weights that
+    are stored as they are; empty for a module without any such weight."""
+    found: tuple[Format | None, ...] = getattr(module, "decoded_from", ())
+    return found if any(found) else ()
 
 
 def round_inputs(linear: nn.Linear, rounding: Rounding | None) -> None:

@@ -7,30 +7,31 @@ activations and `torch_answers.LOGITS_BYTES` a model.
 
 The log-probabilities are those of the torch engine to the last bit, since transformers' own class, the batches and the
 rows of a product are the same. The exception are dense variants that round activations, in bfloat16: compressed-tensors
-computes the scale of an activation in bfloat16 and `decoding` in float32, which moves predictions about as far as
+computes the scale of an activation in bfloat16 and `loading` in float32, which moves predictions about as far as
 bfloat16 itself does (on the embedded W4A4 model either is 0.0014 nats a token from the torch engine in bfloat16).
 """
 
+import contextlib
 import copy
+import fcntl
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from harness.engines.decoding import formats_of
 from harness.engines.describing import describe, weight_bytes
+from harness.engines.emulation import formats_of
 from harness.engines.layers import Batch, HiddenStates, embedding_rows
 from harness.engines.loading import load_empty
 from harness.engines.protocol import ENGINES, Chunk, EngineInfo, Memory, Start
-from harness.engines.scratch import Scratch
 from harness.engines.torch_common import (
     DTYPES,
     ChunkedEngine,
@@ -43,10 +44,12 @@ from harness.engines.torch_common import (
     scoring,
 )
 from harness.errors import UserError
+from harness.model.checkpoint import check_disk, write_file
 from harness.progress import Progress, silent
 
 HIDDEN_BYTES = 4 * 10**9
 """Hidden states in memory, unless a caller says otherwise; the others are read from the disk."""
+_LOCK, _STATE, _HIDDEN = "streamed.lock", "streamed.json", "streamed-hidden-"
 
 
 class Streamed:
@@ -103,7 +106,7 @@ class Streamed:
             "batch_size": batch_size,
             "engine_version": ENGINES["streamed"].version,
         }
-        return self._pass(batches, Scratch(scratch, identity), hidden_bytes, progress)
+        return self._pass(batches, _Scratch(scratch, identity), hidden_bytes, progress)
 
     def memory(self) -> Memory:
         """The peaks of this process since the models were opened."""
@@ -111,7 +114,7 @@ class Streamed:
 
     @torch.inference_mode()
     def _pass(
-        self, batches: Sequence[Batch], scratch: Scratch, hidden_bytes: int, progress: Progress
+        self, batches: Sequence[Batch], scratch: "_Scratch", hidden_bytes: int, progress: Progress
     ) -> Iterator[Chunk]:
         num, num_layers = len(self._models), self._models[0].num_layers
         # Of each model the states in front of its next layer are open, and of one those behind it too.
@@ -203,6 +206,70 @@ class StreamedEngine(ChunkedEngine):
 
     def close(self) -> None:
         """Nothing is in memory, or on the disk, but during a call."""
+
+
+class _Scratch:
+    """The folder in which a pass keeps its hidden states, with how many of its steps are finished, so that a pass that
+    was killed goes on where it was."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self._identity = folder, identity
+        self._lock: IO[bytes] | None = None
+
+    def open(self, num_bytes: int) -> int:
+        """The finished steps of the pass that this one continues, or 0 in a folder that `num_bytes` will fit into. The
+        folder is this process's alone until `close`; `UserError` where another process uses it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / _LOCK).open("ab")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(f"{self.folder} is used by another run.", "Wait for its end, or stop it.") from None
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror}).", "Give a folder on another disk."
+            ) from error
+        try:
+            state = json.loads((self.folder / _STATE).read_bytes())
+            if state["identity"] == self._identity:
+                return int(state["finished"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # no pass was here, or it left nothing that can be continued
+        self._forget()
+        try:
+            check_disk(self.folder, num_bytes)
+        except BaseException:
+            self.close()
+            raise
+        return 0
+
+    def states(self, name: str) -> Path:
+        """The file of the hidden states called `name`."""
+        return self.folder / f"{_HIDDEN}{name}"
+
+    def save(self, finished: int) -> None:
+        """Says that so many steps are finished; their hidden states are on the disk."""
+        state = {"identity": self._identity, "finished": finished}
+        write_file(self.folder / _STATE, json.dumps(state).encode())
+
+    def _forget(self) -> None:
+        """Removes what passes left here. The state goes first: without it nothing is continued."""
+        for path in (self.folder / _STATE, *self.folder.glob(f"{_HIDDEN}*")):
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes what passes left here, and the folder if nothing else is in it."""
+        self._forget()
+        (self.folder / _LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 class _Absent(nn.Module):

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from harness.engines.decoding import formats_of
+from harness.engines.emulation import formats_of
 from harness.engines.layers import device_named, silence_transformers
 from harness.engines.protocol import Chunk, Engine, Memory, Top
 from harness.engines.torch_answers import LOGITS_BYTES

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from xml.etree import ElementTree
 
 from harness.errors import UserError
-from harness.record import significance, stats
+from harness.record import stats
 from harness.record.baselines import Slots
 from harness.record.run import Record, Skipped
 from harness.record.stats import Estimate
@@ -147,7 +147,7 @@ def _decided(
         told = f"at least {loss.low:.3g} is lost" if loss.low > 0 else f"at most {-loss.low:.3g} is gained"
         reason = f"{told}, and {margin:g} is accepted" if margin >= 0 else f"{told}, and {-margin:g} is wanted"
     else:
-        needed = significance.num_needed(loss, margin)
+        needed = stats.num_needed(loss, margin)
         more = f"{needed:,} {units} would decide" if needed else f"no number of {units} would decide"
         reason = f"from {loss.low:.3g} to {loss.high:.3g} may be lost: at this loss {more}"
     reason = f"{reason} ({note})" if note else reason
@@ -237,8 +237,8 @@ def _score(evidence: GateRuns, rule: Rule) -> Judgement:
     if not found:
         raise IncomparableError(unjudged, *looked_at)
     assert rule.margin is not None
-    p_values = [significance.p_above(one.loss, rule.margin) for one in found.values()]
-    adjusted = significance.holm([1.0 if p is None else p for p in p_values])
+    p_values = [stats.p_above(one.loss, rule.margin) for one in found.values()]
+    adjusted = stats.holm([1.0 if p is None else p for p in p_values])
     loss = stats.pooled([one.loss for one in found.values()])
     beyond = [
         f"{label} loses {one.loss.value:.3g} (p = {p:.2g} after Holm)"

@@ -16,9 +16,9 @@ import numpy as np
 from harness.formats.names import FP8_DYNAMIC, NVFP4
 from harness.model.families import role_is
 from harness.record import stats
-from harness.record.comparable import incomparable
 from harness.record.packed import unpack_numbers
 from harness.record.run import Record
+from harness.record.schema import incomparable
 from harness.record.stats import Estimate
 from harness.report import runs
 from harness.report.numbers import format_bytes, format_percent

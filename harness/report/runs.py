@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.record import stats
-from harness.record.comparable import incomparable
 from harness.record.run import Record
+from harness.record.schema import incomparable
 from harness.suite.names import SOURCE
 
 Records = Mapping[str, Record]  # variant -> the run that speaks for it, of one measure
@@ -43,7 +43,7 @@ def newest_by_protocol(
 
 def differences(record: Record, other: Record, *, over_time: bool = False) -> list[str]:
     """What forbids comparing two runs that are not of tasks: keys of their headers that differ (`over_time` as for
-    `comparable.incomparable`), windows that are not the same, a window that is there twice; empty if nothing does."""
+    `schema.incomparable`), windows that are not the same, a window that is there twice; empty if nothing does."""
     found = incomparable(other, record, over_time=over_time)
     spans = _spans(other)
     if spans != _spans(record):

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from harness.record import significance, stats
-from harness.record.comparable import incomparable
+from harness.record import stats
 from harness.record.run import Record
+from harness.record.schema import incomparable
 from harness.report import runs
 from harness.report.numbers import format_percent
 from harness.report.tables import Table, table_of
@@ -93,7 +93,7 @@ def score_table(by_task: runs.ByTask) -> Table:
                     compared.setdefault(row, []).extend([found] if first else [])
                 rows.append(found)
     for those in compared.values():
-        for one, p_value in zip(those, significance.holm([one["p_value"] for one in those]), strict=True):
+        for one, p_value in zip(those, stats.holm([one["p_value"] for one in those]), strict=True):
             one["p_holm"] = p_value
     return table_of([*rows, *(_together(row, those) for row, those in compared.items() if len(those) > 1)])
 
@@ -223,7 +223,7 @@ def _refusal(records: Mapping[str, Record], row: str) -> str | None:
 
 
 def item_differences(record: Record, other: Record, *, over_time: bool = False) -> list[str]:
-    """What forbids comparing two runs of a task item by item, `over_time` as for `comparable.incomparable`; empty if
+    """What forbids comparing two runs of a task item by item, `over_time` as for `schema.incomparable`; empty if
     nothing does."""
     if keys := incomparable(other, record, over_time=over_time):
         return keys
@@ -304,7 +304,7 @@ def _compared(record: Record, source: Record, task: str, metric: str) -> dict[st
         "delta_score": _difference(before, after, weights),
         "recovery_ratio": stats.paired_sum_ratio(after, before) if is_share else None,
         "flips": flips,
-        "p_value": significance.mcnemar(*lost_won) if lost_won else significance.paired_permutation(before, after),
+        "p_value": stats.mcnemar(*lost_won) if lost_won else stats.paired_permutation(before, after),
     }
 
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 from scipy import special
 
-from harness.record.significance import p_above
-from harness.record.stats import TAIL, Estimate
+from harness.record.stats import TAIL, Estimate, p_above
 
 
 def detectable_margin(flip_share: float, num: int, power: float = 0.8, alpha: float = TAIL) -> float:

@@ -27,7 +27,7 @@ from numpy.random import Generator
 from scipy.stats import norm
 
 from harness.progress import Progress
-from harness.record import significance, stats
+from harness.record import stats
 from harness.record.stats import Estimate
 from studies.simulation import planning
 from studies.simulation.populations import Array, Flips, Populations, Windows
@@ -263,16 +263,16 @@ def _verdicts(populations: Populations) -> Iterator[Scenario]:
     """How often a decision is taken that must not be taken: the hypothesis holds, at its edge."""
 
     def changed(num: int, rng: Generator) -> bool:
-        return significance.mcnemar(*_flipped(0.05, 0.05, num, rng)) <= 2 * ALARMS
+        return stats.mcnemar(*_flipped(0.05, 0.05, num, rng)) <= 2 * ALARMS
 
     def exchanged(num: int, rng: Generator) -> bool:
         base, variant, _ = _documents(populations, num, rng)
         swap = rng.random(num) < 0.5
         one, other = np.where(swap, variant, base), np.where(swap, base, variant)
-        return significance.paired_permutation(one.tolist(), other.tolist()) <= 2 * ALARMS
+        return stats.paired_permutation(one.tolist(), other.tolist()) <= 2 * ALARMS
 
     def worse(num: int, rng: Generator) -> bool:
-        p_value = significance.p_above(_loss(0.05, 0.05, num, rng), 0)
+        p_value = stats.p_above(_loss(0.05, 0.05, num, rng), 0)
         return p_value is not None and p_value <= ALARMS
 
     def no_worse(num: int, rng: Generator) -> bool:
@@ -286,8 +286,8 @@ def _verdicts(populations: Populations) -> Iterator[Scenario]:
         return p_value is not None and p_value <= ALARMS
 
     def any_of_seven(num: int, rng: Generator) -> bool:
-        p_values = [significance.p_above(_loss(0.05, 0.05, num, rng), 0) for _ in range(7)]
-        return min(significance.holm([1.0 if one is None else one for one in p_values])) <= ALARMS
+        p_values = [stats.p_above(_loss(0.05, 0.05, num, rng), 0) for _ in range(7)]
+        return min(stats.holm([1.0 if one is None else one for one in p_values])) <= ALARMS
 
     def alarm(data: str, function: str, num: int, level: float, trial: Callable[[int, Generator], bool]) -> Scenario:
         return Scenario(DECISIONS, data, f"{function} ≤ {level:g}", num, "false alarms", level, partial(trial, num))
