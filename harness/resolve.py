@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from harness import demo
 from harness.demo import corpus
 from harness.errors import UserError, did_you_mean, first_line
-from harness.model.census import RoleCount, census_at, kv_bytes_per_token, state_bytes
+from harness.model.census import RoleCount, kv_bytes_per_token, state_bytes
 from harness.model.checkpoint import read_json
 from harness.model.families import parse_config, role_is
 from harness.model.family import ModelConfig
-from harness.model.sources import locate
+from harness.model.sources import census_at, locate
 from harness.progress import Progress
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import Recipe

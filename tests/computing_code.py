@@ -65,9 +65,7 @@ GROUPS = {
 NO_NUMBERS = {
     "engines.protocol": "what an engine is asked, and the versions themselves",
     "engines.describing": "what an engine says of itself",
-    "engines.vllm_log": "what vLLM's log says",
     "measure.vllm_bench": "numbers of another program, read",
-    "model.sources": "finds a folder",
 }
 """Modules that compute no number, and what they do instead."""
 

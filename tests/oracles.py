@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from harness.formats.config import FORMATS
 from harness.formats.format import Format
-from harness.formats.table import FORMATS
 from harness.model.families import family_of
 from harness.model.family import Linear
 from harness.quantize.recipes import Recipe

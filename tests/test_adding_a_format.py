@@ -15,11 +15,11 @@ from torch import Tensor
 
 from harness.audit.verify import verify
 from harness.engines.protocol import open_engine
+from harness.formats.config import FORMATS
 from harness.formats.format import ABSMAX, Format, Rounding, StoredTensor
 from harness.formats.nvfp4 import NVFP4A16
-from harness.formats.table import FORMATS
-from harness.model.census import census_of
 from harness.model.checkpoint import open_checkpoint
+from harness.model.sources import census_of
 from harness.quantize.build import build
 from harness.quantize.layerwise import CalibrationInput
 from harness.quantize.recipes import CALIBRATED, RTN, Method, Recipe

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness.formats.table import FORMATS
+from harness.formats.config import FORMATS
 
 ROOT = Path(harness.__file__).parent
 FLOORS = {
@@ -40,7 +40,7 @@ REPORT_SEES = {"formats", "model", "suite", "record", "errors", "sampling", "ser
 MAY_PRINT: dict[str, str | None] = {
     "harness/cli.py": None,
     "harness/__main__.py": None,
-    "harness/engines/vllm_log.py": "capturing",  # it turns both streams aside, and flushes them for that
+    "harness/engines/vllm_options.py": "capturing",  # it turns both streams aside, and flushes them for that
 }
 """By file, the function that may print and exit; None for the whole file. `commands/` may too."""
 

@@ -43,7 +43,7 @@ UNVERSIONED = {"quantize.sensitivity"}
 
 def test_a_version_stands_for_what_its_code_computes_with() -> None:
     torch = modules_of(GROUPS["the torch engine"])
-    assert {"engines.torch_engine", "engines.decoding", "formats.nvfp4", "formats.fp8"} <= torch
+    assert {"engines.torch_engine", "engines.loading", "formats.nvfp4", "formats.fp8"} <= torch
     assert "formats.nvfp4" in modules_of(GROUPS["the vLLM engine"]) & modules_of(GROUPS["the builder"])
     assert {"measure.tasks", "measure.lm", "measure.kept"} <= modules_of(GROUPS["tasks"])
 

@@ -9,9 +9,8 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.utils.match import is_match, match_name, match_targets
 
 from harness.errors import UserError
-from harness.formats.config import parse, quantization_config
+from harness.formats.config import FORMATS, parse, quantization_config
 from harness.formats.format import Format, num_bytes
-from harness.formats.table import FORMATS
 from harness.model.families import parse_config
 from harness.model.families.qwen35 import FAMILY
 from harness.model.family import expected_tensors

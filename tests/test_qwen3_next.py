@@ -23,10 +23,10 @@ from harness.cli import main
 from harness.engines.protocol import open_engine
 from harness.errors import UserError
 from harness.formats.config import parse
-from harness.model.census import census_at
 from harness.model.families import parse_config
 from harness.model.families.qwen3_next import FAMILY
 from harness.model.family import expected_tensors
+from harness.model.sources import census_at
 from harness.quantize.build import build
 from harness.quantize.recipes import RECIPES
 from tests.artifacts import quiet

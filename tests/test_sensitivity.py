@@ -18,13 +18,13 @@ from harness.demo import checkpoint_path
 from harness.engines.layers import Batch, Half, HiddenStates, TextModel, batches_of
 from harness.engines.loading import load_model
 from harness.errors import UserError
+from harness.formats.config import FORMATS
 from harness.formats.format import Format
 from harness.formats.fp8 import FP8_DYNAMIC
 from harness.formats.nvfp4 import NVFP4, NVFP4A16
-from harness.formats.table import FORMATS
-from harness.model.census import census_of
 from harness.model.checkpoint import Checkpoint, open_checkpoint
 from harness.model.families.qwen35 import FAMILY
+from harness.model.sources import census_of
 from harness.quantize.layerwise import CalibrationInput
 from harness.quantize.samples import CalibrationSet
 from harness.quantize.sensitivity import FusedLayers, groups_by_layer, measure_half, measure_sensitivity

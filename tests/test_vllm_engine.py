@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.engines import vllm_engine, vllm_log
+from harness.engines import vllm_engine, vllm_options
 from harness.engines.protocol import Start
 from harness.errors import UserError
 
@@ -44,8 +44,8 @@ def test_weight_only_kernels_are_what_a_weight_only_checkpoint_needs(tmp_path: P
 
 def test_cache_tokens_are_those_of_the_last_start_in_the_log() -> None:
     log = "INFO GPU KV cache size: 1,024 tokens\nINFO GPU KV cache size: 110,880 tokens, Maximum concurrency"
-    assert vllm_log.kv_tokens(log) == 110_880
-    assert vllm_log.kv_tokens("nothing") is None
+    assert vllm_options.kv_tokens(log) == 110_880
+    assert vllm_options.kv_tokens("nothing") is None
 
 
 def test_the_reason_is_the_error_that_does_not_point_to_another() -> None:
@@ -55,8 +55,8 @@ def test_the_reason_is_the_error_that_does_not_point_to_another() -> None:
         "RuntimeError: Engine core initialization failed. See root cause above.",
     ]
     error = RuntimeError("Engine core initialization failed")
-    assert vllm_log.reason(error, lines) == "ValueError: There is no module or parameter named 'visual'"
-    assert vllm_log.reason(error, []) == "Engine core initialization failed"
+    assert vllm_options.reason(error, lines) == "ValueError: There is no module or parameter named 'visual'"
+    assert vllm_options.reason(error, []) == "Engine core initialization failed"
 
 
 def test_without_vllm_the_engine_says_how_to_get_it(tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from harness.audit.findings import REFUSED, UNINITIALISED, Finding
 from harness.audit.matching import Meant
-from harness.formats.config import Group, QuantizationConfig, matches
+from harness.formats.config import Group, QuantizationConfig, input_scale_names, matches, packed_names
 from harness.formats.format import Format
-from harness.formats.table import input_scale_names, packed_names
 from harness.model.checkpoint import TensorEntry
 from harness.model.family import Family, Linear, ModelConfig, Part, expected_tensors
 

@@ -11,7 +11,7 @@ import torch
 
 from harness.audit.findings import Finding
 from harness.audit.keys import Module
-from harness.formats.table import input_scale_names
+from harness.formats.config import input_scale_names
 from harness.model.checkpoint import Checkpoint, row_pieces
 
 OUTLIER_RATIO = 1e3

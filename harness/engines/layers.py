@@ -275,9 +275,6 @@ class HiddenStates:
             self._memory -= 0 if index in self._kept else len(view)
             self._kept[index] = host
 
-    def __len__(self) -> int:
-        return len(self._shapes)
-
     def sync(self) -> None:
         """Returns once everything written is on the disk."""
         os.fdatasync(self._file)

@@ -25,9 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from harness.engines.emulation import ExpertRounding, round_expert_inputs, round_inputs
 from harness.engines.torch_common import DTYPES, out_of_memory
 from harness.errors import UserError, first_line
-from harness.formats.config import QuantizationConfig, parse
+from harness.formats.config import FORMATS, QuantizationConfig, parse
 from harness.formats.format import Format, Rounding
-from harness.formats.table import FORMATS
 from harness.model.checkpoint import Checkpoint, NewTensor, TensorEntry, open_checkpoint
 from harness.model.families import family_of
 from harness.model.family import Family
@@ -169,7 +168,7 @@ def _refuse_partial(folder: Path, family: Family, report: dict[str, Any]) -> Non
             raise UserError(f"{folder} {what} {', '.join(keys[:3])}{more}.", "Run `harness verify` on it.")
 
 
-# -- What a model is filled from -------------------------------------------------------------------------------
+# -- What a model is filled from ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -344,12 +343,7 @@ def _check(places: Iterable[_Place], on_disk: Mapping[str, TensorEntry], aliases
         elif found.dtype not in dtypes:
             errors.append(f"{need.name} is {found.dtype}, not {' or '.join(dtypes)}")
     unexpected = list(on_disk.keys() - needed - aliases)
-    return {
-        "missing_keys": missing,
-        "mismatched_keys": mismatched,
-        "unexpected_keys": unexpected,
-        "error_msgs": errors,
-    }
+    return {"missing_keys": missing, "mismatched_keys": mismatched, "unexpected_keys": unexpected, "error_msgs": errors}
 
 
 def _fill(place: _Place, checkpoint: Checkpoint) -> None:

@@ -156,15 +156,9 @@ class ChunkedEngine(Engine):
     def top_log_probs(self, windows: Sequence[Sequence[int]], batch_size: int, num: int) -> Iterator[Top]:
         """The most probable tokens at each place of each window, in order; of equal ones the lowest id first."""
         for window, table in zip(windows, self.log_probs(windows, batch_size), strict=True):
-            yield _top_of(window, table, num)
-
-
-def _top_of(window: Sequence[int], table: NDArray[np.float32], num: int) -> Top:
-    """The most probable tokens at each place of a window of n tokens with the log-distributions [n - 1, vocabulary]; of
-    equal ones the lowest id first."""
-    num = min(num, table.shape[1])
-    found = np.sort(np.argpartition(-table, num - 1, axis=1)[:, :num], axis=1)
-    values = np.take_along_axis(table, found, axis=1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    ids = np.take_along_axis(found, order, axis=1).astype(np.int32)
-    return Top(ids, np.take_along_axis(values, order, axis=1), table[np.arange(len(table)), window[1:]])
+            k = min(num, table.shape[1])
+            found = np.sort(np.argpartition(-table, k - 1, axis=1)[:, :k], axis=1)
+            values = np.take_along_axis(table, found, axis=1)
+            order = np.argsort(-values, axis=1, kind="stable")
+            ids = np.take_along_axis(found, order, axis=1).astype(np.int32)
+            yield Top(ids, np.take_along_axis(values, order, axis=1), table[np.arange(len(table)), window[1:]])

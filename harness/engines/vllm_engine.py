@@ -35,7 +35,7 @@ from harness.engines.protocol import (
     Start,
     Top,
 )
-from harness.engines.vllm_log import KERNEL_LINES, MEMORY_LINES, Log, kv_tokens, reason
+from harness.engines.vllm_options import KERNEL_LINES, MEMORY_LINES, Log, kv_tokens, reason
 from harness.errors import UserError, first_line
 from harness.formats.config import parse
 from harness.model.checkpoint import read_json
@@ -230,10 +230,6 @@ class VllmEngine(Engine):
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         """The answers of all workers to a method of `vllm_worker.HarnessWorker`."""
         return list(self._run(self._engine.collective_rpc(method, args=arguments)))
-
-    def log(self) -> str:
-        """What vLLM's processes have written since this start."""
-        return self._log.text()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -1,4 +1,4 @@
-"""`quantization_config`: which modules of a checkpoint are stored in which format.
+"""The formats that the harness knows, and `quantization_config`: which modules of a checkpoint are stored in which.
 
 `quantization_config` writes the JSON that vLLM and transformers read; `parse` reads any such JSON. vLLM's loader (0.17
 to 0.33) matches `re:` patterns against its own module names, so they must not be anchored to a prefix. Some releases
@@ -13,7 +13,22 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.formats.format import Arguments, Format
-from harness.formats.table import FORMATS
+from harness.formats.fp8 import FP8_DYNAMIC
+from harness.formats.nvfp4 import NVFP4, NVFP4A16
+
+FORMATS: dict[str, Format] = {form.name: form for form in (NVFP4A16, NVFP4, FP8_DYNAMIC)}
+"""The formats that the harness knows, by name: what it reads, decodes, checks and may build. In the order in which
+sensitivities are measured and messages list them."""
+
+
+def packed_names() -> set[str]:
+    """The suffixes of tensors that only a quantized layer has in the place of its weight."""
+    return {next(iter(form.weight_tensors)) for form in FORMATS.values()} - {"weight"}
+
+
+def input_scale_names() -> set[str]:
+    """The suffixes of stored scales of a layer's inputs."""
+    return {form.input_scale_name for form in FORMATS.values() if form.input_scale_name is not None}
 
 
 @dataclass(frozen=True)

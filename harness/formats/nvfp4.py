@@ -27,15 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from harness.formats import names
-from harness.formats.format import (
-    ABSMAX,
-    E4M3_MAX,
-    WEIGHTED_SEARCH,
-    Arguments,
-    Format,
-    Rounding,
-    StoredTensor,
-)
+from harness.formats.format import ABSMAX, E4M3_MAX, WEIGHTED_SEARCH, Arguments, Format, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch

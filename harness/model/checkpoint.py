@@ -351,22 +351,16 @@ class ShardWriter:
 
     def close(self) -> dict[str, str]:
         """Finishes the file; returns the BLAKE3 digest of the head (under the empty name) and of every tensor."""
-        self._drain()
+        for future in self._pending:
+            future.result()
+        for pool in (self._hasher, self._writer):
+            pool.shutdown()
         if any(self._left.values()):
             raise ValueError(f"unfinished tensors: {[name for name, left in self._left.items() if left][:3]}")
         os.fsync(self._file.fileno())
         self._file.close()
         self._partial.replace(self._path)
         return {"": self._head_hash} | {name: digest.hexdigest() for name, digest in self._hashes.items()}
-
-    def _drain(self) -> None:
-        try:
-            for future in self._pending:
-                future.result()
-        finally:
-            self._pending.clear()
-            for pool in (self._hasher, self._writer):
-                pool.shutdown(wait=True)
 
     def discard(self) -> None:
         """Removes a file that was not finished by `close`."""

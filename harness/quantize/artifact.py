@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from harness.errors import UserError
 from harness.formats.format import Format
-from harness.model.census import RoleCount, SourceTensor, census_of
+from harness.model.census import RoleCount, SourceTensor
 from harness.model.checkpoint import (
     INDEX,
     PIECE_BYTES,
@@ -23,6 +23,7 @@ from harness.model.checkpoint import (
     sync_folder,
 )
 from harness.model.family import Family
+from harness.model.sources import census_of
 from harness.progress import Progress
 from harness.quantize.plan import quantized
 from harness.quantize.recipes import Recipe

@@ -23,7 +23,7 @@ from harness.errors import BadWeightError, UserError
 from harness.formats.config import quantization_config
 from harness.formats.format import Format
 from harness.formats.names import KEPT
-from harness.model.census import SourceTensor, census_of, output_bytes
+from harness.model.census import SourceTensor, output_bytes
 from harness.model.checkpoint import (
     INDEX,
     Checkpoint,
@@ -38,6 +38,7 @@ from harness.model.checkpoint import (
     write_file,
 )
 from harness.model.family import Family
+from harness.model.sources import census_of
 from harness.progress import Meter, Progress
 from harness.quantize import layerwise
 from harness.quantize.artifact import (

@@ -33,12 +33,13 @@ from harness.engines.layers import (
     unpadded,
 )
 from harness.engines.protocol import EngineInfo
+from harness.formats.config import FORMATS
 from harness.formats.format import Format
 from harness.formats.nvfp4 import NVFP4
-from harness.formats.table import FORMATS
-from harness.model.census import SourceTensor, census_of
+from harness.model.census import SourceTensor
 from harness.model.checkpoint import Checkpoint
 from harness.model.family import Family, Linear
+from harness.model.sources import census_of
 from harness.progress import Meter, Progress
 from harness.quantize.calibrate import down_input
 from harness.quantize.layerwise import CalibrationInput, text_model

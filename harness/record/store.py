@@ -67,7 +67,8 @@ class RunWriter:
                 key = SAMPLES[measure][sample["kind"]].problem(sample)
                 raise self._bad_number(f"{what} holds a number out of bounds in '{key}'")
             raise ValueError(wrong)
-        self._open_stream().write(line)
+        assert self._stream is not None, "a run is written inside its `with` and before finish()"
+        self._stream.write(line)
         self._num_samples += 1
 
     def finish(self, status: Status = "complete", num_missing: int = 0) -> Path:
@@ -76,11 +77,11 @@ class RunWriter:
         expected = self._num_samples + num_missing if self._expected is None else self._expected
         coverage = {"expected": expected, "done": self._num_samples}
         end = End(status=status, num_samples=self._num_samples, coverage=coverage, ended_utc=utc_now())
-        stream = self._open_stream()
-        stream.write(self._line("the end", {"type": "end", **dataclasses.asdict(end)}))
-        stream.flush()
-        os.fsync(stream.fileno())
-        stream.close()
+        assert self._stream is not None, "a run is finished once, inside its `with`"
+        self._stream.write(self._line("the end", {"type": "end", **dataclasses.asdict(end)}))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
         self._stream = None
         self._temporary.replace(self.path)
         return self.path
@@ -96,11 +97,6 @@ class RunWriter:
         self._stream.close()
         self._temporary.unlink()
         raise RuntimeError("a run was left without finish()")
-
-    def _open_stream(self) -> IO[str]:
-        if self._stream is None:
-            raise RuntimeError("a run is written inside its `with` and before finish()")
-        return self._stream
 
     def _line(self, what: str, values: Json) -> str:
         try:

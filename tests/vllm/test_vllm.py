@@ -84,7 +84,7 @@ def observe(engine: Engine, folder: Path) -> Seen:
         for name in names:
             if name.endswith(("norm.weight", "A_log", "dt_bias", "w13_weight", "w2_weight", "embed_tokens.weight")):
                 (tensors[name],) = engine.ask("harness_tensor", name)
-        log = engine.log()
+        log = engine._log.text()
     return Seen(folder, engine.info, scores, log_probs, decoded, outputs, tensors, log)
 
 
