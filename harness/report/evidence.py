@@ -17,8 +17,8 @@ from harness.report.tables import Table, cell_text, table_of
 from harness.suite.names import NOISE, SOURCE, row_parts
 from harness.suite.schema import Suite
 
-MEASURES = ("build", "verify", "ppl", "fidelity", "bench")  # in the order in which they run; each is also a nox session
-OTHERS = ("sensitivity", "served")  # of the source alone, and measured elsewhere
+_MEASURES = ("build", "verify", "fidelity", "bench", "sensitivity", "served")
+"""Those of which a row has one run; perplexities and tasks have one by each protocol and in each task."""
 
 
 @dataclass(frozen=True, eq=False)  # each evidence is gathered once
@@ -58,11 +58,7 @@ class Evidence:
 def gather(suite: Suite, records: Sequence[Record], results_dir: str, repo: str | None = None) -> Evidence:
     """The evidence of a suite among `records`, which lie under `results_dir` (a POSIX path from the project's root)."""
     variants = suite.rows()
-    chosen = {
-        measure: runs.newest_runs(records, suite.name, measure, (*variants, *NOISE))
-        for measure in (*MEASURES, *OTHERS)
-        if measure != "ppl"
-    }
+    chosen = {measure: runs.newest_runs(records, suite.name, measure, (*variants, *NOISE)) for measure in _MEASURES}
     protocols = suite.ppl.protocols if suite.ppl else ()
     perplexities = runs.newest_by_protocol(records, suite.name, protocols, variants)
     tasks = task_tables.newest_by_task(records, suite, variants)

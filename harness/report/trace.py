@@ -16,7 +16,7 @@ from harness.errors import UserError
 from harness.record import store
 from harness.record.run import Record
 from harness.report import card as cards
-from harness.report.evidence import Evidence, gather
+from harness.report.evidence import gather
 from harness.report.sections import Link
 from harness.suite.load import narrowed, restored
 from harness.suite.schema import Suite
@@ -97,8 +97,12 @@ def trace(card: Path, suite: Suite | None = None) -> Traced:
     if mark := _CARD.search(text):
         about = mark.groupdict()
         folder = PurePosixPath(unquote(next(iter(cited)))).parent.parent.as_posix()
-        own = _own(about["suite"], list(records.values()), suite)
-        evidence = _evidence(*own, folder, about["variant"], about["repo"])
+        whole, own = _own(about["suite"], list(records.values()), suite)
+        if (variant := about["variant"]) is not None and variant not in whole.variants:
+            raise UserError(
+                f"The card is of variant '{variant}', which suite '{whole.name}' has not.", "Name its suite."
+            )
+        evidence = gather(narrowed(whole, variant) if variant else whole, own, folder, about["repo"])
         expected = _lines(cards.written(evidence, _linked(text)))
         words, wanted = ([line.words for line in side] for side in (lines, expected))
         matcher = difflib.SequenceMatcher(None, wanted, words, autojunk=False)
@@ -136,20 +140,11 @@ def _own(name: str, records: Sequence[Record], given: Suite | None) -> tuple[Sui
     return restored(newest.run.suite, newest.path.name), own
 
 
-def _evidence(
-    suite: Suite, records: Sequence[Record], results_dir: str, variant: str | None = None, repo: str | None = None
-) -> Evidence:
-    """What the cited records give, for a suite's card or for that of one of its variants."""
-    if variant is not None and variant not in suite.variants:
-        raise UserError(f"The card is of variant '{variant}', which suite '{suite.name}' has not.", "Name its suite.")
-    return gather(suite if variant is None else narrowed(suite, variant), records, results_dir, repo)
-
-
 def _of_blocks(records: Iterable[Record], given: Suite | None, link: Link) -> Iterator[_Line]:
     """Every line of every section that the cited records give, for each of their suites."""
     every = list(records)
     for name in dict.fromkeys(record.run.suite["name"] for record in every):
-        evidence = _evidence(*_own(name, every, given), results_dir="")
+        evidence = gather(*_own(name, every, given), results_dir="")
         for _, block in cards.BLOCKS.values():
             yield from _lines(block(evidence, link))
 
