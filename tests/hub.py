@@ -1,13 +1,16 @@
-"""A model hub on this machine: the part of the Hub's HTTP interface that an upload needs, over real sockets.
+"""A model hub on this machine: the part of the Hub's HTTP interface that uploads and downloads need, over real sockets.
 
 It answers as https://huggingface.co does to `huggingface_hub` without Xet: repositories are made and looked at, a
 card's metadata is checked, files are told to go into the commit or to the large-file store (Git LFS,
-https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md), and a commit of JSON lines puts them in place.
+https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md), and a commit of JSON lines puts them in place. Who may
+read is told by status and `X-Error-Code`; a repository that is not gated is read without a token. A dataset's name
+begins with `datasets/`.
 """
 
 import base64
 import hashlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,18 +20,29 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+COMMIT = "5" * 40
+"""The commit of everything that is read."""
 LARGE = (".safetensors", ".png")
 
 
 @dataclass
 class Repository:
-    """A model repository: what it holds, and every commit's summary."""
+    """A repository: what it holds, and every commit's summary. A `gated` one is listed to all and gives its files to
+    nobody."""
 
     private: bool
+    gated: bool = False
     files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b"*.safetensors filter=lfs\n"})
     ignored: tuple[str, ...] = ()
     """Beginnings of paths that its .gitignore leaves out."""
     commits: list[str] = field(default_factory=list)
+
+    def tree(self) -> list[dict[str, Any]]:
+        """Its files as the Hub lists them."""
+        return [
+            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for name, data in self.files.items()
+        ]
 
 
 class Hub(ThreadingHTTPServer):
@@ -46,6 +60,8 @@ class Hub(ThreadingHTTPServer):
         self.trouble: dict[str, str | int] = {}
         self.released = threading.Event()
         self.requests: list[str] = []
+        self.cut: int | None = None
+        """Cuts the connection after so many bytes of a file that is longer."""
 
     @property
     def url(self) -> str:
@@ -77,6 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
+    def do_HEAD(self) -> None:
+        self._serve()
+
     def do_POST(self) -> None:
         self._serve()
 
@@ -97,10 +116,76 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(trouble, {"error": "The hub is not well"})
         elif path.startswith("/store/"):
             self._store(path.removeprefix("/store/"), body)
+        elif self._reads(path):
+            pass
         elif (given := self.headers.get("Authorization")) != f"Bearer {self.server.token}":
             self._answer(401, {"error": f"Invalid credentials in Authorization header: {given}"})
         else:
             self._route(path, body)
+
+    def _reads(self, path: str) -> bool:
+        """Answers a request that only reads a public repository; whether it was one."""
+        found = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+))?)?", path)
+        file = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if self.command not in ("GET", "HEAD") or not (found or file):
+            return False
+        if file:
+            name, what, revision = file[1], "file", file[2]
+        else:
+            assert found is not None
+            name, what, revision = ("datasets/" * (found[1] == "datasets")) + found[2], found[3], found[4]
+        repository = self.server.repositories.get(name)
+        if repository is None or repository.private:
+            if repository is not None and self.headers.get("Authorization"):
+                return False
+            self._refuse(401, "RepoNotFound", "Invalid username or password.")
+        elif revision not in (None, "main") and not re.fullmatch("[0-9a-f]{40}", revision):
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        elif repository.gated and what in ("file", "auth-check"):
+            self._refuse(403, "GatedRepo", f"Access to model {name} is restricted.")
+        elif what == "tree":
+            self._answer(200, repository.tree())
+        elif file:
+            self._send_file(repository, file[3])
+        else:
+            siblings = [{"rfilename": path} for path in repository.files]
+            self._answer(200, {"id": name.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings})
+        return True
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        data = json.dumps({"error": message}).encode()
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", message)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _send_file(self, repository: Repository, path: str) -> None:
+        """A file of a repository, or the part of it that is asked for; `server.cut` bytes of it and then silence."""
+        data = repository.files.get(path)
+        if data is None:
+            self._refuse(404, "EntryNotFound", "Entry not found")
+            return
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first = int(asked[1]) if asked else 0
+        end = int(asked[2]) + 1 if asked and asked[2] else len(data)
+        self.send_response(206 if asked else 200)
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{len(data)}")
+        self.send_header("Content-Length", str(end - first))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if self.server.cut is not None and len(data) > self.server.cut:
+            self.wfile.write(data[first : first + self.server.cut])
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        else:
+            self.wfile.write(data[first:end])
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -172,11 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
             case ["commit", "main"]:
                 self._commit(repo, repository, body)
             case ["tree", _]:
-                entries = [
-                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                    for name, data in repository.files.items()
-                ]
-                self._answer(200, entries)
+                self._answer(200, repository.tree())
             case _:
                 self._answer(404, {"error": "no such page"})
 

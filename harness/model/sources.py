@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.model import hub
 from harness.model.census import SourceTensor, expected_census, source_tensors
 from harness.model.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, read_index, read_json
 from harness.model.families import parse_config
@@ -28,7 +29,26 @@ def fetched_revision(folder: Path) -> str | None:
 
 def locate(location: str, revision: str | None = None, *, config_only: bool = False) -> Path:
     """The folder of a checkpoint, fetched first if `location` is a hub id; `config_only` fetches no weights.
-    `UserError` for what is neither, and for a hub that cannot be reached while the model is not in its cache."""
+    `UserError` for what is neither a folder nor a hub id, and as in `hub.fetch`."""
+    if (folder := _local(location)) is not None:
+        return folder
+    return hub.fetch(location, revision, _CONFIG_FILES if config_only else _ALL_FILES)
+
+
+def bytes_to_fetch(location: str, revision: str | None = None) -> int:
+    """How much `locate` would fetch: 0 for a folder, and for what is in the cache; `UserError` as in `locate`."""
+    if _local(location) is not None:
+        return 0
+    try:
+        missing = hub.missing_bytes(location, revision, _ALL_FILES)
+    except Exception as error:  # the hub's library raises its own, httpx2's and the operating system's errors
+        raise hub.hub_refusal(error, location, revision) from error
+    hub.check_cache(location, missing)
+    return missing
+
+
+def _local(location: str) -> Path | None:
+    """The folder that `location` names; None for a hub id."""
     path = Path(os.path.expanduser(location))  # noqa: PTH111 - pathlib raises where the user is unknown
     if path.is_dir():
         return path
@@ -37,18 +57,7 @@ def locate(location: str, revision: str | None = None, *, config_only: bool = Fa
             f"'{location}' is neither a folder nor a model id of the hub.",
             "Give the folder of a checkpoint, or an id such as Qwen/Qwen3.5-9B.",
         )
-    import huggingface_hub
-
-    patterns = list(_CONFIG_FILES if config_only else _ALL_FILES)
-    try:
-        return Path(huggingface_hub.snapshot_download(location, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        # The library raises its own, requests' and the operating system's errors; all mean: not to be had.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"There is no folder '{location}', and the hub does not give it: {reason}.",
-            "Check the name, go online (unset HF_HUB_OFFLINE), log in for a gated model, or download it to a folder.",
-        ) from error
+    return None
 
 
 @dataclass(frozen=True)

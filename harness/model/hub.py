@@ -1,0 +1,119 @@
+"""The model hub: how much a download takes, whether it fits, and what it means that the hub does not give something."""
+
+import errno
+import shutil
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from harness.errors import UserError, first_line
+
+
+def fetch(location: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder in the hub's cache with those files of a model that fit one of `patterns`, fetched where needed.
+    `UserError` for what the hub does not give and, before anything is fetched, for a disk that is too small."""
+    import huggingface_hub
+
+    try:
+        missing = missing_bytes(location, revision, patterns)
+    except Exception:
+        missing = 0  # the cache may have all of it; if it has not, the next attempt says why
+    check_cache(location, missing)
+    try:
+        return Path(huggingface_hub.snapshot_download(location, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:
+        # The library raises its own, httpx2's and the operating system's errors; all mean: not to be had.
+        raise hub_refusal(error, location, revision) from error
+
+
+def missing_bytes(location: str, revision: str | None, patterns: Sequence[str]) -> int:
+    """How much `fetch` would fetch. Raises what the hub's library raises where the hub refuses or cannot be reached."""
+    from huggingface_hub import HfApi, RepoFile, try_to_load_from_cache
+
+    api = HfApi()
+    commit = api.repo_info(location, revision=revision).sha
+    sizes = {
+        entry.path: entry.size
+        for entry in api.list_repo_tree(location, recursive=True, revision=commit)
+        if isinstance(entry, RepoFile)
+    }
+    wanted = [path for path in sizes if any(fnmatch(path, pattern) for pattern in patterns)]
+    missing = [path for path in wanted if try_to_load_from_cache(location, path, revision=commit) is None]
+    if missing:
+        api.auth_check(location)  # a gated repository is listed to everybody
+    return sum(sizes[path] for path in missing)
+
+
+def check_cache(location: str, num_bytes: int) -> None:
+    """`UserError` where the disk of the hub's cache has less room than `num_bytes`."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise UserError(
+            f"{location} takes {num_bytes / 1e9:.1f} GB to download, and the disk of the hub's cache has "
+            f"{free / 1e9:.1f} GB free.",
+            "Make room, or set HF_HOME to a folder on a larger disk.",
+        )
+
+
+def hub_refusal(error: Exception, name: str, revision: str | None = None, kind: str = "model") -> UserError:
+    """What it means for the user that the hub did not give `name`, a model or a dataset: no network, switched off, a
+    wrong name or revision, a gate, no token, a full disk."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub import errors as hub
+
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    causes = list(_causes(error))
+    status = next((found for one in causes if (found := _status(one)) is not None), None)
+    if any(isinstance(one, hub.GatedRepoError) for one in causes):
+        who = "the account of this token has not been let in" if get_token() else "no token is set"
+        return UserError(
+            f"The {kind} {name} is gated, and {who}.",
+            f"Accept its terms at {page}, then set HF_TOKEN to a token of that account (or run `hf auth login`).",
+        )
+    if any(isinstance(one, hub.RevisionNotFoundError) for one in causes):
+        return UserError(f"The {kind} {name} has no revision '{revision}'.", f"Look at {page}/tree/main.")
+    if status == 401 and get_token():
+        return UserError(
+            f"The hub does not know the {kind} {name}, or refuses the token for it.",
+            "Check the name, and that HF_TOKEN is valid (`hf auth whoami`).",
+        )
+    if status in (401, 404) or any(isinstance(one, hub.RepositoryNotFoundError) for one in causes):
+        private = "" if get_token() else "; for a private one set HF_TOKEN"
+        return UserError(f"The hub has no {kind} {name}.", f"Check the name{private}.")
+    if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in causes):
+        return UserError(
+            f"The disk was full before {name} was fetched.",
+            "Make room and run the same command again, which goes on where it was; or set HF_HOME to another disk.",
+        )
+    if constants.HF_HUB_OFFLINE:
+        return UserError(
+            f"HF_HUB_OFFLINE is set, and the hub's cache lacks the {kind} {name}.",
+            "Unset it, or download the files on a machine that is online and give their folder.",
+        )
+    if status is not None and status >= 500:
+        return UserError(f"The hub answers with error {status} for {name}.", "Try again later.")
+    said = first_line(causes[-1])
+    return UserError(
+        f"The hub at {constants.ENDPOINT} cannot be reached for {name}: {said}.",
+        "Check the network and the proxy, or give the folder of a downloaded copy. The same command goes on where it "
+        "was.",
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it came from, outermost first."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    return status if isinstance(status, int) else None
