@@ -29,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"harness: {error.problem}\n  {error.remedy}", file=sys.stderr)
+        from harness.commands.shared import naming_suite
+
+        remedy = naming_suite(error.remedy, getattr(options, "suite", None))
+        print(f"harness: {error.problem}\n  {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

@@ -28,7 +28,7 @@ from harness.record import provenance, store
 from harness.record.run import Record, Run
 from harness.record.store import RunWriter
 from harness.suite.names import SOURCE, row_name
-from harness.suite.schema import Suite
+from harness.suite.schema import EngineOptions, Suite
 
 if TYPE_CHECKING:
     from harness.quantize.layerwise import CalibrationInput
@@ -91,6 +91,8 @@ class Job:
     session_id: str
     server: str | None = None
     """The URL of the server that is measured in place of an engine."""
+    device: str = "auto"
+    """The device that calibrates."""
 
     @cached_property
     def source(self) -> Path:
@@ -103,7 +105,7 @@ class Job:
         wanted = self.suite.calibration
         if wanted is None:
             return None
-        return resolve.read_calibration(wanted, self.suite.folder, self.source, self.progress)
+        return resolve.read_calibration(wanted, self.suite.folder, self.source, self.progress, self.device)
 
     def named_progress(self, name: str) -> Progress:
         """Tells the command's progress, with `name` before every description."""
@@ -158,6 +160,7 @@ class Job:
                 "samples_sha256": self.calibration.samples.digest,
                 "planned_memory_bytes": artifact.planned_memory_bytes,
                 "peak_vram_bytes": artifact.peak_vram_bytes,
+                "device": self.calibration.computed_on(),
             }
 
     def models(self, variants: Sequence[str], setups: Sequence[str | None]) -> list[Model]:
@@ -174,10 +177,18 @@ class Job:
     # -- Engines ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def engine(self, model: Model, purpose: Purpose) -> Iterator[Engine]:
-        """The suite's engine with a model in it, closed at the end."""
-        wanted = self.suite.engine
-        options = self.suite.vllm_options(model.setup) if wanted.name == "vllm" else None
+    def engine(
+        self, model: Model, purpose: Purpose, *, longest: int | None = None, batch: int | None = None
+    ) -> Iterator[Engine]:
+        """The suite's engine with a model in it, closed at the end. `longest` is the most tokens that a sequence will
+        have and `batch` the most sequences at once, None where that is not known: vLLM reserves memory for them."""
+        wanted = self.engine_of(model)
+        options = None
+        if wanted.name == "vllm":
+            needed = {"max_model_len": longest or "auto", "max_num_seqs": batch}
+            options = {**needed, **self.suite.vllm_options(model.setup)}
+        if wanted != self.suite.engine and purpose == "decode":
+            raise EngineDied(f"{model.row} is not timed: {self._source_too_large}", "Use larger GPUs, or more of them.")
         if self.server is not None:
             options = {"url": self.server}
         self.progress(0, 1, f"{model.row}: load")
@@ -189,9 +200,24 @@ class Job:
             self.progress(1, 1, f"{model.row}: load")
             yield engine
 
+    def engine_of(self, model: Model) -> EngineOptions:
+        """The suite's engine; for a source that does not fit into the GPUs of vLLM, the streamed engine."""
+        wanted = self.suite.engine
+        if wanted.name == "vllm" and model.variant == SOURCE and self._source_too_large is not None:
+            return replace(wanted, name="streamed")
+        return wanted
+
+    @cached_property
+    def _source_too_large(self) -> str | None:
+        from harness.doctor.box import this_box
+        from harness.doctor.checks import does_not_fit
+
+        plan = resolve.plan_source(self.suite.source_location(), None, self.suite.source.revision)[1]
+        return does_not_fit(self.suite, this_box(), plan)
+
     def computed_by(self, model: Model) -> dict[str, Any]:
         """The identity of the numbers that the engine gives of a model: what decides them, known before it starts."""
-        engine, machine = self.suite.engine, provenance.machine()
+        engine, machine = self.engine_of(model), provenance.machine()
         named = sorted(name for name in os.environ if name.startswith("VLLM_"))
         return {
             "artifact_digest": model.digest,

@@ -37,3 +37,11 @@ class Meter:
         """Adds `amount`, and tells the sum."""
         self.done += amount
         self.progress(self.done, self.total, self.description)
+
+
+def duration(seconds: float) -> str:
+    """`3 h 25 min`, `25 min` or `40 s`."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -159,8 +159,11 @@ def tokenized(suite: Suite, text: texts.Text) -> tuple[list[int], dict[str, Any]
     return ids, {**about, "token_ids_sha256": perplexity.token_ids_digest(ids), "num_tokens": len(ids)}
 
 
-def read_calibration(wanted: texts.Calibration, folder: Path, source: Path, progress: Progress) -> CalibrationInput:
-    """The token ids of a calibration table whose relative paths start at `folder`, by the tokenizer of `source`."""
+def read_calibration(
+    wanted: texts.Calibration, folder: Path, source: Path, progress: Progress, device: str = "auto"
+) -> CalibrationInput:
+    """The token ids of a calibration table whose relative paths start at `folder`, by the tokenizer of `source`, to go
+    through the model on `device`."""
     from harness.quantize import samples
     from harness.quantize.layerwise import CalibrationInput
 
@@ -169,7 +172,7 @@ def read_calibration(wanted: texts.Calibration, folder: Path, source: Path, prog
         "validation": partial(corpus.split_text, "validation", num_documents=_NUM_CALIBRATION_DOCUMENTS),
     }
     read = samples.read_samples(wanted, source, folder, embedded, progress)
-    return CalibrationInput(read, wanted.batch_tokens, round(wanted.hidden_memory_gb * 1e9))
+    return CalibrationInput(read, wanted.batch_tokens, round(wanted.hidden_memory_gb * 1e9), device)
 
 
 # -- Rows: variants and setups -------------------------------------------------------------------------------------
@@ -213,7 +216,7 @@ def max_length(suite: Suite, asked: int | None, setups: Sequence[str] | None) ->
     said = [source_config(suite_source(suite)).max_position_embeddings, asked]
     if suite.engine.name == "vllm":
         said += [suite.vllm_options(setup).get("max_model_len") for setup in chosen_setups(suite, setups)]
-    known = [length for length in said if length is not None]
+    known = [length for length in said if isinstance(length, int)]  # it may be "auto"
     if not known:
         raise UserError(
             f"The configuration of suite '{suite.name}'s source does not say how many tokens it takes.",
@@ -226,7 +229,7 @@ def check_lengths(suite: Suite, measure: str, setups: Sequence[str | None], long
     """`UserError` where vLLM is set to take fewer tokens of a sequence than the measure gives it."""
     for setup in setups if suite.engine.name == "vllm" else ():
         most = suite.vllm_options(setup).get("max_model_len")
-        if most is not None and most < longest:
+        if isinstance(most, int) and most < longest:
             where = "[engine.vllm]" if setup is None else f"[setups.{setup}]"
             raise UserError(
                 f"Suite '{suite.name}' has max_model_len = {most:,} in {where}, and {measure} needs {longest:,}.",

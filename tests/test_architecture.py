@@ -17,19 +17,21 @@ FLOORS = {
     2: ("model", "record", "suite"),
     3: ("engines", "serve"),
     4: ("measure", "quantize", "audit", "report", "demo"),
-    5: ("resolve", "job", "publication"),
+    5: ("resolve", "doctor", "job", "publication"),
     6: ("commands", "cli", "__main__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ON_ONE_FLOOR = {
     ("job", "resolve"),
+    ("doctor", "resolve"),
+    ("job", "doctor"),
     ("publication", "job"),
     ("publication", "resolve"),
     ("cli", "commands"),
     ("__main__", "cli"),
 }
-"""On floor 5 `resolve` lies under `job`, and both under `publication`; at the top `commands` lies under `cli`, and that
-under `__main__`."""
+"""On floor 5 `resolve` lies under `doctor`, that under `job`, and all of them under `publication`; at the top
+`commands` lies under `cli`, and that under `__main__`."""
 
 ONLY_IN = {
     "lm_eval": tuple(f"harness/measure/{name}.py" for name in ("tasks", "lm", "wikitext")),

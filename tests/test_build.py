@@ -578,6 +578,22 @@ def test_a_calibrated_build_continues_in_the_layer_it_was_in_and_ends_with_the_s
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_gpu_that_runs_out_of_memory_is_a_sentence_and_the_build_goes_on_at_that_layer(
+    source: Path, calibrated: Artifact, tmp_path: Path
+) -> None:
+    """The progress stands for the GPU: it raises what torch raises, in the second of four layers."""
+
+    def full(done: int, total: int, description: str) -> None:
+        if description == "calibrate" and done >= total * 0.4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(UserError, match="ran out of memory in layer 1 of 4") as refused:
+        build(source, CALIBRATED, tmp_path / "out", full, calibration())
+    assert "goes on at this layer" in refused.value.remedy and "--device cpu" in refused.value.remedy
+    assert [path.name for path in (tmp_path / "out.partial").glob("layer-*.safetensors")] == ["layer-00000.safetensors"]
+    assert build(source, CALIBRATED, tmp_path / "out", lambda *_: None, calibration()).digest == calibrated.digest
+
+
 def test_a_calibrated_build_continues_among_its_shards_too(source: Path, calibrated: Artifact, tmp_path: Path) -> None:
     def interrupt(*_: Any) -> None:
         if (tmp_path / "out.partial" / "model-2.safetensors").exists():

@@ -1,7 +1,11 @@
 """Plans of the published models against the sizes that their cards state."""
 
+import os
+from pathlib import Path
+
 import pytest
 
+from harness.cli import main
 from harness.errors import UserError
 from harness.model.census import source_tensors
 from harness.model.families.qwen35 import FAMILY
@@ -144,3 +148,26 @@ def test_a_calibration_larger_than_memory_is_refused_and_one_that_fits_is_not() 
     with pytest.raises(UserError, match=r"Calibrating takes about 1\.1 GB of memory") as caught:
         check_memory(needed, needed.total - 1)
     assert "hidden_memory_gb" in caught.value.remedy
+
+
+def test_on_an_accelerator_only_what_it_holds_counts_against_its_memory() -> None:
+    needed = CalibrationMemory(layer=5, statistics=4, work=3, activations=2, hidden=10, interpreter=6)
+    assert (needed.on_accelerator, needed.total) == (14, 30)
+    check_memory(needed, available=16, on_accelerator=14)
+    with pytest.raises(UserError, match="of the GPU") as refused:
+        check_memory(needed, available=10**9, on_accelerator=13)
+    assert "--device cpu" in refused.value.remedy
+    with pytest.raises(UserError, match="GB of memory"):
+        check_memory(needed, available=15, on_accelerator=10**9)
+
+
+def test_a_plan_says_what_the_gpu_of_this_machine_would_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 5090, 580.95.05, 32607, 32, 12.0'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert main(["plan", "demo:dense", "--recipe", "w4a4"]) == 0
+    told = capsys.readouterr().out
+    assert "NVIDIA GeForce RTX 5090 holds" in told and "has 33.55 MB free: lower --batch-tokens" in told

@@ -159,7 +159,7 @@ def test_the_command_prints_everything_to_serve_a_variant(tmp_path: Path, capsys
 
 
 def test_the_options_help_names_the_defaults_that_sizing_has(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["serve-command", "--variant", "x", "--gpu-memory", "32"]
+    asked = ["serve-command", "--suite", "x", "--variant", "x", "--gpu-memory", "32"]
     options = parser(asked).parse_args(asked)
     defaults = {name: one.default for name, one in inspect.signature(serve.size).parameters.items()}
     assert (options.utilization, options.users) == (defaults["utilization"], defaults["users"])

@@ -53,7 +53,7 @@ def test_the_grammar_of_a_subcommand_imports_nothing_that_computes(name: str) ->
         ("build", "--recipe", "w4a4"),
         ("verify", "--source", "demo:dense"),
         ("plan", "demo:dense", "--scales", "search"),
-        ("import", "x.json", "--variant", "w4a4", "--machine", "No Name"),
+        ("import", "x.json", "--suite", "suites/demo.toml", "--variant", "w4a4", "--machine", "No Name"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_imported(words: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import demo
 from harness.cli import main
 from harness.errors import UserError
 from harness.measure.vllm_bench import BatchShape, read_vllm_bench
@@ -107,12 +108,13 @@ def test_the_command_keeps_the_samples_and_the_other_machines_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    asked = ["import", str(written(tmp_path, SERVE)), "--variant", "nvfp4a16", "--machine", "dgx-spark"]
+    suite = ["--suite", str(demo.SUITE)]
+    asked = ["import", str(written(tmp_path, SERVE)), *suite, "--variant", "nvfp4a16", "--machine", "dgx-spark"]
     assert main([*asked, "--vllm-version", "0.32.0"]) == 0
     shown = capsys.readouterr().out
     assert "first token" in shown and "0.600" in shown, "the median of 0.5 and 0.7"
     (record,) = [store.read(path) for path in (tmp_path / "results/dgx-spark").glob("*.jsonl")]
     assert len(record.kind("request")) == 2
     assert record.run.engine is not None and record.run.engine["version"] == "0.32.0"
-    assert main(["import", str(tmp_path / "none"), "--variant", "nvfp4a16", "--machine", "x"]) == 2
+    assert main(["import", str(tmp_path / "none"), *suite, "--variant", "nvfp4a16", "--machine", "x"]) == 2
     assert main([*asked[:-1], "My Machine"]) == 2

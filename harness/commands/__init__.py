@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 SUBCOMMANDS = {
+    "doctor": "Tell whether this machine has what a suite needs, before anything is downloaded or built.",
     "plan": "Show what a recipe makes of a model: tensors, bytes, memory traffic. No weights are read.",
     "build": "Build a suite's variants, or one checkpoint by one recipe, as compressed-tensors checkpoints.",
     "verify": "Check compressed-tensors checkpoints, whether the harness built them or not.",

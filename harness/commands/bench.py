@@ -58,20 +58,24 @@ def _prepared(job: Job, names: Sequence[str] | None) -> Work:
     """The source and the variants that speed is measured of, built where missing, and the text's token ids. `UserError`
     for a suite that cannot be measured, before anything is built for it."""
     from harness.job import Work
-    from harness.measure.decode import COHERENCE_TOKENS
 
     suite = job.suite
     variants = resolve.chosen_variants(suite, names, with_source=True)
-    resolve.check_engine(suite)
     bench, ids, dataset = _text(job)
-    checked = max(_depths(bench)) + COHERENCE_TOKENS + 1
-    longest = max(checked, *(shape.prompt_tokens + shape.new_tokens for shape in _shapes(bench)))
     if bench.variants is not None and names is None:
         resolve.chosen_variants(suite, bench.variants, with_source=True)
         variants = [name for name in variants if name in (SOURCE, *bench.variants)]
     setups = resolve.chosen_setups(suite, bench.setups)
-    resolve.check_lengths(suite, "bench", setups, longest)
+    resolve.check_lengths(suite, "bench", setups, _longest(bench))
     return Work(job.models(variants, setups), ids, dataset)
+
+
+def _longest(bench: Bench) -> int:
+    """The most tokens of a sequence, those that check coherence included."""
+    from harness.measure.decode import COHERENCE_TOKENS
+
+    checked = max(_depths(bench)) + COHERENCE_TOKENS + 1
+    return max(checked, *(shape.prompt_tokens + shape.new_tokens for shape in _shapes(bench)))
 
 
 def _prepared_server(job: Job, variant: str) -> tuple[Job, Work]:
@@ -137,7 +141,7 @@ def _measured(job: Job, work: Work, limit: int | None) -> Measured:
                     continue
                 with (
                     job.noted_failures("bench", decode.VERSION, model, work.dataset, measured.failures),
-                    job.engine(model, "decode") as engine,
+                    job.engine(model, "decode", longest=_longest(bench), batch=max(bench.batch_sizes)) as engine,
                 ):
                     is_new = model.row not in writers
                     depths = _depths(bench) if is_new and engine.info.can_score else []

@@ -2,9 +2,10 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from harness.commands.shared import JOB, add_shared, open_job, print_json, progress_bars
+from harness.commands.shared import JOB, add_shared, check_machine, open_job, print_json, progress_bars
 from harness.errors import UserError
 from harness.quantize.artifact import Artifact
 from harness.quantize.recipes import recipe_named
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--recipe", metavar="NAME", help="with SOURCE: the recipe to build by")
     add("--out", type=Path, metavar="DIR", help="with SOURCE: the new folder")
     add("--calibration", type=Path, metavar="FILE", help="with SOURCE: a TOML file that names calibration samples")
+    add("--device", metavar="NAME", default="auto", help="what calibrates: cpu, cuda or auto (default: auto)")
     add_shared(parser, "--scales", "--codes", "--variant", *JOB)
 
 
@@ -65,6 +67,8 @@ def _built_variants(options: argparse.Namespace, given: Sequence[str]) -> list[A
         )
 
     with open_job(options, given) as job:
+        job = replace(job, device=options.device)
+        check_machine(job, ("build",), options.variant)
         return [job.build(name) for name in chosen_variants(job.suite, options.variant, with_source=False)]
 
 
@@ -83,7 +87,7 @@ def _built_source(options: argparse.Namespace) -> Artifact:
         if options.calibration and not recipe.needs_calibration:
             raise UserError(f"Recipe '{recipe.name}' looks at no data.", "Leave --calibration out.")
         if options.calibration:
-            calibration = read_calibration(*load_calibration(options.calibration), source, progress)
+            calibration = read_calibration(*load_calibration(options.calibration), source, progress, options.device)
 
         from harness.quantize.build import build
 

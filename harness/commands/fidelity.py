@@ -59,7 +59,6 @@ def fidelity_work(job: Job, names: Sequence[str] | None) -> Work:
 
     suite, wanted = job.suite, required(job.suite, "fidelity", job.suite.fidelity)
     variants = chosen_variants(suite, names, with_source=True)
-    check_engine(suite)
     _check_noise(suite, wanted)
     ids, dataset = tokenized(suite, wanted.text)
     windows = disjoint_windows(ids, wanted.window)
@@ -206,7 +205,7 @@ def _compare_one(
 
     with (
         job.noted_failures("fidelity", fidelity.VERSION, model, work.dataset, measured.failures),
-        job.engine(model, "score") as engine,
+        job.engine(model, "score", longest=_wanted(job).window + 1, batch=batch_size) as engine,
     ):
         run = job.new_run("fidelity", fidelity.VERSION, model, engine=engine, dataset=work.dataset)
         samples = fidelity.top_fidelity_samples(
@@ -235,7 +234,7 @@ def _pack(job: Job, work: Work, source: Model, windows: Sequence[Sequence[int]])
     }
 
     def predictions() -> Iterator[Top]:
-        with job.engine(source, "score") as engine:
+        with job.engine(source, "score", longest=wanted.window + 1, batch=wanted.batch_size) as engine:
             for number, top in enumerate(engine.top_log_probs(windows, wanted.batch_size, wanted.named_tokens), 1):
                 job.progress(number, len(windows), f"{source.row}: reference pack")
                 yield top

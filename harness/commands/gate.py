@@ -4,7 +4,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.commands.shared import add_shared, load_suite, path_or_none, print_json, stored_records
+from harness.commands.shared import (
+    DEFAULT_SUITE,
+    add_shared,
+    load_suite,
+    naming_suite,
+    path_or_none,
+    print_json,
+    stored_records,
+)
 from harness.errors import UserError
 
 
@@ -33,6 +41,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Prints a verdict for each rule, or makes a baseline; returns the exit code of the worst verdict."""
     if options.update_baseline != (options.reason is not None):
         raise UserError("--update-baseline and --reason go together.", "A baseline is changed for a reason: give both.")
+    if options.update_baseline and options.suite is None:
+        raise UserError("--update-baseline needs --suite.", f"Name the suite's file; the demo's is {DEFAULT_SUITE}.")
     suite = load_suite(options)
     folder = options.baselines or Path("results")
     if options.baselines is not None and not folder.is_dir():
@@ -62,7 +72,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         print_json({"suite": suite.name, "judgements": gate.verdict_rows(judgements)})
     else:
         table = tables.terminal_table(gate.verdict_table(judgements))
-        print(f"{table}\n\n{gate.verdict_counts(judgements)}")
+        print(f"{naming_suite(table, options.suite)}\n\n{gate.verdict_counts(judgements)}")
     if options.junit:
         options.junit.write_text(gate.junit(suite.name, judgements), encoding="utf-8")
     if options.step_summary:

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--new-tokens", "generated tokens of a request"),
     ):
         add(name, type=whole_number, metavar="N", help=f"{what}, for a file of vllm bench latency, which lacks it")
-    add_shared(parser, *JOB)
+    add("--suite", metavar="FILE", required=True, help="the suite's TOML file")
+    add_shared(parser, *JOB[1:])
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

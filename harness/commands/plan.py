@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from harness.commands.shared import add_shared, format_table, positive_number, print_json, whole_number
 from harness.errors import UserError
-from harness.quantize.plan import COMPUTED_BYTES, Plan, calibration_memory, check_memory
+from harness.quantize.plan import COMPUTED_BYTES, CalibrationMemory, Plan, calibration_memory, check_memory
 from harness.quantize.recipes import recipe_named
 from harness.report.numbers import format_bytes
 from harness.resolve import plan_source
@@ -86,7 +86,21 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
             f"most {format_bytes(memory.total)} of memory with {options.batch_tokens:,} tokens in a forward pass."
         )
         print(format_table(("of it", ""), [(name, format_bytes(size)) for name, size in asdict(memory).items()]))
+        _print_gpu_share(memory)
     return 0
+
+
+def _print_gpu_share(memory: CalibrationMemory) -> None:
+    """Prints how much of calibration's memory a GPU of this machine would hold, and whether it has that."""
+    from harness.doctor.box import this_box
+
+    for gpu in this_box().gpus[:1]:
+        share = f"{gpu.name} holds {format_bytes(memory.on_accelerator)} of it at most"
+        if gpu.free_bytes is None:
+            print(f"\n{share}; its memory is the CPU's.")
+        else:
+            enough = "" if memory.on_accelerator <= gpu.free_bytes else ": lower --batch-tokens, or build on the CPU"
+            print(f"\n{share}, and has {format_bytes(gpu.free_bytes)} free{enough}.")
 
 
 def _print_plan(plan: Plan, bandwidth: float | None) -> None:

@@ -73,7 +73,6 @@ def _prepared(job: Job, names: Sequence[str] | None) -> tuple[list[Model], list[
     suite that cannot be measured or a text that is not the expected one, before anything is built."""
     from harness.measure import perplexity
 
-    resolve.check_engine(job.suite)
     suite, wanted = job.suite, resolve.required(job.suite, "ppl", job.suite.ppl)
     variants = resolve.chosen_variants(suite, names, with_source=True)
     protocols = [perplexity.get_protocol(name) for name in wanted.protocols]
@@ -81,10 +80,13 @@ def _prepared(job: Job, names: Sequence[str] | None) -> tuple[list[Model], list[
     for reading in readings:
         _check_counts(wanted, reading)
     setups = resolve.chosen_setups(suite, wanted.setups)
-    resolve.check_lengths(
-        suite, "ppl", setups, 1 + max(window.num_tokens for one in readings for window in one.windows)
-    )
+    resolve.check_lengths(suite, "ppl", setups, _longest(readings))
     return job.models(variants, setups), readings
+
+
+def _longest(readings: Sequence[_Reading]) -> int:
+    """The most tokens of a sequence: the longest window, and the token that an engine writes after it."""
+    return 1 + max(window.num_tokens for reading in readings for window in reading.cut)
 
 
 def _by_window(suite: Suite, wanted: Perplexity, protocol: Protocol) -> _Reading:
@@ -163,11 +165,13 @@ def _runs(
     sharing: dict[tuple[str, str], list[_Reading]] = {}
     for reading in readings:
         sharing.setdefault(reading.what_is_read, []).append(reading)
+    assert job.suite.ppl is not None
+    batch_size = job.suite.ppl.batch_size
     with ExitStack() as stack:
 
         @cache
         def start() -> Engine:
-            return stack.enter_context(job.engine(model, "score"))
+            return stack.enter_context(job.engine(model, "score", longest=_longest(readings), batch=batch_size))
 
         for alike in sharing.values():
             yield from _runs_alike(job, model, alike, start, limit, fresh)

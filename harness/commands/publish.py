@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="upload nothing (an upload needs HF_TOKEN)")
     add("--public", action="store_true", help="make a missing repository public, or upload to a public one")
     add("--allow-inconclusive", action="store_true", help="publish although the gate cannot tell or cannot compare")
-    add_shared(parser, *JOB)
+    add("--suite", metavar="FILE", required=True, help="the suite's TOML file")
+    add_shared(parser, *JOB[1:])
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the variant and the GPUs that serve it."""
     add = parser.add_argument
     with_images, without = serve.OVERHEAD_GB[True], serve.OVERHEAD_GB[False]
+    add("--suite", metavar="FILE", required=True, help="the suite's TOML file")
     add("--variant", metavar="NAME", required=True, help="the variant to serve")
     add("--gpu-memory", type=positive_number, metavar="GIB", required=True, help="the memory of one GPU, in GiB")
     add("--gpus", type=whole_number, default=1, metavar="N", help="how many GPUs share every layer (default: 1)")
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--mtp", type=whole_number, default=0, metavar="K", help="speculate K tokens with the MTP head (default: none)")
     add("--no-images", action="store_true", help="serve text only, without the vision tower")
-    add_shared(parser, "--suite", "--artifacts", "--json")
+    add_shared(parser, "--artifacts", "--json")
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:

@@ -7,26 +7,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from harness.errors import UserError
+from harness.progress import duration
 
 if TYPE_CHECKING:
     import rich.progress
 
     from harness.audit.findings import Finding
+    from harness.doctor.checks import Need
     from harness.job import Job, Model
     from harness.progress import Progress
     from harness.record.run import Record, Skipped
     from harness.report.tables import Table
     from harness.suite.schema import Suite
 
-_DEFAULT_SUITE = Path("suites/demo.toml")
+DEFAULT_SUITE = Path("suites/demo.toml")
 _MOST_FINDINGS = 20
 
 
@@ -99,8 +104,8 @@ def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
 
 def suite_file(options: argparse.Namespace) -> Path:
     """The suite's file: the named one, else `suites/demo.toml`, else the embedded one."""
-    if options.suite or _DEFAULT_SUITE.exists():
-        return Path(options.suite or _DEFAULT_SUITE)
+    if options.suite or DEFAULT_SUITE.exists():
+        return Path(options.suite or DEFAULT_SUITE)
     from harness import demo
 
     return demo.SUITE
@@ -111,6 +116,45 @@ def load_suite(options: argparse.Namespace) -> Suite:
     from harness.suite.load import load
 
     return load(suite_file(options))
+
+
+_COMMAND = re.compile(r"`((?:python -m )?nox -s|harness) ([a-z-]+)([^`]*)`")
+_WITHOUT_SUITE = {"plan", "repair", "demo", "suite"}
+
+
+def naming_suite(text: str, suite: str | None) -> str:
+    """A text for the user, in which every command is about the suite that the user has named."""
+    if suite is None:
+        return text
+
+    def named(found: re.Match[str]) -> str:
+        program, what, rest = found.groups()
+        if what in _WITHOUT_SUITE or "--suite" in rest:
+            return found[0]
+        dashes = " --" if "nox" in program and " -- " not in rest else ""
+        return f"`{program} {what}{rest}{dashes} --suite {suite}`"
+
+    return _COMMAND.sub(named, text)
+
+
+def check_machine(job: Job, needs: Sequence[Need], variants: Sequence[str] | None) -> None:
+    """`UserError` where this machine lacks what the suite needs, before anything is downloaded or built; what the user
+    would want to know before hours are spent goes to stderr."""
+    from harness.doctor.box import this_box
+    from harness.doctor.checks import require
+    from harness.resolve import check_engine, chosen_variants
+
+    check_engine(job.suite)
+    chosen_variants(job.suite, variants, with_source=True)
+    for note in require(job.suite, this_box(), job.artifacts, needs, variants, job.device):
+        print(f"harness: {note.text} {note.remedy}".rstrip(), file=sys.stderr)
+
+
+def with_engine(suite: Suite, options: argparse.Namespace) -> Suite:
+    """The suite on the engine, and with the type of activations, that a command names."""
+    engine = suite.engine
+    engine = replace(engine, name=options.engine or engine.name, dtype=options.dtype or engine.dtype)
+    return replace(suite, engine=engine)
 
 
 @contextmanager
@@ -132,9 +176,10 @@ def open_job(options: argparse.Namespace, given: Sequence[str]) -> Iterator[Job]
 def measuring_job(options: argparse.Namespace, given: Sequence[str]) -> Iterator[Job]:
     """The job of a measure, on the engine that the command names."""
     with open_job(options, given) as job:
-        engine = job.suite.engine
-        engine = replace(engine, name=options.engine or engine.name, dtype=options.dtype or engine.dtype)
-        yield replace(job, suite=replace(job.suite, engine=engine))
+        job = replace(job, suite=with_engine(job.suite, options))
+        if getattr(options, "server", None) is None:
+            check_machine(job, (options.command,), options.variant)
+        yield job
 
 
 # -- What is printed -----------------------------------------------------------------------------------------------
@@ -142,7 +187,14 @@ def measuring_job(options: argparse.Namespace, given: Sequence[str]) -> Iterator
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Draws one bar per description on stderr, from the first progress on; nothing where stderr is no terminal."""
+    """Draws one bar per description on stderr, from the first progress on; where stderr is no terminal, tells in plain
+    lines, one a minute."""
+    with _bars() if sys.stderr.isatty() else plain_lines(sys.stderr) as progress:
+        yield progress
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
     with ExitStack() as stack:
         bars: list[Any] = []
         tasks: dict[str, Any] = {}
@@ -163,7 +215,6 @@ def _empty_bars() -> rich.progress.Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -171,7 +222,46 @@ def _empty_bars() -> rich.progress.Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+    return Progress(*columns, console=Console(stderr=True))
+
+
+@contextmanager
+def plain_lines(stream: TextIO, seconds: float = 60.0) -> Iterator[Progress]:
+    """Tells on `stream` every so many `seconds` how far the work is, also while nothing advances: what it is, done of
+    all, the rate since it began, and the time that is left. Work that is over sooner is silent."""
+    now: dict[str, Any] = {}
+    began = 0.0
+    over = threading.Event()
+
+    def advance(done: int, total: int, description: str, note: str = "", /) -> None:
+        nonlocal began
+        if description != now.get("description"):
+            began = time.monotonic()
+            now.update(description=description, first=done)
+        now.update(done=done, total=total, note=note)
+
+    def tell() -> None:
+        while not over.wait(seconds):
+            if now:
+                print(progress_line(**now, seconds=time.monotonic() - began), file=stream, flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True, name="progress")
+    teller.start()
+    try:
+        yield advance
+    finally:
+        over.set()
+        teller.join()
+
+
+def progress_line(description: str, *, first: int, done: int, total: int, note: str, seconds: float) -> str:
+    """A line on work that has gone from `first` to `done` of `total` in `seconds`."""
+    share = f" ({done / total:.0%})" if total else ""
+    line = f"{time.strftime('%H:%M:%S')}  {description}: {done:,} of {total:,}{share}"
+    if done > first and seconds > 0:
+        rate = (done - first) / seconds
+        line += f", {rate:,.4g} a second, {duration((total - done) / rate)} left"
+    return f"{line}, {note}" if note else line
 
 
 def print_json(document: Any) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harness import demo
 from harness.commands.shared import MEASURING, add_shared, measuring_job, print_measured, print_models
 from harness.errors import UserError, did_you_mean
-from harness.resolve import DEMO, check_engine, chosen_setups, chosen_variants, max_length
+from harness.resolve import DEMO, chosen_setups, chosen_variants, max_length
 from harness.suite.names import SOURCE
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ def _prepared(job: Job, variants: Sequence[str] | None, named_tasks: Sequence[st
         if name not in suite.tasks:
             raise UserError(f"Suite '{suite.name}' has no task '{name}'.", did_you_mean(name, suite.tasks))
     names = chosen_variants(suite, variants, with_source=True)
-    check_engine(suite)
     wanted = {name: task for name, task in suite.tasks.items() if not named_tasks or name in named_tasks}
 
     from harness.measure import tasks

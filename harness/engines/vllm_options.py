@@ -39,6 +39,11 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "text_only": ("language_model_only",),
     "speculative_tokens": ("speculative_config",),
     "emulate": ("linear_backend", "moe_backend"),
+    "max_cudagraph_capture_size": ("max_cudagraph_capture_size",),
+    "limit_mm_per_prompt": ("limit_mm_per_prompt",),
+    "attention_backend": ("attention_backend",),
+    "linear_backend": ("linear_backend",),
+    "moe_backend": ("moe_backend",),
 }
 """Option of a suite's [engine.vllm] -> the fields of vLLM's `EngineArgs` that it becomes, all of them."""
 
@@ -71,6 +76,9 @@ def release_of(version: str) -> Release:
 def arguments(options: Mapping[str, Any], release: Release) -> dict[str, Any]:
     """The arguments of vLLM's `EngineArgs` for a suite's options; those that are None are left to vLLM. `UserError` for
     an option that this release cannot be asked for."""
+    both = [name for name in ("linear_backend", "moe_backend") if options.get("emulate") and options.get(name)]
+    if both:
+        raise UserError(f"emulate chooses {both[0]} too, and both are set.", "Leave one of them out.")
     found: dict[str, Any] = {}
     for option, value in options.items():
         if value is None or (option in ("emulate", "speculative_tokens") and not value):
@@ -91,6 +99,8 @@ def _value(option: str, value: Any) -> Any:
         return round(value * 1e9)
     if option == "emulate":
         return "emulation"
+    if option == "max_model_len" and value == "auto":
+        return -1  # as `--max-model-len auto` does (vllm/engine/arg_utils.py)
     if option == "speculative_tokens":
         return {"method": "mtp", "num_speculative_tokens": value}
     return value

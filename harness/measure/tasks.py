@@ -138,6 +138,13 @@ def _manager(folder: Path | None) -> TaskManager:
     return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
 
 
+def dataset_of(name: str) -> str | None:
+    """The hub dataset of one of lm-eval's own tasks; None where its configuration names none, as a group's does."""
+    entry = _manager(None).task_index.get(name)
+    path = (entry.cfg or {}).get("dataset_path") if entry is not None else None
+    return path if isinstance(path, str) and "/" in path else None
+
+
 def _loaded_by_lm_eval(label: str, source: str | Path, revision: str | None) -> Any:
     """What lm-eval's TaskManager loads: {tasks, groups}."""
     name = source if isinstance(source, str) else source.name

@@ -107,8 +107,8 @@ def build(
     if (found := digest_of_existing(out, identity, recipe)) is not None:
         return Artifact(named, found, reused=True, counts=what.counts)
     memory = None if calibration is None else layerwise.memory(calibration, config, recipe)
-    if memory is not None:
-        check_memory(memory, psutil.virtual_memory().available)
+    if memory is not None and calibration is not None:
+        check_memory(memory, psutil.virtual_memory().available, layerwise.free_accelerator_memory(calibration))
     unfinished = out.with_name(out.name + ".partial")
     needed = what.output_bytes
     if calibration is not None:  # the layers' tensors and the hidden states lie beside the output

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from harness.engines.layers import Batch, HiddenStates, TextModel, batches_of, compute_dtype, device_named
+from harness.errors import UserError
 from harness.formats.format import Format
 from harness.model.census import SourceTensor
 from harness.model.checkpoint import Checkpoint, NewTensor, new_shard, read_header
@@ -43,6 +44,11 @@ class CalibrationInput:
             "dtype": str(compute_dtype(device_named(self.device))).removeprefix("torch."),
         }
 
+    def computed_on(self) -> str:
+        """The device by its own name."""
+        device = device_named(self.device)
+        return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
 
 def hidden_bytes(calibration: CalibrationInput, recipe: Recipe, width: int) -> int:
     """What the hidden states take on the disk: both boundaries of a layer, of one stream or two."""
@@ -61,6 +67,12 @@ def memory(calibration: CalibrationInput, config: ModelConfig, recipe: Recipe) -
         hidden_bytes=min(calibration.hidden_bytes, hidden_bytes(calibration, recipe, config.hidden_size)),
         item_bytes=compute_dtype(device_named(calibration.device)).itemsize,
     )
+
+
+def free_accelerator_memory(calibration: CalibrationInput) -> int | None:
+    """The bytes that are free on the accelerator; None where the CPU calibrates."""
+    device = device_named(calibration.device)
+    return None if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def layer_file(index: int) -> str:
@@ -112,9 +124,16 @@ def quantize_layers(
             ]
             started = time.perf_counter()
             with new_shard(folder / layer_file(index), new) as writer:
-                report = quantize_layer(
-                    model, index, linears[index], method, batches, before, after, writer.write, meter.advance
-                )
+                try:
+                    report = quantize_layer(
+                        model, index, linears[index], method, batches, before, after, writer.write, meter.advance
+                    )
+                except torch.OutOfMemoryError as error:
+                    raise UserError(
+                        f"The GPU ran out of memory in layer {index} of {model.num_layers}.",
+                        "End other programs on it and run the same command, which goes on at this layer; or begin anew "
+                        "with fewer batch_tokens, or with --device cpu.",
+                    ) from error
                 writer.close()
             for stream in after:
                 stream.sync()

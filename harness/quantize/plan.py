@@ -91,7 +91,12 @@ class CalibrationMemory:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.layer + self.statistics + self.work + self.activations + self.hidden + self.interpreter
+        return self.on_accelerator + self.hidden + self.interpreter
+
+    @property
+    def on_accelerator(self) -> int:
+        """What an accelerator holds of it where there is one."""
+        return self.layer + self.statistics + self.work + self.activations
 
 
 COMPUTED_BYTES = 4
@@ -153,8 +158,18 @@ def _is_routed(tensor: SourceTensor) -> bool:
     return tensor.role is not None and tensor.role.block == "experts"
 
 
-def check_memory(needed: CalibrationMemory, available: int) -> None:
-    """`UserError` if a calibration would not fit into `available` bytes."""
+def check_memory(needed: CalibrationMemory, available: int, on_accelerator: int | None = None) -> None:
+    """`UserError` if a calibration would not fit into `available` bytes; on an accelerator, of which `on_accelerator`
+    bytes are free, all but the hidden states is held there."""
+    if on_accelerator is not None:
+        if needed.on_accelerator > on_accelerator:
+            raise UserError(
+                f"Calibrating takes about {needed.on_accelerator / 1e9:.1f} GB of the GPU ({needed.layer / 1e9:.1f} "
+                f"for a layer, {needed.statistics / 1e9:.1f} for statistics), and {on_accelerator / 1e9:.1f} GB are "
+                "free.",
+                "End other programs on the GPU, lower batch_tokens, choose codes 'rtn', or build with --device cpu.",
+            )
+        available += needed.on_accelerator
     if needed.total > available:
         raise UserError(
             f"Calibrating takes about {needed.total / 1e9:.1f} GB of memory ({needed.layer / 1e9:.1f} for a layer, "

@@ -193,7 +193,10 @@ SAMPLES: Mapping[str, Mapping[str, Keys]] = {
             num_tokens=Key("count", "Tokens that went through the model.", "tokens", low=1),
             planned_memory_bytes=Key("count", "What the plan said that it takes.", "bytes", low=1),
             peak_vram_bytes=_PEAK_VRAM,
-            **optional(samples_sha256=Key("text", "Digest of the calibration samples' token ids.")),
+            **optional(
+                samples_sha256=Key("text", "Digest of the calibration samples' token ids."),
+                device=Key("text", "What calibrated: cpu, or the GPU by its name."),
+            ),
         ),
         "layer": Keys(
             index=Key("count", "The layer."),

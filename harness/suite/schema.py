@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import with_config
 
@@ -73,10 +73,10 @@ class VllmOptions:
     """Copies of the model."""
     executor: NonEmpty | None = None
     """ "mp", "ray" (across machines) or "uni"."""
-    max_model_len: AtLeast1 | None = None
-    """Tokens that a sequence may have."""
+    max_model_len: AtLeast1 | Literal["auto"] | None = None
+    """Tokens that a sequence may have; "auto" is what fits into the memory. Left out, it is what a measure needs."""
     max_num_seqs: AtLeast1 | None = None
-    """Sequences that run at once."""
+    """Sequences that run at once. Left out, it is the batch of a measure; of tasks, vLLM's own number."""
     max_num_batched_tokens: AtLeast1 | None = None
     """Tokens in a step."""
     gpu_memory_utilization: float | None = None
@@ -95,6 +95,16 @@ class VllmOptions:
     """Tokens that the MTP head drafts."""
     emulate: bool | None = None
     """4-bit activations in software where the GPU has no such kernel (Hopper)."""
+    max_cudagraph_capture_size: AtLeast1 | None = field(default=None, metadata=ADDED)
+    """The largest batch that a CUDA graph is captured for."""
+    limit_mm_per_prompt: Mapping[str, AtLeast0] | None = field(default=None, metadata=ADDED)
+    """Images, videos and sounds of a prompt, by modality: 0 frees what vLLM keeps for them."""
+    attention_backend: NonEmpty | None = field(default=None, metadata=ADDED)
+    """The attention kernel by vLLM's name, such as "FLASHINFER"."""
+    linear_backend: NonEmpty | None = field(default=None, metadata=ADDED)
+    """The kernel of linear layers by vLLM's name, such as "marlin"."""
+    moe_backend: NonEmpty | None = field(default=None, metadata=ADDED)
+    """The kernel of experts by vLLM's name, such as "flashinfer_cutlass"."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What a suite needs of a machine, and whether it is there: found out before anything is downloaded or built."""
