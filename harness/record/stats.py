@@ -13,12 +13,14 @@ section 3.2 (the quantile test that `scipy.stats.quantile_test` inverts). Others
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
+
+from harness.record.roots import root_between
 
 LEVEL = 0.95
 RESAMPLES = 9999
@@ -294,8 +296,6 @@ def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
     """
     if not (num_lost >= 0 and num_won >= 0 and 0 < num >= num_lost + num_won):
         raise ValueError("flips must not be negative, nor more than the items")
-    from scipy.optimize import brentq
-
     value = (num_won - num_lost) / num
 
     def score(difference: float, bound: float) -> float:
@@ -307,8 +307,8 @@ def paired_share_difference(num_lost: int, num_won: int, num: int) -> Estimate:
         return num * (value - difference) - bound * math.sqrt(max(0.0, variance))
 
     # Without flips the value itself solves the equation too, so the search keeps off it.
-    low = -1.0 if num_lost == num else float(brentq(score, -1.0, value - 1e-12, (_Z,)))
-    high = 1.0 if num_won == num else float(brentq(score, value + 1e-12, 1.0, (-_Z,)))
+    low = -1.0 if num_lost == num else root_between(partial(score, bound=_Z), -1.0, value - 1e-12)
+    high = 1.0 if num_won == num else root_between(partial(score, bound=-_Z), value + 1e-12, 1.0)
     method = "paired shares, Tango's score interval"
     return Estimate(value, low, high, num, method, _implied_error(low, high, num))
 
@@ -336,15 +336,20 @@ def pooled(estimates: Sequence[Estimate]) -> Estimate:
     if len(bounds) < len(estimates):
         return Estimate(value, None, None, num, method)
     below, above = (math.hypot(*side) / len(estimates) for side in zip(*bounds, strict=True))
-    errors = [
-        _implied_error(one.low, one.high, one.num) if one.standard_error is None else one.standard_error
-        for one in estimates
-    ]
-    known = [error for error in errors if error is not None]
+    known = [error for one in estimates if (error := _error_of(one)) is not None]
     error = math.hypot(*known) / len(estimates)
     spread = math.fsum(error**4 / one.degrees_of_freedom for error, one in zip(known, estimates, strict=True))
     degrees = math.fsum(error**2 for error in known) ** 2 / spread if spread else None
     return Estimate(value, value - below, value + above, num, method, error, degrees)
+
+
+def _error_of(estimate: Estimate) -> float | None:
+    """The standard error of an estimate that has an interval."""
+    if estimate.low is None or estimate.high is None:
+        return None
+    if estimate.standard_error is not None:
+        return estimate.standard_error
+    return _implied_error(estimate.low, estimate.high, estimate.num)
 
 
 def _implied_error(low: float | None, high: float | None, num: int) -> float | None:
