@@ -18,7 +18,7 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -392,6 +392,7 @@ def assert_inside(files: Iterable[str]) -> None:
         assert not {"", ".", ".."} & set(path.split("/")), path
 
 
+@example("a\x85b")
 @given(st.text(min_size=1, max_size=20))
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_name_comes_back_from_every_format(suite: Suite, name: str) -> None:

@@ -71,7 +71,10 @@ def variant_files(evidence: Evidence, variant: str) -> dict[str, bytes]:
 
 
 def _yaml(document: Any) -> bytes:
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    if "\x85" in text:  # which PyYAML 6 writes as it is, and reads as the end of a line
+        text = yaml.safe_dump(document, sort_keys=False)
+    return text.encode()
 
 
 def path_part(name: str) -> str:
