@@ -203,7 +203,7 @@ class Job:
     def engine_of(self, model: Model) -> EngineOptions:
         """The suite's engine; for a source that does not fit into the GPUs of vLLM, the streamed engine."""
         wanted = self.suite.engine
-        if wanted.name == "vllm" and model.variant == SOURCE and self._source_too_large is not None:
+        if wanted.name == "vllm" and model.folder == self.source and self._source_too_large is not None:
             return replace(wanted, name="streamed")
         return wanted
 

@@ -12,12 +12,13 @@ import pytest
 
 from harness import demo
 from harness.cli import main
-from harness.doctor.box import Box, Gpu, free_disk, this_box
+from harness.doctor.box import Box, Gpu, this_box
 from harness.doctor.checks import Diagnosis, checks, does_not_fit, require
 from harness.doctor.kernels import kernel_for
 from harness.errors import UserError
 from harness.formats.fp8 import FP8_DYNAMIC
 from harness.formats.nvfp4 import NVFP4, NVFP4A16
+from harness.model.checkpoint import free_disk
 from harness.resolve import plan_source
 from harness.suite.load import load
 from harness.suite.schema import EngineOptions, Suite, VllmOptions
@@ -156,6 +157,16 @@ def test_the_datasets_of_texts_calibration_and_tasks_are_looked_for(tmp_path: Pa
     assert {check.state for check in told} == {"problem"} and len(told) >= 5
     said = " ".join(check.text for check in told)
     assert "HuggingFaceH4/ultrachat_200k" in said and "openai/gsm8k" in said
+
+
+def test_a_dataset_that_the_library_has_cached_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library writes the name, not the owner, in lower case with underscores."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    (tmp_path / "sahil2801___code_alpaca-20k").mkdir()
+    suite = load(Path("suites/qwen3.5-9b-w4a4.toml"))
+    suite = replace(suite, source=replace(suite.source, location="demo:dense"), engine=EngineOptions())
+    told = {check.text: check.state for check in checks(suite, CPU, tmp_path, ("build",)) if check.subject == "dataset"}
+    assert told["sahil2801/CodeAlpaca-20k is here."] == "good"
 
 
 def test_a_disk_that_is_too_small_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,18 @@ def test_what_is_in_the_cache_needs_no_network(server: Hub) -> None:
     server.shutdown()
     server.server_close()
     assert locate("me/model") == folder
+    assert bytes_to_fetch("me/model") == 0
+
+
+def test_offline_the_whole_model_counts_and_not_its_configuration(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    locate("me/model", config_only=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and the hub's cache lacks the model me/model"):
+        bytes_to_fetch("me/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    folder = locate("me/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert bytes_to_fetch("me/model") == 0 and locate("me/model") == folder
 
 
 def test_offline_is_told_as_a_switch(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

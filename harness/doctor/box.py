@@ -66,14 +66,6 @@ def this_box() -> Box:
     )
 
 
-def free_disk(folder: Path) -> tuple[Path, int]:
-    """The first folder on the way up from `folder` that exists, and the bytes that are free there."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder, shutil.disk_usage(folder).free
-
-
 def _gpus() -> tuple[Gpu, ...] | None:
     """The GPUs that nvidia-smi names; None where it is there and fails, which a driver that is missing or another one
     than the library's makes it do."""

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from harness import resolve, serve
-from harness.doctor.box import Box, free_disk
+from harness.doctor.box import Box
 from harness.errors import UserError
+from harness.model.checkpoint import free_disk
 from harness.progress import duration
 from harness.suite.texts import DatasetSamples, DatasetText
 
@@ -283,12 +284,15 @@ def _datasets(suite: Suite, needs: Sequence[Need]) -> Iterator[Diagnosis]:
 
 
 def _dataset(name: str, revision: str | None) -> Diagnosis:
-    from datasets import config  # type: ignore[import-untyped]
+    from datasets import config, naming  # type: ignore[import-untyped]
     from huggingface_hub import HfApi
 
     from harness.model.hub import hub_refusal
 
-    if Path(name).exists() or (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).exists():
+    owner, _, own = name.rpartition("/")
+    snake = naming.camelcase_to_snakecase(own)  # as datasets.DatasetBuilder names the folder
+    cached = f"{owner}___{snake}" if owner else snake
+    if Path(name).exists() or (Path(config.HF_DATASETS_CACHE) / cached).exists():
         return Diagnosis("good", "dataset", f"{name} is here.")
     try:
         api = HfApi()

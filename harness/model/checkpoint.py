@@ -391,10 +391,16 @@ def new_shard(path: Path, tensors: Sequence[NewTensor]) -> Iterator[ShardWriter]
             writer.discard()
 
 
+def free_disk(folder: Path) -> tuple[Path, int]:
+    """The first folder on the way up from `folder` that exists, and the bytes that are free there."""
+    folder = folder.absolute()
+    existing = next(one for one in (folder, *folder.parents) if one.exists())
+    return existing, shutil.disk_usage(existing).free
+
+
 def check_disk(out: Path, size: int) -> None:
     """`UserError` if the disk of the future folder `out` has not `size` bytes free."""
-    existing = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    existing, free = free_disk(out.absolute().parent)
     if free < size:
         raise UserError(
             f"{out} needs {size / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free.",

@@ -1,33 +1,48 @@
 """The model hub: how much a download takes, whether it fits, and what it means that the hub does not give something."""
 
 import errno
-import shutil
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from harness.errors import UserError, first_line
+from harness.model.checkpoint import free_disk
 
 
 def fetch(location: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The folder in the hub's cache with those files of a model that fit one of `patterns`, fetched where needed.
-    `UserError` for what the hub does not give and, before anything is fetched, for a disk that is too small."""
+    """The folder in the hub's cache with those files of a model that fit one of `patterns`, fetched where needed;
+    `UserError` as in `bytes_to_fetch`, before anything is fetched."""
+    bytes_to_fetch(location, revision, patterns)
     import huggingface_hub
 
     try:
-        missing = missing_bytes(location, revision, patterns)
-    except Exception:
-        missing = 0  # the cache may have all of it; if it has not, the next attempt says why
-    check_cache(location, missing)
-    try:
         return Path(huggingface_hub.snapshot_download(location, revision=revision, allow_patterns=list(patterns)))
-    except Exception as error:
-        # The library raises its own, httpx2's and the operating system's errors; all mean: not to be had.
+    except Exception as error:  # the library raises its own, httpx2's and the operating system's errors
         raise hub_refusal(error, location, revision) from error
 
 
-def missing_bytes(location: str, revision: str | None, patterns: Sequence[str]) -> int:
-    """How much `fetch` would fetch. Raises what the hub's library raises where the hub refuses or cannot be reached."""
+def bytes_to_fetch(location: str, revision: str | None, patterns: Sequence[str]) -> int:
+    """How much `fetch` would fetch: 0 also where the hub cannot be asked and its cache has all of it. `UserError` for
+    what neither has, and for a disk that is too small."""
+    try:
+        missing = _missing_bytes(location, revision, patterns)
+    except Exception as error:  # as above
+        if _is_cached(location, revision, patterns):
+            return 0
+        raise hub_refusal(error, location, revision) from error
+    from huggingface_hub import constants
+
+    free = free_disk(Path(constants.HF_HUB_CACHE))[1]
+    if missing > free:
+        raise UserError(
+            f"{location} takes {missing / 1e9:.1f} GB to download, and the disk of the hub's cache has "
+            f"{free / 1e9:.1f} GB free.",
+            "Make room, or set HF_HOME to a folder on a larger disk.",
+        )
+    return missing
+
+
+def _missing_bytes(location: str, revision: str | None, patterns: Sequence[str]) -> int:
     from huggingface_hub import HfApi, RepoFile, try_to_load_from_cache
 
     api = HfApi()
@@ -44,20 +59,17 @@ def missing_bytes(location: str, revision: str | None, patterns: Sequence[str]) 
     return sum(sizes[path] for path in missing)
 
 
-def check_cache(location: str, num_bytes: int) -> None:
-    """`UserError` where the disk of the hub's cache has less room than `num_bytes`."""
-    from huggingface_hub import constants
+def _is_cached(location: str, revision: str | None, patterns: Sequence[str]) -> bool:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    folder = Path(constants.HF_HUB_CACHE)
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
-        raise UserError(
-            f"{location} takes {num_bytes / 1e9:.1f} GB to download, and the disk of the hub's cache has "
-            f"{free / 1e9:.1f} GB free.",
-            "Make room, or set HF_HOME to a folder on a larger disk.",
+    try:
+        huggingface_hub.snapshot_download(
+            location, revision=revision, allow_patterns=list(patterns), local_files_only=True
         )
+    except LocalEntryNotFoundError:
+        return False
+    return True
 
 
 def hub_refusal(error: Exception, name: str, revision: str | None = None, kind: str = "model") -> UserError:

@@ -36,15 +36,8 @@ def locate(location: str, revision: str | None = None, *, config_only: bool = Fa
 
 
 def bytes_to_fetch(location: str, revision: str | None = None) -> int:
-    """How much `locate` would fetch: 0 for a folder, and for what is in the cache; `UserError` as in `locate`."""
-    if _local(location) is not None:
-        return 0
-    try:
-        missing = hub.missing_bytes(location, revision, _ALL_FILES)
-    except Exception as error:  # the hub's library raises its own, httpx2's and the operating system's errors
-        raise hub.hub_refusal(error, location, revision) from error
-    hub.check_cache(location, missing)
-    return missing
+    """How much `locate` would fetch: 0 for a folder; else, and `UserError`, as in `hub.bytes_to_fetch`."""
+    return 0 if _local(location) is not None else hub.bytes_to_fetch(location, revision, _ALL_FILES)
 
 
 def _local(location: str) -> Path | None:
