@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.config.task import TaskConfig
+from lm_eval.tasks import TaskManager
 
 from harness import demo
 from harness.cli import main
@@ -18,10 +21,11 @@ from harness.doctor.kernels import kernel_for
 from harness.errors import UserError
 from harness.formats.fp8 import FP8_DYNAMIC
 from harness.formats.nvfp4 import NVFP4, NVFP4A16
+from harness.measure.tasks import datasets_of
 from harness.model.checkpoint import free_disk
 from harness.resolve import plan_source
 from harness.suite.load import load
-from harness.suite.schema import EngineOptions, Suite, VllmOptions
+from harness.suite.schema import EngineOptions, Suite, Task, VllmOptions
 
 RTX_5090 = Gpu("NVIDIA GeForce RTX 5090", "580.95.05", 32_607 * 2**20, 32_000 * 2**20, (12, 0))
 SPARK = Gpu("NVIDIA GB10", "580.95.05", None, None, (12, 1))
@@ -157,6 +161,48 @@ def test_the_datasets_of_texts_calibration_and_tasks_are_looked_for(tmp_path: Pa
     assert {check.state for check in told} == {"problem"} and len(told) >= 5
     said = " ".join(check.text for check in told)
     assert "HuggingFaceH4/ultrachat_200k" in said and "openai/gsm8k" in said
+
+
+@pytest.fixture(scope="module")
+def index() -> TaskManager:
+    """lm-eval's index of its tasks, which takes it seconds to read."""
+    return TaskManager()
+
+
+@pytest.mark.parametrize(
+    ("name", "at_least"),
+    [
+        ("gsm8k", {"openai/gsm8k"}),
+        ("mmlu", {"cais/mmlu"}),  # a group of groups of tags
+        ("gpqa", {"Idavidrein/gpqa"}),  # a tag
+        ("agieval", {"hails/agieval-sat-en", "hails/agieval-lsat-ar"}),
+        ("mmlu_generative", {"cais/mmlu"}),  # a group that writes its groups out
+    ],
+)
+def test_a_group_needs_the_datasets_of_all_tasks_that_lm_eval_takes_for_it(
+    name: str, at_least: set[str], index: TaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = set()
+
+    class Recorded(ConfigurableTask):
+        def __init__(self, config: dict[str, Any]) -> None:
+            self._config = TaskConfig(**{key: config[key] for key in ("task", "dataset_path")})
+            loaded.add(config["dataset_path"])
+
+    monkeypatch.setattr("lm_eval.tasks._factory.ConfigurableTask", Recorded)
+    index.load([name])
+    assert datasets_of(name) == loaded >= at_least
+
+
+def test_a_name_that_lm_eval_does_not_have_needs_no_dataset() -> None:
+    assert datasets_of("gsm9k") == set()
+
+
+def test_the_dataset_of_a_group_is_told_once(tmp_path: Path) -> None:
+    suite = replace(suite_of(), tasks={name: Task(task=name) for name in ("mmlu", "mmlu_stem", "gpqa")})
+    told = [check for check in checks(suite, CPU, tmp_path, ("tasks",)) if check.subject == "dataset"]
+    assert ["cais/mmlu" in check.text for check in told] == [False, True]
+    assert "Idavidrein/gpqa" in told[0].text
 
 
 def test_a_dataset_that_the_library_has_cached_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,9 +276,9 @@ def _datasets(suite: Suite, needs: Sequence[Need]) -> Iterator[Diagnosis]:
     wanted = {(text.dataset, text.revision) for text in texts if isinstance(text, DatasetText | DatasetSamples)}
     named = [task for task in suite.tasks.values() if task.task[0] not in "./~" and not task.task.startswith("demo:")]
     if named and "tasks" in needs:
-        from harness.measure.tasks import dataset_of
+        from harness.measure.tasks import datasets_of
 
-        wanted |= {(path, task.revision) for task in named if (path := dataset_of(task.task)) is not None}
+        wanted |= {(path, task.revision) for task in named for path in datasets_of(task.task)}
     for name, revision in sorted(wanted, key=str):
         yield _dataset(name, revision)
 

@@ -138,11 +138,18 @@ def _manager(folder: Path | None) -> TaskManager:
     return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def dataset_of(name: str) -> str | None:
-    """The hub dataset of one of lm-eval's own tasks; None where its configuration names none, as a group's does."""
-    entry = _manager(None).task_index.get(name)
-    path = (entry.cfg or {}).get("dataset_path") if entry is not None else None
-    return path if isinstance(path, str) and "/" in path else None
+def datasets_of(member: str | Mapping[str, Any]) -> set[str]:
+    """The hub datasets of one of lm-eval's own tasks, or of all members of a group or tag, as their configurations name
+    them: those that only a task's code names are missing. `member`: a name, or a table of a group's list."""
+    table: Mapping[str, Any] = {"task": member} if isinstance(member, str) else member
+    entry = _manager(None).task_index.get(table.get("group", table.get("task", "")))
+    config = dict(table)
+    if entry is not None:  # a tag has no configuration, and its tags are its tasks
+        config |= {"task": sorted(entry.tags)} if entry.cfg is None else entry.cfg
+    if isinstance(config.get("task"), list):
+        return {path for one in config["task"] for path in datasets_of(one)}
+    path = config.get("dataset_path")
+    return {path} if isinstance(path, str) and "/" in path else set()
 
 
 def _loaded_by_lm_eval(label: str, source: str | Path, revision: str | None) -> Any:
