@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from harness import demo
 from harness.cli import main
 from harness.doctor.box import Box, Gpu, this_box
-from harness.doctor.checks import Diagnosis, checks, does_not_fit, require
+from harness.doctor.checks import Diagnosis, checks, does_not_fit, multiply_rate, require
 from harness.doctor.kernels import kernel_for
 from harness.errors import UserError
 from harness.formats.fp8 import FP8_DYNAMIC
@@ -132,7 +132,11 @@ def test_calibration_that_takes_more_than_the_gpu_has_free_is_a_problem(tmp_path
     assert [check for check in checks(suite_of(), busy, tmp_path, device="cpu") if check.state == "problem"] == []
 
 
-def test_where_a_variant_is_calibrated_is_told_with_what_it_costs_on_a_cpu(tmp_path: Path) -> None:
+def test_where_a_variant_is_calibrated_is_told_with_what_it_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And how long it takes, where the device can be asked."""
+    monkeypatch.setattr("harness.doctor.checks.multiply_rate", {"cuda": None, "cpu": 1e11}.__getitem__)
     for box, device, told in (
         (BOX, "auto", r"'w4a4' is calibrated on NVIDIA GeForce RTX 5090, with \d\.\d GB of memory\."),
         (BOX, "cpu", r"'w4a4' is calibrated on the CPU, with \d\.\d GB of memory, in about \d+ (s|min)\."),
@@ -144,6 +148,30 @@ def test_where_a_variant_is_calibrated_is_told_with_what_it_costs_on_a_cpu(tmp_p
             if "is calibrated" in check.text
         )
         assert note.state == "note" and re.fullmatch(told, note.text)
+
+
+@pytest.mark.parametrize(
+    ("box", "device", "asked"),
+    [(BOX, "auto", "cuda"), (BOX, "cuda:1", "cuda:1"), (BOX, "cpu", "cpu"), (CPU, "auto", "cpu")],
+)
+def test_a_calibration_takes_four_passes_at_two_fifths_of_its_device_s_rate(
+    tmp_path: Path, box: Box, device: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = suite_of()
+    assert suite.calibration is not None
+    num_tokens = sum(source.samples * source.max_tokens for source in suite.calibration.sources)
+    num_weights = plan_source("demo:dense", None)[1].source_traffic.weight_bytes / 2  # bfloat16
+    operations = 4 * 2 * num_weights * num_tokens  # a product and a sum for each weight and token
+    rates = {asked: operations / 0.4 / 5400}  # that it takes an hour and a half
+    monkeypatch.setattr("harness.doctor.checks.multiply_rate", rates.__getitem__)
+    told = [check.text for check in checks(suite, box, tmp_path, ("build",), device=device)]
+    assert sum(text.endswith("in about 1 h 30 min.") for text in told) == 1, told
+
+
+def test_a_device_s_rate_is_measured_where_torch_has_the_device() -> None:
+    rate = multiply_rate("cpu")
+    assert rate is not None and 1e8 < rate < 1e15  # of a slow core, and of no machine yet
+    assert multiply_rate("cuda:99") is None
 
 
 def test_memory_that_is_too_small_is_a_problem_only_for_what_is_built(tmp_path: Path) -> None:

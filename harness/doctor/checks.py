@@ -40,8 +40,8 @@ _COMPUTED_ON_GPU, _SOURCE_BYTES = 2, 2
 _HIDDEN_STATES = 4
 """Hidden states of a token that calibration keeps at most: two streams at two boundaries."""
 _PASSES, _SHARE_OF_RATE = 4, 0.4
-"""What calibration computes, in passes over the weights, and at which share of a CPU's matrix-product rate: a count and
-a measurement of GPTQ at the layer shapes of the 9B, good to a factor of two."""
+"""What calibration computes, in passes over the weights, and at which share of its device's rate of float32 matrix
+products: a count and a measurement of GPTQ at the layer shapes of the 9B on a CPU, good there to a factor of two."""
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ def _disk(suite: Suite, artifacts: Path, plans: Sequence[Plan]) -> Iterator[Diag
 
 
 def _calibration(suite: Suite, box: Box, plans: dict[str, tuple[Recipe, Plan]], device: str) -> Iterator[Diagnosis]:
-    """Whether calibration fits into memory, where it is computed, and how long that takes on a CPU."""
+    """Whether calibration fits into memory, where it is computed, and how long that takes."""
     from harness.quantize.plan import COMPUTED_BYTES, calibration_memory, check_memory
 
     wanted = suite.calibration
@@ -372,26 +372,29 @@ def _calibration(suite: Suite, box: Box, plans: dict[str, tuple[Recipe, Plan]], 
             yield Diagnosis("problem", "calibration", f"'{name}': {error.problem}", error.remedy)
             continue
         text = f"'{name}' is calibrated on {where}, with {needed.total / 1e9:.1f} GB of memory"
-        if on_gpu:
-            yield Diagnosis("note", "calibration", f"{text}.")
-        else:
+        rate = multiply_rate("cuda" if device == "auto" else device) if on_gpu else multiply_rate("cpu")
+        if rate is not None:
             weights = plan.source_traffic.weight_bytes / _SOURCE_BYTES
-            seconds = _PASSES * 2 * weights * num_tokens / (_SHARE_OF_RATE * _multiply_rate())
-            yield Diagnosis("note", "calibration", f"{text}, in about {duration(seconds)}.")
+            text += f", in about {duration(_PASSES * 2 * weights * num_tokens / (_SHARE_OF_RATE * rate))}"
+        yield Diagnosis("note", "calibration", f"{text}.")
 
 
 @cache
-def _multiply_rate() -> float:
-    """Floating-point operations a second of this CPU in a matrix product of float32, as measured now."""
-    import numpy as np
+def multiply_rate(device: str) -> float | None:
+    """Floating-point operations a second of a device of torch in a matrix product of float32, the type of calibration's
+    moments, as measured now; None where torch cannot use the device."""
+    import torch
 
-    size = 1024
-    one = np.ones((size, size), np.float32)
+    size = 1024 if device == "cpu" else 4096
     times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        one @ one
-        times.append(time.perf_counter() - began)
+    try:
+        one = torch.ones((size, size), device=device)
+        for _ in range(3):  # the first one starts the device's library
+            began = time.perf_counter()
+            (one @ one)[0, 0].item()  # an accelerator is waited for
+            times.append(time.perf_counter() - began)
+    except (RuntimeError, AssertionError):  # no memory or no driver; a build of torch without CUDA
+        return None
     return 2 * size**3 / min(times)
 
 
