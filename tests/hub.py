@@ -9,6 +9,7 @@ begins with `datasets/`.
 
 import base64
 import hashlib
+import io
 import json
 import re
 import socket
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,7 +34,8 @@ class Repository:
 
     private: bool
     gated: bool = False
-    files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b"*.safetensors filter=lfs\n"})
+    files: dict[str, bytes | Path] = field(default_factory=lambda: {".gitattributes": b"*.safetensors filter=lfs\n"})
+    """Contents, or where they lie on the disk."""
     ignored: tuple[str, ...] = ()
     """Beginnings of paths that its .gitignore leaves out."""
     commits: list[str] = field(default_factory=list)
@@ -40,9 +43,20 @@ class Repository:
     def tree(self) -> list[dict[str, Any]]:
         """Its files as the Hub lists them."""
         return [
-            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            for name, data in self.files.items()
+            {"type": "file", "path": name, "size": size_of(content), "oid": name_of(content)}
+            for name, content in self.files.items()
         ]
+
+
+def size_of(content: bytes | Path) -> int:
+    """The bytes of a file."""
+    return content.stat().st_size if isinstance(content, Path) else len(content)
+
+
+def name_of(content: bytes | Path) -> str:
+    """What tells a file's content from another's; a file on the disk keeps its content."""
+    known = f"{content} {size_of(content)}".encode() if isinstance(content, Path) else content
+    return hashlib.sha1(known).hexdigest()
 
 
 class Hub(ThreadingHTTPServer):
@@ -62,6 +76,8 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.cut: int | None = None
         """Cuts the connection after so many bytes of a file that is longer."""
+        self.cut_for_good = False
+        """Whether a cut is the end of this hub: it answers nobody after it."""
 
     @property
     def url(self) -> str:
@@ -164,28 +180,35 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, repository: Repository, path: str) -> None:
         """A file of a repository, or the part of it that is asked for; `server.cut` bytes of it and then silence."""
-        data = repository.files.get(path)
-        if data is None:
+        content = repository.files.get(path)
+        if content is None:
             self._refuse(404, "EntryNotFound", "Entry not found")
             return
+        size = size_of(content)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         first = int(asked[1]) if asked else 0
-        end = int(asked[2]) + 1 if asked and asked[2] else len(data)
+        end = int(asked[2]) + 1 if asked and asked[2] else size
         self.send_response(206 if asked else 200)
-        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("ETag", f'"{name_of(content)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         if asked:
-            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{size}")
         self.send_header("Content-Length", str(end - first))
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.server.cut is not None and len(data) > self.server.cut:
-            self.wfile.write(data[first : first + self.server.cut])
+        cut = self.server.cut is not None and size > self.server.cut
+        if cut:
+            end = min(end, first + (self.server.cut or 0))
+        with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
+            file.seek(first)
+            while first < end:
+                first += self.wfile.write(file.read(min(end - first, 1 << 22)))
+        if cut:
+            if self.server.cut_for_good:
+                self.server.trouble[""] = "die"
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
-        else:
-            self.wfile.write(data[first:end])
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":

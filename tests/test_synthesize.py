@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from harness.demo import synthesize as synthesize_module
 from harness.demo.synthesize import synthesize
@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.model.checkpoint import inspect_checkpoint, open_checkpoint
 from harness.model.families import parse_config
 from harness.model.family import expected_tensors
-from tests.conftest import tiny_config
+from tests.conftest import published_config, tiny_config
 
 
 def make(folder: Path, config: dict[str, Any] | None = None, seed: int = 0, **cuts: int | None) -> Path:
@@ -59,6 +59,19 @@ def test_layers_and_vocabulary_are_cut_to_what_was_asked_and_the_configuration_s
     assert not [name for name in opened.tensors if ".language_model.layers.2." in name]
     assert AutoConfig.for_model(**opened.config).text_config.layer_types == ["linear_attention"] * 2
     assert config["text_config"]["num_hidden_layers"] == 4
+
+
+def test_a_cut_model_has_a_processor_and_token_ids_that_its_tokenizer_knows(tmp_path: Path) -> None:
+    config = published_config("qwen3.5-9b")
+    config["text_config"] |= {"hidden_size": 64, "intermediate_size": 96}
+    config["vision_config"] |= {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+    made = open_checkpoint(make(tmp_path / "cut", config, num_layers=1, vocab_size=1024)).config
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cut")
+    assert made["image_token_id"] == tokenizer.convert_tokens_to_ids("<|image_pad|>") < 1024
+    assert made["video_token_id"] == tokenizer.convert_tokens_to_ids("<|video_pad|>") < 1024
+    processor = json.loads((tmp_path / "cut" / "preprocessor_config.json").read_text())
+    assert processor["patch_size"] == made["vision_config"]["patch_size"]
+    assert config["image_token_id"] == 248056
 
 
 def test_weights_are_finite_and_of_a_trained_models_magnitude(tmp_path: Path) -> None:

@@ -4,7 +4,17 @@ import dataclasses
 
 import pytest
 
-from harness.engines.vllm_options import ARGUMENTS, NEWEST, OLDEST, arguments, is_weight_only, release_of, warnings
+from harness.demo import checkpoint_path
+from harness.engines.vllm_options import (
+    ARGUMENTS,
+    NEWEST,
+    OLDEST,
+    arguments,
+    cache_by_need,
+    is_weight_only,
+    release_of,
+    warnings,
+)
 from harness.errors import UserError
 from harness.suite.schema import VllmOptions
 
@@ -39,6 +49,21 @@ def test_what_every_release_has_is_handed_over_under_vllms_own_names(release: tu
         "kv_cache_dtype": "fp8",
         "speculative_config": {"method": "mtp", "num_speculative_tokens": 2},
     }
+
+
+def test_a_cache_on_the_cpu_holds_twice_what_was_asked_for() -> None:
+    folder = checkpoint_path("dense")
+    few = cache_by_need(folder, {"max_model_len": 1024, "max_num_seqs": 2})
+    assert few == {"max_model_len": 1024, "max_num_seqs": 2, "kv_cache_gb": 0.25}
+    many = cache_by_need(folder, {"max_model_len": 8192, "max_num_seqs": 64})
+    # 2 attention layers and the MTP head: 2 heads of 64 in 16 bits, keys and values; 6 DeltaNet layers' states.
+    sequence = 3 * 8192 * 2 * 2 * 64 * 2 + 6 * (4 * 64 * 64 * 4 + (2 * 128 + 256) * 3 * 2)
+    assert many["kv_cache_gb"] == pytest.approx(2 * 64 * sequence / 1e9, abs=0.01)
+
+
+@pytest.mark.parametrize("options", [{"kv_cache_gb": 1.0, "max_model_len": 9, "max_num_seqs": 9}, {"max_num_seqs": 9}])
+def test_a_cache_that_was_set_or_cannot_be_known_is_left_alone(options: dict[str, object]) -> None:
+    assert cache_by_need(checkpoint_path("dense"), options) == options
 
 
 def test_emulation_is_a_backend_of_linear_layers_and_of_experts_and_older_releases_cannot_be_asked() -> None:

@@ -1,7 +1,8 @@
 """Random weights in a configuration's true shapes: a checkpoint for speed and size work without a download.
 
 The checkpoint has every tensor that the configuration calls for (text layers, vision tower, MTP head, embeddings), with
-magnitudes like a trained model's, and the embedded models' tokenizer. Its predictions mean nothing.
+magnitudes like a trained model's, and the tokenizer and processors of the embedded models, so that an engine starts on
+it. Its predictions mean nothing.
 """
 
 import copy
@@ -22,6 +23,7 @@ from harness.model.checkpoint import (
     check_disk,
     index_json,
     new_shard,
+    read_json,
     row_pieces,
     sync_folder,
     write_file,
@@ -31,6 +33,9 @@ from harness.model.family import expected_tensors
 from harness.progress import Meter, Progress
 
 _SHARD_BYTES = 4 * 10**9
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
+_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "eos_token_id")
 
 
 def synthesize(
@@ -44,7 +49,8 @@ def synthesize(
 ) -> int:
     """Writes the checkpoint into the new folder `out` and returns its size in bytes.
 
-    `num_layers` and `vocab_size` cut the model down; None keeps the configuration's number. Weights are BF16 and normal
+    `num_layers` and `vocab_size` cut the model down; None keeps the configuration's number. Ids of special tokens
+    that a cut vocabulary does not reach become the tokenizer's. Weights are BF16 and normal
     with a standard deviation of 1/sqrt(row length); norms and other one-dimensional tensors are small around zero. The
     same arguments give the same bytes. `UserError` if `out` exists or the disk is too full.
     """
@@ -56,6 +62,7 @@ def synthesize(
             text.pop("layer_types", None)
         if vocab_size is not None:
             text["vocab_size"] = vocab_size
+            _take_token_ids(config, text, vocab_size)
     parsed = parse_config(config, "The configuration")
     if out.exists():
         raise UserError(f"{out} exists.", "Give the name of a new folder.")
@@ -92,10 +99,18 @@ def _write(
                 meter.advance(tensor.num_bytes)
             writer.close()
     write_file(folder / INDEX, index_json(weight_map, total))
-    tokenizer = checkpoint_path("dense")
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        write_file(folder / file, (tokenizer / file).read_bytes())
+    embedded = checkpoint_path("dense")
+    for file in (*_TOKENIZER, *(_PROCESSORS if "vision_config" in config else ())):
+        write_file(folder / file, (embedded / file).read_bytes())
     write_file(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _take_token_ids(config: dict[str, Any], text: dict[str, Any], vocab_size: int) -> None:
+    """Gives special tokens whose ids are not below `vocab_size` their ids in the embedded models."""
+    embedded = read_json(checkpoint_path("dense") / "config.json")
+    for numbers, known in ((config, embedded), (text, embedded["text_config"])):
+        beyond = [name for name in _TOKENS if isinstance(numbers.get(name), int) and numbers[name] >= vocab_size]
+        numbers.update({name: known[name] for name in beyond if name in known})
 
 
 def _split(tensors: list[NewTensor]) -> list[list[NewTensor]]:

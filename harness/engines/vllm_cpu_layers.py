@@ -78,6 +78,28 @@ def _is_fp8_dynamic(weights: Any, inputs: Any) -> bool:
 
 
 # -- Linear layers -----------------------------------------------------------------------------------------------
+# Activations are rounded by operators that torch.compile does not look into: its generated code for a CPU fails over
+# the float8 types in them (torch 2.13, "Promotion for Float8 Types is not supported").
+
+
+@torch.library.custom_op("harness::round_nvfp4", mutates_args=())
+def _round_nvfp4(x: Tensor, scale: Tensor) -> Tensor:
+    return nvfp4.round_trip(x, nvfp4.activation_block_scales(x, scale), scale)
+
+
+@torch.library.custom_op("harness::round_fp8_tokens", mutates_args=())
+def _round_fp8_tokens(x: Tensor) -> Tensor:
+    return fp8.fake_quantize_tokens(x)
+
+
+@_round_nvfp4.register_fake
+def _like_nvfp4(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_round_fp8_tokens.register_fake
+def _like_fp8_tokens(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 class CpuNvFp4LinearKernel(NvFp4LinearKernel):
@@ -104,8 +126,7 @@ class CpuNvFp4LinearKernel(NvFp4LinearKernel):
     def apply_weights(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output `[..., out]` for inputs `x [..., in]`."""
         if self._rounds_inputs:
-            scale = layer.stored_input_scale
-            x = nvfp4.round_trip(x, nvfp4.activation_block_scales(x, scale), scale)
+            x = _round_nvfp4(x, layer.stored_input_scale)
         return functional.linear(x, layer.weight, bias)
 
 
@@ -171,7 +192,7 @@ class CpuFp8Scheme(CompressedTensorsScheme):
 
     def apply_weights(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output `[..., out]` for inputs `x [..., in]`."""
-        return functional.linear(fp8.fake_quantize_tokens(x), layer.weight, bias)
+        return functional.linear(_round_fp8_tokens(x), layer.weight, bias)
 
 
 # -- Routed experts ----------------------------------------------------------------------------------------------

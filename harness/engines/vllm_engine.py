@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +67,8 @@ class VllmEngine(Engine):
             with self._log.capturing():
                 vllm = _import_vllm()
                 release = vllm_options.release_of(vllm.__version__)
+                if vllm.platforms.current_platform.is_cpu():
+                    start = replace(start, options=vllm_options.cache_by_need(folder, start.options))
                 self._arguments = vllm_options.engine_arguments(folder, start, release)
                 self._engine = self._run(_started(self._arguments))
                 _check_dtype(self._engine.vllm_config)
@@ -341,6 +343,7 @@ async def _cancelled() -> None:
 def _import_vllm() -> Any:
     try:
         import vllm
+        import vllm.platforms
     except ImportError as error:
         raise UserError(
             f"vLLM cannot be imported: {first_line(error)}.",

@@ -16,8 +16,9 @@ from typing import Any
 
 from harness.engines.protocol import Start
 from harness.errors import UserError, first_line
+from harness.model.census import kv_bytes_per_token, state_bytes
 from harness.model.checkpoint import read_index, read_json
-from harness.model.families import family_of
+from harness.model.families import family_of, parse_config
 
 Release = tuple[int, int]
 OLDEST: Release = (0, 19)
@@ -52,6 +53,8 @@ _SINCE: dict[str, Release] = {"linear_backend": (0, 22), "moe_backend": (0, 22)}
 
 WORKER = "harness.engines.vllm_worker.HarnessWorker"
 """The class that vLLM mixes into its workers."""
+
+_SMALLEST_CACHE_GB = 0.25
 
 _SCORED_TOKENS = 2048
 """Tokens in one forward pass while scoring: vLLM keeps the logits of all of them."""
@@ -152,6 +155,24 @@ def engine_arguments(folder: Path, start: Start, release: Release) -> dict[str, 
         if release >= HEAD_DTYPE_SINCE:
             found["hf_overrides"] = {"head_dtype": "float32"}
     return found
+
+
+def cache_by_need(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with a `kv_cache_gb` that twice the sequences of `max_num_seqs` and `max_model_len` fit into, where
+    both are numbers and it was not set.
+
+    For vLLM on the CPU, which otherwise reserves a share of all memory, and refuses to start where that is not free
+    (vllm/v1/worker/cpu_worker.py).
+    """
+    longest, batch = options.get("max_model_len"), options.get("max_num_seqs")
+    if options.get("kv_cache_gb") is not None or not isinstance(longest, int) or not isinstance(batch, int):
+        return dict(options)
+    config = parse_config(read_json(folder / "config.json"), str(folder))
+    # An MTP head attends like one layer more.
+    layers = len(config.full_attention_layers)
+    kv = kv_bytes_per_token(config) * (layers + 1) / max(layers, 1)
+    needed = batch * (state_bytes(config) + longest * kv)
+    return {**options, "kv_cache_gb": round(max(2 * needed / 1e9, _SMALLEST_CACHE_GB), 2)}
 
 
 def check_heads(folder: Path, options: Mapping[str, Any]) -> None:

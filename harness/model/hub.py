@@ -1,6 +1,7 @@
 """The model hub: how much a download takes, whether it fits, and what it means that the hub does not give something."""
 
 import errno
+import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -8,15 +9,29 @@ from pathlib import Path
 from harness.errors import UserError, first_line
 from harness.model.checkpoint import free_disk
 
+_WORTH_A_BAR = 10**7
+"""Bytes from which a download is shown."""
+
 
 def fetch(location: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The folder in the hub's cache with those files of a model that fit one of `patterns`, fetched where needed;
     `UserError` as in `bytes_to_fetch`, before anything is fetched."""
-    bytes_to_fetch(location, revision, patterns)
+    missing = bytes_to_fetch(location, revision, patterns)
     import huggingface_hub
 
+    class Bar(huggingface_hub.utils.tqdm):  # type: ignore[misc]
+        """None for a few small files; in a log, where nothing can be overwritten, a line a minute."""
+
+        def __init__(self, *args: object, **named: object) -> None:
+            quiet = {"disable": True} if missing < _WORTH_A_BAR else {}
+            super().__init__(*args, **{**named, **quiet, "mininterval": 0.1 if sys.stderr.isatty() else 60.0})
+
     try:
-        return Path(huggingface_hub.snapshot_download(location, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            huggingface_hub.snapshot_download(
+                location, revision=revision, allow_patterns=list(patterns), tqdm_class=Bar
+            )
+        )
     except Exception as error:  # the library raises its own, httpx2's and the operating system's errors
         raise hub_refusal(error, location, revision) from error
 
