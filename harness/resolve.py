@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness import demo
 from harness.demo import corpus
-from harness.errors import UserError, did_you_mean, first_line
+from harness.errors import UserError, did_you_mean
 from harness.model.census import RoleCount, kv_bytes_per_token, state_bytes
 from harness.model.checkpoint import read_json
 from harness.model.families import parse_config, role_is
 from harness.model.family import ModelConfig
+from harness.model.hub import load_rows
 from harness.model.sources import census_at, locate
 from harness.progress import Progress
 from harness.quantize.plan import Plan, plan
@@ -119,21 +120,10 @@ def dataset_text(wanted: texts.DatasetText, *, as_lines: bool = False) -> str:
     """The rows of a dataset on the hub, joined with nothing in between: WikiText's carry their own line ends.
 
     `as_lines`: every row ends with a line feed, and an empty row becomes a line of one blank. This turns a WikiText
-    dataset back into the file that it was made from. `UserError` for a text that cannot be read or is empty.
+    dataset back into the file that it was made from. `UserError` as in `load_rows`, and for a text that is empty.
     """
-    import datasets  # type: ignore[import-untyped]
-
-    dataset, config, split, column = wanted.dataset, wanted.config, wanted.split, wanted.column
-    try:
-        rows = datasets.load_dataset(dataset, config, split=split, revision=wanted.revision)
-    except Exception as error:
-        # Its errors for "no network", "no such name" and "no such split" have no base class of their own.
-        arguments = ", ".join(repr(a) for a in (dataset, config) if a is not None)
-        raise UserError(
-            f"The dataset {dataset} ({config or 'default'}, {split}) cannot be loaded: {first_line(error)}.",
-            "On a machine with the network, fetch it once into the cache with "
-            f'`python -c "import datasets; datasets.load_dataset({arguments})"`, or give a local file as path.',
-        ) from error
+    dataset, column = wanted.dataset, wanted.column
+    rows = load_rows(dataset, wanted.config, wanted.split, wanted.revision)
     if column not in rows.column_names:
         raise UserError(
             f"The dataset {dataset} has no column '{column}'.", f"Its columns: {', '.join(rows.column_names)}."

@@ -141,7 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reads(self, path: str) -> bool:
         """Answers a request that only reads a public repository; whether it was one."""
-        found = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+))?)?", path)
+        found = re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+)(?:/(.+))?)?)?", path
+        )
         file = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if self.command not in ("GET", "HEAD") or not (found or file):
             return False
@@ -160,7 +162,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif repository.gated and what in ("file", "auth-check"):
             self._refuse(403, "GatedRepo", f"Access to model {name} is restricted.")
         elif what == "tree":
-            self._answer(200, repository.tree())
+            assert found is not None
+            folder = "" if found[5] is None else f"{found[5]}/"
+            entries = [entry for entry in repository.tree() if entry["path"].startswith(folder)]
+            if entries:
+                self._answer(200, entries)
+            else:
+                self._refuse(404, "EntryNotFound", f"{found[5]} does not exist")
         elif file:
             self._send_file(repository, file[3])
         else:

@@ -359,12 +359,12 @@ def test_wikitext_comes_from_a_filled_cache_and_is_the_file_without_its_blank_li
     ]
 
 
-def test_an_absent_dataset_says_how_to_fetch_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: Any, **__: Any) -> None:
-        raise ConnectionError("Couldn't reach the Hub.\nmore lines")
+def test_a_dataset_that_does_not_load_says_how_to_fetch_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("Couldn't find cache.\nmore lines")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(datasets, "load_dataset", broken)
     with pytest.raises(UserError) as caught:
         dataset_text(DatasetText("Salesforce/wikitext", config="wikitext-2-raw-v1"))
-    assert caught.value.problem.endswith("cannot be loaded: Couldn't reach the Hub.")
+    assert caught.value.problem.endswith("cannot be loaded: Couldn't find cache.")
     assert "datasets.load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1')" in caught.value.remedy

@@ -268,7 +268,7 @@ def test_an_absent_dataset_says_how_to_fetch_it(cached_dataset: str) -> None:
         dataset="some-lab/absent", config="c", revision="v1", samples=1, max_tokens=9, column="text"
     )
     error = refusal(source)
-    assert error.problem.startswith("The dataset some-lab/absent (c, train) cannot be loaded: ")
+    assert error.problem.endswith("is set, and the hub's cache lacks the dataset some-lab/absent.")
     assert "datasets.load_dataset('some-lab/absent', 'c', revision='v1')" in error.remedy
 
 

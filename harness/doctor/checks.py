@@ -285,21 +285,15 @@ def _datasets(suite: Suite, needs: Sequence[Need]) -> Iterator[Diagnosis]:
 
 def _dataset(name: str, revision: str | None) -> Diagnosis:
     from datasets import config, naming  # type: ignore[import-untyped]
-    from huggingface_hub import HfApi
 
-    from harness.model.hub import hub_refusal
+    from harness.model.hub import dataset_refusal
 
     owner, _, own = name.rpartition("/")
     snake = naming.camelcase_to_snakecase(own)  # as datasets.DatasetBuilder names the folder
     cached = f"{owner}___{snake}" if owner else snake
     if Path(name).exists() or (Path(config.HF_DATASETS_CACHE) / cached).exists():
         return Diagnosis("good", "dataset", f"{name} is here.")
-    try:
-        api = HfApi()
-        api.auth_check(name, repo_type="dataset")
-        api.dataset_info(name, revision=revision, timeout=30)
-    except Exception as error:  # the hub's library raises its own, httpx2's and the operating system's errors
-        refusal = hub_refusal(error, name, revision, kind="dataset")
+    if (refusal := dataset_refusal(name, revision)) is not None:
         return Diagnosis("problem", "dataset", refusal.problem, refusal.remedy)
     return Diagnosis("note", "dataset", f"{name} will be downloaded.")
 

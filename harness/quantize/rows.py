@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from harness.errors import UserError, did_you_mean, first_line
+from harness.model.hub import load_rows
 from harness.suite.texts import TEXT_FILE, DatasetSamples, DemoSamples, FileSamples, Samples
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -186,20 +187,7 @@ def _parquet_rows(file: BinaryIO, name: str, wanted: Sequence[str]) -> Sequence[
 
 def _open_dataset(source: DatasetSamples) -> Content:
     name = "/".join(part for part in (source.dataset, source.config, source.split) if part)
-    import datasets  # type: ignore[import-untyped]
-
-    try:
-        rows = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
-    except Exception as error:
-        # Its errors for "no network", "no such name" and "no such split" have no base class of their own.
-        arguments = ", ".join(repr(part) for part in (source.dataset, source.config) if part is not None)
-        arguments += f", revision={source.revision!r}" if source.revision is not None else ""
-        raise UserError(
-            f"The dataset {source.dataset} ({source.config or 'default'}, {source.split}) cannot be loaded: "
-            f"{first_line(error)}.",
-            "On a machine with the network, fetch it once into the cache with "
-            f'`python -c "import datasets; datasets.load_dataset({arguments})"`, or give a local file as path.',
-        ) from error
+    rows = load_rows(source.dataset, source.config, source.split, source.revision)
     revision = _commit(rows)
     if source.revision is not None and _COMMIT.fullmatch(source.revision) and revision not in (None, source.revision):
         # Offline, the library takes whatever commit its cache holds.
