@@ -9,6 +9,7 @@
     nox -s simulate                  how often the statistics are right, on data with a known truth
     nox -s startup -- --before DIR   CPU time of starting a command, beside another checkout
     nox -s vllm                      every variant in vLLM on the CPU, in an environment of its own
+    nox -s rehearsal                 a published card's whole way, at its model's widths, against a hub on this machine
     nox -s resolve                   every extra on every platform, resolved against the index, nothing installed
     nox -s browser                   the page of a card in Chromium, which is installed if it is missing
     nox                              tests, lint, typing
@@ -280,6 +281,14 @@ def vllm(session: nox.Session) -> None:
         # An engine takes seconds to start, on one core: two at a time. vLLM itself would bind both to the same core.
         arguments = ("-m", "pytest", "tests/vllm", "-n", "2", "--dist", "loadscope")
         session.run(python, *arguments, env={**ON_A_CORE, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}, external=True)
+
+
+@nox.session(venv_backend="none", default=False)
+def rehearsal(session: nox.Session) -> None:
+    """From an empty cache to a published card, with vLLM on the CPU and a hub on this machine: the tests in
+    tests/rehearsal. `-- --whole` builds the suite's other variant too, by GPTQ, in a quarter of an hour."""
+    arguments = ("-m", "pytest", "tests/rehearsal", "-s")
+    session.run(vllm_python(session), *arguments, *session.posargs, env=OFFLINE, external=True)
 
 
 @nox.session(venv_backend="none", default=False)

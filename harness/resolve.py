@@ -216,7 +216,15 @@ def max_length(suite: Suite, asked: int | None, setups: Sequence[str] | None) ->
 
 
 def check_lengths(suite: Suite, measure: str, setups: Sequence[str | None], longest: int) -> None:
-    """`UserError` where vLLM is set to take fewer tokens of a sequence than the measure gives it."""
+    """`UserError` where the model was made for fewer tokens of a sequence than the measure gives it, or vLLM is set to
+    take fewer."""
+    folder = find_source(suite.source_location(), suite.source.revision, config_only=True)
+    made_for = source_config(folder).max_position_embeddings
+    if made_for is not None and made_for < longest:
+        raise UserError(
+            f"{suite.source_location()} takes {made_for:,} tokens of a sequence, and {measure} needs {longest:,}.",
+            f"Measure shorter pieces: lower the lengths in [{measure}].",
+        )
     for setup in setups if suite.engine.name == "vllm" else ():
         most = suite.vllm_options(setup).get("max_model_len")
         if isinstance(most, int) and most < longest:

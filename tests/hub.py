@@ -234,7 +234,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def _store(self, digest: str, body: bytes) -> None:
         if hashlib.sha256(body).hexdigest() != digest:

@@ -61,12 +61,13 @@ def _prepared(job: Job, names: Sequence[str] | None) -> Work:
 
     suite = job.suite
     variants = resolve.chosen_variants(suite, names, with_source=True)
-    bench, ids, dataset = _text(job)
+    bench = resolve.required(suite, "bench", suite.bench)
     if bench.variants is not None and names is None:
         resolve.chosen_variants(suite, bench.variants, with_source=True)
         variants = [name for name in variants if name in (SOURCE, *bench.variants)]
     setups = resolve.chosen_setups(suite, bench.setups)
     resolve.check_lengths(suite, "bench", setups, _longest(bench))
+    bench, ids, dataset = _text(job)
     return Work(job.models(variants, setups), ids, dataset)
 
 

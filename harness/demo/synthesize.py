@@ -50,19 +50,19 @@ def synthesize(
     """Writes the checkpoint into the new folder `out` and returns its size in bytes.
 
     `num_layers` and `vocab_size` cut the model down; None keeps the configuration's number. Ids of special tokens
-    that a cut vocabulary does not reach become the tokenizer's. Weights are BF16 and normal
-    with a standard deviation of 1/sqrt(row length); norms and other one-dimensional tensors are small around zero. The
-    same arguments give the same bytes. `UserError` if `out` exists or the disk is too full.
+    that a cut vocabulary does not reach become the tokenizer's. Weights are BF16 and normal with a standard deviation
+    of 1/sqrt(row length); norms and other one-dimensional tensors are small around zero. The same arguments give the
+    same bytes. `UserError` if `out` exists or the disk is too full.
     """
-    config = copy.deepcopy(dict(config))
-    text = config.get("text_config", config)  # a text-only model's numbers stand at the top
+    config = own = copy.deepcopy(dict(config))
+    text = own.get("text_config", own)  # a text-only model's numbers stand at the top
     if isinstance(text, dict):
         if num_layers is not None:
             text["num_hidden_layers"] = num_layers
             text.pop("layer_types", None)
         if vocab_size is not None:
             text["vocab_size"] = vocab_size
-            _take_token_ids(config, text, vocab_size)
+            _take_token_ids(own, text, vocab_size)
     parsed = parse_config(config, "The configuration")
     if out.exists():
         raise UserError(f"{out} exists.", "Give the name of a new folder.")

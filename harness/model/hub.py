@@ -19,13 +19,15 @@ def fetch(location: str, revision: str | None, patterns: Sequence[str]) -> Path:
     `UserError` as in `bytes_to_fetch`, before anything is fetched."""
     missing = bytes_to_fetch(location, revision, patterns)
     import huggingface_hub
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-    class Bar(huggingface_hub.utils.tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         """None for a few small files; in a log, where nothing can be overwritten, a line a minute."""
 
         def __init__(self, *args: object, **named: object) -> None:
             quiet = {"disable": True} if missing < _WORTH_A_BAR else {}
-            super().__init__(*args, **{**named, **quiet, "mininterval": 0.1 if sys.stderr.isatty() else 60.0})
+            seconds = 0.1 if sys.stderr.isatty() else 60.0
+            super().__init__(*args, **{**named, **quiet, "mininterval": seconds})  # type: ignore[no-untyped-call]
 
     try:
         return Path(
