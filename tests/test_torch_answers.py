@@ -84,7 +84,8 @@ def test_few_rows_of_logits_at_a_time_give_the_same(
     rows = dict(engine.choices(questions[:2], 2))
     for place in whole:
         for left, right in zip(whole[place], rows[place], strict=True):
-            assert left.log_prob == pytest.approx(right.log_prob, abs=1e-5)
+            # float32's steps are 8e-6 near -126, and a processor may add in another order.
+            assert left.log_prob == pytest.approx(right.log_prob, abs=1e-4)
             assert left.greedy == right.greedy
 
 
