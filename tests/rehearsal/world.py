@@ -24,12 +24,15 @@ from harness.demo import corpus
 from harness.demo.synthesize import synthesize
 from harness.measure.perplexity import tokenize
 from harness.model.checkpoint import read_json
+from harness.record import store
+from harness.record.run import Record
 from tests.conftest import published_config
 from tests.hub import Hub, Repository, hub
 
 ROOT = Path(__file__).parent.parent.parent
 SUITE = Path("suites/qwen3.5-9b-w4a4.toml")
 MODEL = "Qwen/Qwen3.5-9B"
+VARIANT = "w4a4"
 TOKEN = "hf_thisIsNobodysToken0123456789"
 NUM_LAYERS = 4
 LOUDNESS = 4.0
@@ -121,6 +124,11 @@ class World:
             out, err = process.communicate(timeout=1800)
         print(f"{time.monotonic() - began:6.0f} s  harness {' '.join(words)}  ({process.returncode})")
         return Ran(process.returncode, out, err)
+
+    def measured(self, measure: str) -> dict[str, Record]:
+        """The newest complete record of each row that a measure wrote."""
+        found, _ = store.read_all(self.folder / "results")
+        return {one.run.variant["name"]: one for one in found if one.run.measure == measure}
 
     def other_suite(self, *edits: tuple[str, str]) -> Path:
         """Another suite with the same name, in which the pieces of text are replaced."""

@@ -42,14 +42,6 @@ max_model_len = 128
 text = {{ demo = "heldout" }}
 protocols = ["wikitext2-512"]
 setups = ["tiny"]
-[bench]
-text = {{ demo = "heldout" }}
-prompt_tokens = 32
-new_tokens = 9
-batch_sizes = [1, 2]
-prefill_tokens = 64
-repetitions = 1
-starts = 1
 """
 
 
@@ -131,34 +123,3 @@ def test_a_model_length_that_is_too_short_is_told_before_anything_is_built(
     assert main(["ppl", "--suite", str(suite)]) == 2
     assert "max_model_len = 128 in [setups.tiny], and ppl needs 513." in capsys.readouterr().err
     assert not (tmp_path / "artifacts").exists()
-
-
-@pytest.mark.usefixtures("alone")
-def test_ppl_runs_through_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    suite = tmp_path / "small.toml"
-    suite.write_text(SUITE.format(source="demo:dense", max_model_len=600).replace('setups = ["tiny"]', ""))
-    assert main(["ppl", "--suite", str(suite), "--limit", "4", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert set(document["records"]["wikitext2-512"]) == {"source", "nvfp4a16"}
-    assert any("four times" in line for line in document["warnings"])
-
-
-@pytest.mark.usefixtures("alone")
-def test_bench_runs_through_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    suite = tmp_path / "small.toml"
-    suite.write_text(SUITE.format(source="demo:dense", max_model_len=600).replace('setups = ["tiny"]', ""))
-    assert main(["bench", "--suite", str(suite)]) == 0
-    out = capsys.readouterr().out
-    assert "tok/s" in out and "KV cache, tokens" in out
-    records, _ = store.read_all(tmp_path / "results")
-    (bench,) = [one for one in records if one.run.measure == "bench" and one.run.variant["name"] == "nvfp4a16"]
-    assert bench.kind("coherence")[0]["coherent"]
-    assert bench.run.engine is not None
-    assert "CpuNvFp4LinearKernel (weight-only)" in bench.run.engine["kernels"]["log"]
-    assert len(bench.kind("decode")) == 4  # a warm-up and a repetition at two batch sizes
