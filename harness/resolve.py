@@ -19,7 +19,7 @@ from harness.model.checkpoint import read_json
 from harness.model.families import parse_config, role_is
 from harness.model.family import ModelConfig
 from harness.model.hub import load_rows
-from harness.model.sources import census_at, locate
+from harness.model.sources import SourceCensus, census_at, locate
 from harness.progress import Progress
 from harness.quantize.plan import Plan, plan
 from harness.quantize.recipes import Recipe
@@ -59,17 +59,12 @@ def source_config(source: Path) -> ModelConfig:
     return parse_config(read_json(source / "config.json"), str(source))
 
 
-def plan_source(location: str, recipe: Recipe | None, revision: str | None = None) -> tuple[ModelConfig, Plan]:
+def plan_source(location: str, recipe: Recipe | None, revision: str | None = None) -> tuple[SourceCensus, Plan]:
     """The plan of a recipe for a `config.json`, a folder or a hub id. Weights are not read: where shards lie
     beside the configuration their headers say what there is, else the configuration does, without an MTP head."""
     path = Path(location)
     source = census_at(path if path.is_file() else find_source(location, revision, config_only=True))
-    if source.unknown:
-        raise UserError(
-            f"{location} has {len(source.unknown)} tensors that its architecture has not, such as {source.unknown[0]}.",
-            "Plan from the published layout of the model.",
-        )
-    return source.config, plan(source.config, source.tensors, recipe)
+    return source, plan(source.config, source.tensors, recipe)
 
 
 def serving_footprint(config: ModelConfig, counts: Sequence[RoleCount]) -> Footprint:

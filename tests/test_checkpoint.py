@@ -243,6 +243,11 @@ def test_a_sound_folder_opens_with_every_tensor_its_configuration_and_no_problem
     }
 
 
+def test_shards_without_an_index_are_read_by_their_headers(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    assert list(open_checkpoint(folder).tensors) == ["v", "w", "x"]
+
+
 def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -278,6 +283,14 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard in a subfolder": (index(y="sub/a.safetensors"), r"names a file outside its folder"),
     "shard is the folder above": (index(v=".."), r"names a file outside its folder"),
     "shard without a name": (index(v=""), r"names a file outside its folder"),
+    "missing shard that the others count": (
+        lambda f: ((f / INDEX).unlink(), (f / "a.safetensors").rename(f / "model-00001-of-00003.safetensors")),
+        r"model-00002-of-00003\.safetensors is missing, though the others count it \(and 1 more\)",
+    ),
+    "tensor twice": (
+        lambda f: ((f / INDEX).unlink(), shutil.copy(f / "b.safetensors", f / "c.safetensors")),
+        r"c\.safetensors holds x, and b\.safetensors holds it too",
+    ),
     "missing shard": (remove("b.safetensors"), r"b\.safetensors is missing, though"),
     "cut shard": (
         lambda f: os.truncate(f / "b.safetensors", 20),

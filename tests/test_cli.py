@@ -226,7 +226,7 @@ def plan_of_too_little_memory(place: Path) -> list[str]:
         (index_that_leaves_its_folder, "outside its folder: '../../etc/passwd'"),
         (not_a_number, "layers.1.mlp.up_proj.weight in model-"),
         (infinite, "layers.3.self_attn.k_proj.weight in model-"),
-        (width_of_no_whole_blocks, "layers.1.mlp.down_proj.weight has rows of 88 weights"),
+        (width_of_no_whole_blocks, "layers.1.mlp.down_proj.weight in shape [64, 88]"),
         (folder_that_is_no_checkpoint, "config.json does not exist"),
         (source_that_is_nowhere, "neither a folder nor a model id"),
         (unknown_architecture, "LlamaForCausalLM"),

@@ -204,9 +204,11 @@ def test_a_configuration_of_something_else_is_a_user_error_that_names_it(change:
     assert caught.value.problem.startswith("some/config.json")
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3_5ForCausalLM", "Qwen4ExpForConditionalGeneration"])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "KimiLinearForCausalLM", "Qwen4ExpForConditionalGeneration"])
 def test_another_models_class_is_not_taken_for_one_of_these(name: str) -> None:
-    with pytest.raises(UserError, match="Known: Qwen3NextForCausalLM, Qwen3_5ForConditionalGeneration") as caught:
+    with pytest.raises(
+        UserError, match="Known: Qwen3NextForCausalLM, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration"
+    ) as caught:
         parse_config({"architectures": [name]}, "here")
     assert "Did you mean" not in caught.value.remedy
 

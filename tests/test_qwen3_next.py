@@ -98,7 +98,7 @@ def test_the_published_layout_is_what_transformers_saves(source: Path) -> None:
     assert f"{LAYER}0.mlp.experts.3.gate_proj.weight" in saved
     assert f"{LAYER}1.mlp.gate_proj.weight" in saved
     assert dict(expected_tensors(parse_config(config_json(), "here"), with_mtp=False)) == saved
-    assert census_at(source).unknown == ()
+    assert len(census_at(source).tensors) == len(saved)
 
 
 def test_a_model_of_the_published_size_has_a_role_for_each_of_its_74_000_tensors() -> None:

@@ -29,7 +29,8 @@ RTX_5090_GIB = 31.8  # of 32, as the driver reports it
 
 
 def planned(model: str = "qwen3.5-9b", recipe: str = "w4a4") -> tuple[ModelConfig, Plan]:
-    return plan_source(str(DATA / f"{model}.json"), recipe_named(recipe))
+    source, what = plan_source(str(DATA / f"{model}.json"), recipe_named(recipe))
+    return source.config, what
 
 
 @pytest.mark.parametrize(("utilization", "published"), [(0.95, 110_880), (0.8, 77_088)])

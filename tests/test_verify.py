@@ -142,6 +142,14 @@ def test_a_wrong_shape_and_a_wrong_dtype_are_found(artifact: Path) -> None:
     assert "stored as I8" in found(outcome, f"{GATE}.weight_packed")
 
 
+def test_a_head_of_another_width_stops_vllm_only_where_it_speculates(artifact: Path) -> None:
+    name = "mtp.layers.0.mlp.down_proj.weight"
+    change(artifact, lambda tensors: tensors.update({name: tensors[name][:, :32].contiguous()}))
+    outcome = verify(artifact, None, quiet)
+    assert outcome.passed
+    assert "vLLM stops while loading where it speculates" in found(outcome, name)
+
+
 def test_a_lost_mtp_head_is_an_error_where_the_source_has_one(artifact: Path, source: Path) -> None:
     def drop(tensors: Tensors) -> None:
         for name in [name for name in tensors if name.startswith("mtp.")]:

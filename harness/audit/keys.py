@@ -4,17 +4,15 @@ Where configuration and disk contradict each other about a layer, that is told o
 tensors.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from harness.audit.findings import REFUSED, UNINITIALISED, Finding
 from harness.audit.matching import Meant
 from harness.formats.config import Group, QuantizationConfig, input_scale_names, matches, packed_names
-from harness.formats.format import Format
+from harness.formats.format import UNQUANTIZED_DTYPES, Format
 from harness.model.checkpoint import TensorEntry
 from harness.model.family import Family, Linear, ModelConfig, Part, expected_tensors
-
-KEPT_DTYPES = ("BF16", "F16", "F32")
 
 _MODEL_OPTIMIZER = {"weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}
 
@@ -48,19 +46,26 @@ class Expectation:
     names: list[str] = field(default_factory=list)
     told: set[str] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
-    is_text_only: bool = False
+    has_other_prefix: bool = False
 
 
 def expect(
-    config: ModelConfig, quantization: QuantizationConfig, stored: Mapping[str, TensorEntry], *, with_mtp: bool
+    config: ModelConfig,
+    quantization: QuantizationConfig,
+    stored: Mapping[str, TensorEntry],
+    source: Iterable[str] | None = None,
+    *,
+    with_mtp: bool,
 ) -> Expectation:
     """Works out what a checkpoint of `config` should hold. `stored` decides only between two ways to write the same:
-    the published prefix of the text part or another, and kept experts fused or apart; it may be empty."""
+    the published prefix of the text part or another, and kept experts fused or apart; it may be empty. A module's
+    tensor is that of a source with the names `source`, which may have its experts fused or apart too."""
     family = config.family
     prefix = family.text_prefix(stored)
-    layout = replace(family.published, text_prefix=prefix)
-    expectation = Expectation(config, is_text_only=layout != family.published)
-    if expectation.is_text_only:
+    written = family.published if source is None else family.layout_of(source)
+    layout = replace(written, text_prefix=prefix)
+    expectation = Expectation(config, has_other_prefix=not family.is_loaded(prefix))
+    if expectation.has_other_prefix:
         problem = "the text-only key layout, where the architecture has the multimodal one"
         why = "releases of vLLM that load the multimodal class find no text weights"
         expectation.findings.append(Finding("error", f"{prefix}layers.…", problem, why))
@@ -99,7 +104,7 @@ def _fused_experts(name: str, meant: list[Meant], tensors_of: Mapping[str, list[
 def _is_quantized(stored: Mapping[str, TensorEntry], module: str) -> bool:
     weight = stored.get(f"{module}.weight")
     return any(f"{module}.{suffix}" in stored for suffix in packed_names()) or (
-        weight is not None and weight.dtype not in KEPT_DTYPES
+        weight is not None and weight.dtype not in UNQUANTIZED_DTYPES
     )
 
 
@@ -166,8 +171,12 @@ def key_findings(
                 yield Finding("error", name, "is missing", UNINITIALISED)
             continue
         if entry.shape != shape:
-            yield Finding("error", name, f"has shape {list(entry.shape)} instead of {list(shape)}", REFUSED)
-        if entry.dtype != dtype and not (dtype is None and entry.dtype in KEPT_DTYPES):
+            problem = f"has shape {list(entry.shape)} instead of {list(shape)}"
+            if family.part_of(name) == "mtp":  # vLLM loads the head for speculation alone
+                yield Finding("warning", name, problem, f"{REFUSED} where it speculates with the MTP head")
+            else:
+                yield Finding("error", name, problem, REFUSED)
+        if entry.dtype != dtype and not (dtype is None and entry.dtype in UNQUANTIZED_DTYPES):
             wanted = dtype or "a 16- or 32-bit float"
             problem = f"is stored as {entry.dtype} instead of {wanted}"
             yield Finding("error", name, problem, "vLLM casts it and loses its meaning")

@@ -19,11 +19,12 @@ from harness.audit.matching import idle_entries, matching_findings
 from harness.audit.scales import expert_findings, fused_findings, scale_findings
 from harness.errors import UserError
 from harness.formats.config import QuantizationConfig, parse
+from harness.model.agreement import check_source
 from harness.model.checkpoint import INDEX, Checkpoint, inspect_checkpoint, open_checkpoint, read_json, row_pieces
 from harness.model.families import parse_config
 from harness.progress import Progress
 
-VERSION = 2
+VERSION = 3
 """Bumped when the same checkpoint gets other findings."""
 
 _MIXED = "mixed-precision"
@@ -79,10 +80,11 @@ def verify(folder: Path, source: Path | None, progress: Progress) -> Verificatio
     source_has_mtp = None if original is None else family.has_part(original.tensors, "mtp")
     is_told_of_mtp = config.states_mtp or source_has_mtp or family.has_part(checkpoint.tensors, "mtp")
     with_mtp = bool(config.num_mtp_layers and is_told_of_mtp and source_has_mtp is not False)
-    expectation = expect(config, quantization, checkpoint.tensors, with_mtp=with_mtp)
+    names = None if original is None else original.tensors
+    expectation = expect(config, quantization, checkpoint.tensors, names, with_mtp=with_mtp)
     findings = [Finding("error", "(files)", problem, REFUSED) for problem in problems]
     findings += _configuration_findings(quantization, checkpoint.config["quantization_config"])
-    if not expectation.is_text_only:
+    if not expectation.has_other_prefix:
         findings += matching_findings(family, quantization, expectation.meant)
         findings += idle_entries(config, quantization, expectation.names)
     findings += expectation.findings
@@ -124,7 +126,7 @@ def _configuration_findings(quantization: QuantizationConfig, raw: Mapping[str, 
             yield Finding("error", "config.json", problem, "vLLM finds no scheme for its layers and stops")
         else:
             problem = f"{group.name} has a format that this harness does not know"
-            yield Finding("warning", "config.json", problem, "its tensors are not checked")
+            yield Finding("error", "config.json", problem, "nothing can be said of its layers, which are not checked")
     formats = sorted({form for form in own.values() if form is not None})
     if formats and overall not in (formats[0] if len(formats) == 1 else _MIXED, _MIXED):
         problem = f"the format is {overall!r}, and that of the groups {' and '.join(formats)}"
@@ -136,10 +138,12 @@ def _configuration_findings(quantization: QuantizationConfig, raw: Mapping[str, 
 
 
 def open_original(folder: Path) -> Checkpoint:
-    """The 16-bit checkpoint in `folder`; `UserError` for one that is damaged or quantized itself."""
+    """The 16-bit checkpoint in `folder`; `UserError` for one that is damaged, quantized itself, or as in
+    `check_source`."""
     original = open_checkpoint(folder)
     if "quantization_config" in original.config:
         raise UserError(f"{folder} is quantized itself.", "Give the 16-bit checkpoint that it was made from.")
+    check_source(parse_config(original.config, str(folder / "config.json")), original.tensors, str(folder))
     return original
 
 

@@ -35,6 +35,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
                 "folder": str(artifact.folder),
                 "digest": artifact.digest,
                 "reused": artifact.reused,
+                "notes": list(artifact.notes),
                 "output_bytes": sum(count.output_bytes for count in artifact.counts),
                 "stage_seconds": dict(artifact.stage_seconds),
                 "num_calibration_tokens": artifact.num_calibration_tokens,
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         seconds = sum(seconds for _, seconds in artifact.stage_seconds)
         how = "reused" if artifact.reused else f"built in {seconds:.1f} s"
         print(f"{artifact.folder}  {format_bytes(total)}  {how}  digest {artifact.digest[:12]}")
+        for note in artifact.notes:
+            print(f"  note: {note}.")
         for line in _calibration_lines(artifact):
             print(f"  {line}")
     return 0

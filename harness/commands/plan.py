@@ -51,8 +51,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     needs_calibration = recipe is not None and recipe.needs_calibration
     if options.memory_gb and not needs_calibration:
         raise UserError("--memory-gb is about calibration, and nothing is calibrated.", "Name a calibrated recipe.")
-    config, plan = plan_source(options.source, recipe, options.revision)
-    memory = None
+    source, plan = plan_source(options.source, recipe, options.revision)
+    config, memory = source.config, None
     if recipe is not None and needs_calibration:
         hidden = round(options.hidden_gb * 1e9)
         memory = calibration_memory(
@@ -65,6 +65,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         document = {
             "architecture": config.architecture,
             "recipe": recipe.name if recipe else None,
+            "notes": list(source.notes),
             "num_tensors": plan.num_tensors,
             "num_quantized": plan.num_quantized,
             "source_bytes": plan.source_bytes,
@@ -80,6 +81,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         return 0
     print(f"{config.architecture}, {config.num_layers} layers; recipe {recipe.name if recipe else 'none: all kept'}\n")
     _print_plan(plan, bandwidth)
+    for note in source.notes:
+        print(f"\nNote: {note}.")
     if memory is not None and recipe is not None:
         print(
             f"\nCalibration (scales {recipe.method.scales}, codes {recipe.method.codes}) holds one layer at a time: at "

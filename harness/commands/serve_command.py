@@ -51,14 +51,14 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     suite = load_suite(options)
     (variant,) = chosen_variants(suite, [options.variant], with_source=False)
     recipe = recipe_named(suite.variants[variant].recipe)
-    config, plan = plan_source(suite.source_location(), recipe, suite.source.revision)
+    source, plan = plan_source(suite.source_location(), recipe, suite.source.revision)
     if options.mtp and not any(role_is(count.role, "mtp") for count in plan.counts):
         raise UserError(
             f"The source of suite '{suite.name}' shows no MTP head.", "Leave --mtp out, or download the source first."
         )
     common = {"utilization": options.utilization, "images": not options.no_images, "num_gpus": options.gpus}
     sizing = serve.size(
-        serving_footprint(config, plan.counts),
+        serving_footprint(source.config, plan.counts),
         gpu_gib=options.gpu_memory,
         overhead_gb=options.overhead_gb,
         users=options.users,

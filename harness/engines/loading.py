@@ -196,8 +196,8 @@ class Stored:
     @torch.no_grad()
     def fill(self, module: nn.Module, prefix: str = "") -> None:
         """Gives every parameter of `module`, which is on the CPU, its values; from now on it rounds its inputs as its
-        formats do. On the disk its names begin with `prefix`. To be called once, and after `prepare` found no fault;
-        `UserError` for an expert whose gate and up projections round their common input differently."""
+        formats do. `prefix` stands before its names in the model. To be called once, and after `prepare` found
+        no fault; `UserError` for an expert whose gate and up projections round their common input differently."""
         entries = self.checkpoint.tensors
         places = self._places(module, prefix)
         places.sort(key=lambda place: (entries[place.needs[0].name].shard, entries[place.needs[0].name].offset))
@@ -214,6 +214,17 @@ class Stored:
     def _modules(self) -> set[str]:
         return {name.rpartition(".")[0] for name in self.checkpoint.tensors}
 
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of what transformers calls `name`: its text part may have another prefix."""
+        published, used = self.family.published.text_prefix, self._text_prefix
+        return (
+            used + name.removeprefix(published) if self.family.is_loaded(used) and name.startswith(published) else name
+        )
+
+    @cached_property
+    def _text_prefix(self) -> str:
+        return self.family.text_prefix(self.checkpoint.tensors)
+
     def _format_of(self, module: str) -> Format | None:
         group = None if self.quantization is None else self.quantization.group_of(module)
         if group is not None and group.format is None:
@@ -225,18 +236,19 @@ class Stored:
         return None if group is None else group.format
 
     def _places(self, module: nn.Module, prefix: str = "") -> list["_Place"]:
-        """Every place of `module`, whose names on the disk begin with `prefix`."""
+        """Every place of `module`, before whose names stands `prefix` in the model."""
         places: list[_Place] = []
         for name, tensor in _tensors(module).items():
             owner, _, last = name.rpartition(".")
-            on_disk = (prefix + name).rpartition(".")[0]
+            stored = self.stored_name(prefix + name)
+            on_disk = stored.rpartition(".")[0]
             linear = last == "weight" and isinstance(module.get_submodule(owner), nn.Linear)
             if tensor.ndim == 3 and last in self.family.experts.shards:
                 places.extend(self._expert_places(tensor, owner, on_disk, last))
             elif linear and (form := self._format_of(on_disk)) is not None:
                 places.append(_decoded(tensor, owner, on_disk, form))
             else:
-                places.append(_copied(tensor, owner, prefix + name))
+                places.append(_copied(tensor, owner, stored))
         return places
 
     def _expert_places(self, fused: Tensor, owner: str, on_disk: str, last: str) -> Iterator["_Place"]:

@@ -317,7 +317,7 @@ class _Model:
 
     def embed(self, batches: Sequence[Batch], after: HiddenStates) -> None:
         """Writes the embeddings of all batches; only their rows are read."""
-        name = f"{self._names[self._trunk.embed_tokens]}.weight"
+        name = self._stored.stored_name(f"{self._names[self._trunk.embed_tokens]}.weight")
         for place, batch in enumerate(batches):
             rows, places = embedding_rows(self._stored.checkpoint, name, batch.ids)
             after[place] = rows.to(self.dtype)[places]
@@ -372,7 +372,8 @@ class _Model:
 
     @property
     def _head_name(self) -> str:
-        return f"{self._names[self._trunk.embed_tokens if self._head_is_tied else self._head]}.weight"
+        name = self._names[self._trunk.embed_tokens if self._head_is_tied else self._head]
+        return self._stored.stored_name(f"{name}.weight")
 
     def _forward(self, hidden: Tensor) -> Tensor:
         """The trunk's own forward, as far as its modules are in memory."""

@@ -48,6 +48,9 @@ DTYPES = {
 """The dtypes of safetensors, with torch's names and the bytes of an item, in the order in which the library lays
 tensors out."""
 
+UNQUANTIZED_DTYPES = ("BF16", "F16", "F32")
+"""The dtypes of weights that no format has changed."""
+
 
 def num_bytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of a safetensors `dtype`; `KeyError` for one that is not in `DTYPES`."""

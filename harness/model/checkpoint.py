@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections import deque
@@ -37,6 +38,7 @@ PIECE_BYTES = 16 << 20
 
 _MAX_HEADER_BYTES = 100 << 20
 _MAX_PENDING = 4
+_COUNTED = re.compile(r"(.*?)(\d+)-of-(\d{1,5})\.safetensors")
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -189,18 +191,17 @@ def inspect_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     index_path = folder / INDEX
     problems: list[str] = []
     weight_map = read_index(folder)
-    if weight_map is not None:
-        shards = sorted(set(weight_map.values()))
-    elif (folder / SINGLE).exists():
-        shards = [SINGLE]
-    else:
+    shards = sorted(set(weight_map.values())) if weight_map is not None else shards_without_index(folder)
+    if not shards:
         pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
         if pickled:
             raise UserError(
                 f"{folder} holds pickled weights ({pickled[0]}), which can run code when loaded.",
                 "Convert them to safetensors, or take the model's safetensors revision.",
             )
-        raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}.", "Give the folder of a checkpoint.")
+        raise UserError(
+            f"{folder} holds no model.safetensors or other safetensors file.", "Give the folder of a checkpoint."
+        )
     tensors: dict[str, TensorEntry] = {}
     opened = []
     for shard in shards:
@@ -208,7 +209,8 @@ def inspect_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
             problems.append(f"{index_path} names a file outside its folder: {shard!r}")
             continue
         if not (folder / shard).is_file():
-            problems.append(f"{folder / shard} is missing, though {INDEX} names it")
+            by = "the others count it" if weight_map is None else f"{INDEX} names it"
+            problems.append(f"{folder / shard} is missing, though {by}")
             continue
         opened.append(shard)
         try:
@@ -219,11 +221,26 @@ def inspect_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
         for entry in entries:
             if weight_map is not None and weight_map.get(entry.name) != shard:
                 problems.append(f"{folder / shard} holds {entry.name}, which {INDEX} does not place there")
+            elif entry.name in tensors:
+                problems.append(f"{folder / shard} holds {entry.name}, and {tensors[entry.name].shard} holds it too")
             tensors[entry.name] = entry
     for name, shard in (weight_map or {}).items():
         if name not in tensors and shard in opened:
             problems.append(f"{folder / shard} lacks {name}, which {INDEX} places there")
     return Checkpoint(folder, config, tuple(opened), tensors), problems
+
+
+def shards_without_index(folder: Path) -> list[str]:
+    """The files of weights in a folder without an index: the single one, or else all that there are, and those that the
+    names of these count (`model-00001-of-00004.safetensors`)."""
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    found = {path.name for path in folder.glob("*.safetensors")}
+    for name in list(found):
+        if counted := _COUNTED.fullmatch(name):
+            stem, number, last = counted.groups()
+            found |= {f"{stem}{one:0{len(number)}}-of-{last}.safetensors" for one in range(1, int(last) + 1)}
+    return sorted(found)
 
 
 def read_index(folder: Path) -> dict[str, str] | None:

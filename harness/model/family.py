@@ -187,13 +187,13 @@ class Family:
     name: str
     modeling: Mapping[str, Modeling]
     """By architecture. A checkpoint of one of these can be planned, built and verified."""
-    text_only: Mapping[str, str] = field(default_factory=dict)
-    """Architectures of the text part alone, which engines load too, with the architecture that they are the part of."""
     roles: tuple[Role, ...]
     """The first role whose pattern matches a name is the tensor's."""
     published: Layout
     other_prefixes: tuple[str, ...] = ()
     """Prefixes of the text part in checkpoints that were saved in another way."""
+    loads_other_prefixes: bool = False
+    """Whether engines load those checkpoints too."""
     parts: Mapping[Part, str]
     """The prefixes of the parts that a checkpoint may lack."""
     embedding: str
@@ -276,7 +276,9 @@ class Family:
         if role is None or role.target is None or not 2 <= len(shape) <= 3 or 0 in shape:
             return ()
         if len(shape) == 3:
-            return tuple(self._experts_in(tensor, shape, role)) if role.block == "experts" else ()
+            return (
+                tuple(self._experts_in(tensor, shape, role)) if tensor.rpartition(".")[2] in self.experts.shards else ()
+            )
         if tensor.endswith(self.not_linear):
             return ()
         module = tensor.removesuffix(".weight")
@@ -305,6 +307,23 @@ class Family:
         name = f"{module}."
         found = (theirs + name[len(ours) :] for ours, theirs in self.engine_prefixes if name.startswith(ours))
         return next(found, name).removesuffix(".")
+
+    def layout_of(self, names: Iterable[str]) -> Layout:
+        """How a checkpoint of tensors `names` is written. Where a part has experts in both ways, or none, they count as
+        fused, or as published."""
+        names = list(names)
+        routed = [name for name in names if self.is_routed(name)]
+        apart = {self.part_of(name) for name in routed if self.expert_of(name)}
+        apart -= {self.part_of(name) for name in routed if not self.expert_of(name)}
+        return Layout(
+            text_prefix=self.text_prefix(names),
+            fused_experts=self.published.fused_experts and "trunk" not in apart,
+            fused_mtp_experts=self.published.fused_mtp_experts and "mtp" not in apart,
+        )
+
+    def is_loaded(self, prefix: str) -> bool:
+        """Whether engines load a checkpoint whose text part has `prefix`."""
+        return self.loads_other_prefixes or prefix == self.published.text_prefix
 
     def text_prefix(self, names: Iterable[str]) -> str:
         """The prefix of the text part in a checkpoint of tensors `names`: the published one unless another is used."""

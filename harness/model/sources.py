@@ -11,8 +11,16 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.model import hub
+from harness.model.agreement import check_source, notes
 from harness.model.census import SourceTensor, expected_census, source_tensors
-from harness.model.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, read_index, read_json
+from harness.model.checkpoint import (
+    INDEX,
+    Checkpoint,
+    open_checkpoint,
+    read_index,
+    read_json,
+    shards_without_index,
+)
 from harness.model.families import parse_config
 from harness.model.family import ModelConfig
 
@@ -55,24 +63,25 @@ def _local(location: str) -> Path | None:
 
 @dataclass(frozen=True)
 class SourceCensus:
-    """The numbers of a 16-bit checkpoint's configuration, and its tensors in the order of its files."""
+    """The numbers of a 16-bit checkpoint's configuration, its tensors in the order of its files, and what its user
+    should know of it (`agreement.notes`)."""
 
     config: ModelConfig
     tensors: tuple[SourceTensor, ...]
-
-    @property
-    def unknown(self) -> tuple[str, ...]:
-        """The names of the tensors that the model's family does not have."""
-        return tuple(tensor.name for tensor in self.tensors if tensor.role is None)
+    notes: tuple[str, ...] = ()
 
 
 def census_of(checkpoint: Checkpoint) -> SourceCensus:
-    """The census of an opened checkpoint; `UserError` for one of an unknown architecture, or quantized already."""
+    """The census of an opened checkpoint; `UserError` for one of an unknown architecture, for one that is quantized
+    already, and as in `check_source`."""
     config = parse_config(checkpoint.config, str(checkpoint.folder / "config.json"))
     _refuse_quantized(checkpoint.folder, checkpoint.config)
     entries = checkpoint.tensors.values()
+    check_source(config, checkpoint.tensors, str(checkpoint.folder))
     tensors = source_tensors(config.family, ((entry.name, entry.shape, entry.num_bytes) for entry in entries))
-    return SourceCensus(config, tensors)
+    strays = sorted({path.name for path in checkpoint.folder.glob("*.safetensors")} - set(checkpoint.shards))
+    left = f"{', '.join(strays)} lies beside the weights, no index names it, and nothing of it is built"
+    return SourceCensus(config, tensors, (*notes(config, checkpoint.tensors), *([left] if strays else [])))
 
 
 def census_at(path: Path) -> SourceCensus:
@@ -84,7 +93,8 @@ def census_at(path: Path) -> SourceCensus:
     config = parse_config(raw, str(config_file))
     _refuse_quantized(path, raw)
     index = {} if folder is None else read_index(folder) or {}
-    if folder is not None and all((folder / shard).exists() for shard in set(index.values()) or {SINGLE}):
+    shards = set(index.values()) or (folder and shards_without_index(folder))
+    if folder is not None and shards and all((folder / shard).exists() for shard in shards):
         return census_of(open_checkpoint(folder))
     return SourceCensus(config, expected_census(config, with_mtp=config.family.has_part(index, "mtp")))
 

@@ -55,6 +55,8 @@ class Artifact:
     digest: str
     reused: bool
     counts: tuple[RoleCount, ...]
+    notes: tuple[str, ...] = ()
+    """What its user should know of its source (`agreement.notes`)."""
     stage_seconds: tuple[tuple[str, float], ...] = ()
     layers: tuple[Mapping[str, Any], ...] = ()
     """What calibration reported of every layer: see calibrate.LayerReport."""

@@ -21,11 +21,12 @@ import torch
 from harness import __version__
 from harness.errors import BadWeightError, UserError
 from harness.formats.config import quantization_config
-from harness.formats.format import Format
+from harness.formats.format import UNQUANTIZED_DTYPES, Format
 from harness.formats.names import KEPT
 from harness.model.census import SourceTensor, output_bytes
 from harness.model.checkpoint import (
     INDEX,
+    SINGLE,
     Checkpoint,
     ShardWriter,
     check_disk,
@@ -56,7 +57,7 @@ from harness.quantize.artifact import (
     new_tensors,
     pretty_json,
 )
-from harness.quantize.encode import WEIGHT_DTYPES, Encoder, finite_amax, layers_that_share, workers
+from harness.quantize.encode import Encoder, finite_amax, layers_that_share, workers
 from harness.quantize.layerwise import CalibrationInput
 from harness.quantize.plan import check_memory, plan, quantized
 from harness.quantize.recipes import Recipe
@@ -105,7 +106,7 @@ def build(
     _check_sources(checkpoint, formats)
     identity = identity_of(checkpoint, family, recipe, None if calibration is None else calibration.identity())
     if (found := digest_of_existing(out, identity, recipe)) is not None:
-        return Artifact(named, found, reused=True, counts=what.counts)
+        return Artifact(named, found, reused=True, counts=what.counts, notes=read.notes)
     memory = None if calibration is None else layerwise.memory(calibration, config, recipe)
     if memory is not None and calibration is not None:
         check_memory(memory, psutil.virtual_memory().available, layerwise.free_accelerator_memory(calibration))
@@ -136,6 +137,7 @@ def build(
         digest,
         reused=False,
         counts=what.counts,
+        notes=read.notes,
         stage_seconds=tuple(seconds.items()),
         layers=tuple(state.layers),
         num_calibration_tokens=0 if calibration is None else calibration.samples.num_tokens,
@@ -149,12 +151,6 @@ def _check_sources(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> Non
         raise UserError(
             f"{checkpoint.folder} has no tensor that the recipe quantizes.", "Choose a recipe for this kind of model."
         )
-    for name in formats:
-        if checkpoint.tensors[name].dtype not in WEIGHT_DTYPES:
-            raise UserError(
-                f"{name} is stored as {checkpoint.tensors[name].dtype}, not as a {' or '.join(WEIGHT_DTYPES)} weight.",
-                "Build from the 16-bit source.",
-            )
 
 
 @contextmanager
@@ -226,7 +222,7 @@ def _write_shards(
 def _copy(checkpoint: Checkpoint, name: str, writer: ShardWriter, meter: Meter) -> None:
     entry = checkpoint.tensors[name]
     for piece in checkpoint.pieces(name):
-        if entry.dtype in WEIGHT_DTYPES:
+        if entry.dtype in UNQUANTIZED_DTYPES:
             finite_amax(entry, torch.frombuffer(piece, dtype=torch_dtype(entry.dtype)))
         writer.write(name, piece)
         meter.advance(len(piece))
@@ -268,7 +264,7 @@ def _finish(
 
     for path in copied_files(checkpoint.folder):
         put(path.name, path.read_bytes())
-    if (checkpoint.folder / INDEX).exists():
+    if checkpoint.shards != (SINGLE,) or (checkpoint.folder / INDEX).exists():
         weight_map = {
             new.name: checkpoint.tensors[tensor.name].shard
             for tensor in tensors

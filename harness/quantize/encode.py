@@ -22,7 +22,6 @@ from harness.model.census import SourceTensor
 from harness.model.checkpoint import Checkpoint, TensorEntry, row_pieces
 from harness.model.family import Linear
 
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _PIECE_CPU, _PIECE_GPU = 1 << 18, 1 << 26
 """Weights encoded at a time: the float32 temporaries of a piece stay in a processor's second-level cache, and fill a
 GPU."""

@@ -7,16 +7,15 @@ from harness.errors import UserError, did_you_mean
 from harness.model.families import qwen3_next, qwen35
 from harness.model.family import Block, Family, ModelConfig, Part
 
-FAMILIES = (qwen35.FAMILY, qwen3_next.FAMILY)
+FAMILIES = (qwen35.FAMILY, qwen35.TEXT_FAMILY, qwen3_next.FAMILY)
 
 
-def family_of(config: Mapping[str, Any], where: str, *, text_only: bool = True) -> Family:
-    """The family of a `config.json`; `UserError`, naming `where`, for an unknown architecture. `text_only`: whether the
-    architectures of a text part alone are known too."""
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a `config.json`; `UserError`, naming `where`, for an unknown architecture."""
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     for family in FAMILIES:
-        if name in family.modeling or (text_only and name in family.text_only):
+        if name in family.modeling:
             return family
     raise UserError(
         f"{where} is of architecture {name!r}, which this harness does not know.",
@@ -28,7 +27,7 @@ def family_of(config: Mapping[str, Any], where: str, *, text_only: bool = True) 
 def parse_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """Reads a `config.json`; `UserError`, naming `where`, for an architecture that the harness does not build, or for a
     missing number."""
-    return family_of(config, where, text_only=False).read_config(config, where)
+    return family_of(config, where).read_config(config, where)
 
 
 def role_is(name: str, kind: Part | Block) -> bool:

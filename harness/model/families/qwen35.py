@@ -5,6 +5,7 @@ and vLLM fuses them in pairs; the experts of a layer are stored in two 3-D tenso
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from harness.errors import UserError
@@ -13,7 +14,8 @@ from harness.model.families.deltanet import number
 from harness.model.family import Family, Layout, ModelConfig, Modeling, Role, Tensors
 
 _DENSE, _MOE = "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"
-_TEXT, _VISION = "model.language_model.", "model.visual."
+_DENSE_TEXT, _MOE_TEXT = "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"
+_TEXT, _TEXT_ALONE, _VISION = "model.language_model.", "model.", "model.visual."
 _QKVZ = r"re:.*linear_attn\.in_proj_(qkv|z|qkvz)$"
 _BA = r"re:.*linear_attn\.in_proj_(a|b|ba)$"
 
@@ -49,13 +51,16 @@ _VISION_KEYS = (
 
 def _read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     architecture = config["architectures"][0]
-    text = config.get("text_config")
+    is_text = architecture in TEXT_FAMILY.modeling
+    text, section = config.get("text_config"), f"{where}: text_config."
+    if is_text and text is None:  # its numbers stand at the top, and may stand where the whole model has them
+        text, section = config, f"{where}: "
     if not isinstance(text, Mapping):
         raise UserError(f"{where} has no text_config.", "Give the config.json of the published multimodal model.")
-    section, vision = f"{where}: text_config.", config.get("vision_config")
-    has_experts = architecture == _MOE
+    vision = None if is_text else config.get("vision_config")
+    has_experts = architecture in (_MOE, _MOE_TEXT)
     return ModelConfig(
-        family=FAMILY,
+        family=TEXT_FAMILY if is_text else FAMILY,
         architecture=architecture,
         **deltanet.hybrid_numbers(text, section, has_experts=has_experts),
         attention_output_gate=bool(text.get("attn_output_gate", True)),
@@ -110,20 +115,18 @@ def _vision_tower(vision: Mapping[str, int]) -> Tensors:
 
 
 _MODULES = "transformers.models"
+_DENSE_MODELING = Modeling(
+    f"{_MODULES}.qwen3_5.modeling_qwen3_5", "Qwen3_5DecoderLayer", "Qwen3_5TextRotaryEmbedding", 3
+)
+_MOE_MODELING = Modeling(
+    f"{_MODULES}.qwen3_5_moe.modeling_qwen3_5_moe", "Qwen3_5MoeDecoderLayer", "Qwen3_5MoeTextRotaryEmbedding", 3
+)
 FAMILY = Family(
     name="Qwen3.5",
-    modeling={
-        _DENSE: Modeling(
-            f"{_MODULES}.qwen3_5.modeling_qwen3_5", "Qwen3_5DecoderLayer", "Qwen3_5TextRotaryEmbedding", 3
-        ),
-        _MOE: Modeling(
-            f"{_MODULES}.qwen3_5_moe.modeling_qwen3_5_moe", "Qwen3_5MoeDecoderLayer", "Qwen3_5MoeTextRotaryEmbedding", 3
-        ),
-    },
-    text_only={"Qwen3_5ForCausalLM": _DENSE, "Qwen3_5MoeForCausalLM": _MOE},
+    modeling={_DENSE: _DENSE_MODELING, _MOE: _MOE_MODELING},
     roles=_ROLES,
     published=Layout(_TEXT, fused_experts=True, fused_mtp_experts=True),
-    other_prefixes=("model.",),
+    other_prefixes=(_TEXT_ALONE,),
     parts={"mtp": "mtp.", "visual": _VISION},
     embedding="embed_tokens",
     head="lm_head",
@@ -140,3 +143,18 @@ FAMILY = Family(
     read_config=_read_config,
     tensors=_tensors,
 )
+
+TEXT_FAMILY = replace(
+    FAMILY,
+    name="Qwen3.5, text only",
+    modeling={_DENSE_TEXT: _DENSE_MODELING, _MOE_TEXT: _MOE_MODELING},
+    roles=tuple(role for role in _ROLES if role.part != "visual"),
+    published=replace(FAMILY.published, text_prefix=_TEXT_ALONE),
+    other_prefixes=(_TEXT,),
+    loads_other_prefixes=True,
+    parts={"mtp": FAMILY.parts["mtp"]},
+    engine_prefixes=((_TEXT, _TEXT_ALONE),),
+    optional_modules=(),
+)
+"""The text part alone, under classes of its own; Qwen3.8 with 2.4T parameters is published so. vLLM's qwen3_5.py takes
+the prefix of the whole model too."""
