@@ -383,6 +383,12 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def test_a_recipe_for_experts_has_nothing_to_do_in_a_dense_model(dense_source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no tensor that the recipe quantizes"):
+        build(dense_source, Recipe("experts", ((NVFP4A16, ("experts",)),)), tmp_path / "out", lambda *_: None)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("damage", "message"), BAD_SOURCES.values(), ids=list(BAD_SOURCES))
 def test_a_bad_source_is_a_user_error_with_a_remedy_and_leaves_nothing_behind(
     damaged: Path, tmp_path: Path, damage: Callable[[Path], object], message: str

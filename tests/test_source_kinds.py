@@ -23,11 +23,11 @@ from harness.quantize.build import build
 from harness.quantize.layerwise import CalibrationInput
 from harness.quantize.recipes import RECIPES
 from harness.quantize.samples import CalibrationSet
+from tests.artifacts import quiet
 from tests.conftest import tiny_config, write_checkpoint
-from tests.text_only import text_only
+from tests.text_only import TEXT, text_only
 
 DENSE, MOE = "qwen3.5-9b", "qwen3.6-35b-a3b"
-TEXT = "model.language_model."
 WINDOWS = [[(7 * one + step) % 300 for step in range(40)] for one in range(8)]
 CALIBRATION = CalibrationInput(CalibrationSet(WINDOWS, {"num_samples": 8}), 64, 10**7, "cpu")
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -43,10 +43,6 @@ class Kind:
     problem: str = ""
     remedy: str = ""
     model: str = DENSE
-
-
-def quiet(*_: object) -> None:
-    """No progress."""
 
 
 def without(*pieces: str) -> Callable[[Tensors, Config], Tensors]:
@@ -151,8 +147,6 @@ SAME = {
     "experts of the trunk one by one": Kind(apart(TEXT), model=MOE),
     "all experts one by one": Kind(apart(TEXT, "mtp."), model=MOE),
 }
-
-
 TEXT_ONLY = {
     f"{words}, {'dense' if model == DENSE else 'experts'}": Kind(text_only(prefix), model=model)
     for model in (DENSE, MOE)

@@ -4,14 +4,14 @@ Where configuration and disk contradict each other about a layer, that is told o
 tensors.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from harness.audit.findings import REFUSED, UNINITIALISED, Finding
 from harness.audit.matching import Meant
 from harness.formats.config import Group, QuantizationConfig, input_scale_names, matches, packed_names
 from harness.formats.format import UNQUANTIZED_DTYPES, Format
-from harness.model.checkpoint import TensorEntry
+from harness.model.checkpoint import Checkpoint, TensorEntry
 from harness.model.family import Family, Linear, ModelConfig, Part, expected_tensors
 
 _MODEL_OPTIMIZER = {"weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}
@@ -53,16 +53,16 @@ def expect(
     config: ModelConfig,
     quantization: QuantizationConfig,
     stored: Mapping[str, TensorEntry],
-    source: Iterable[str] | None = None,
+    source: Checkpoint | None = None,
     *,
     with_mtp: bool,
 ) -> Expectation:
     """Works out what a checkpoint of `config` should hold. `stored` decides only between two ways to write the same:
     the published prefix of the text part or another, and kept experts fused or apart; it may be empty. A module's
-    tensor is that of a source with the names `source`, which may have its experts fused or apart too."""
+    tensor is that of `source`, which may have its experts fused or apart too."""
     family = config.family
     prefix = family.text_prefix(stored)
-    written = family.published if source is None else family.layout_of(source)
+    written = family.published if source is None else family.layout_of(source.tensors)
     layout = replace(written, text_prefix=prefix)
     expectation = Expectation(config, has_other_prefix=not family.is_loaded(prefix))
     if expectation.has_other_prefix:

@@ -119,8 +119,7 @@ def repair(
     config = parse_config(checkpoint.config, str(folder / "config.json"))
     quantization = parse(checkpoint.config.get("quantization_config"), str(folder / "config.json"))
     original = None if source is None else open_original(source)
-    names = None if original is None else original.tensors
-    expectation = expect(config, quantization, checkpoint.tensors, names, with_mtp=config.num_mtp_layers > 0)
+    expectation = expect(config, quantization, checkpoint.tensors, original, with_mtp=config.num_mtp_layers > 0)
     found, globals_, rescaled = _shared_scales(checkpoint, expectation, progress)
     added = _missing_tensors(checkpoint, original, expectation)
     files = [path for path in texts(original.folder) if not (folder / path.name).is_file()] if original else []

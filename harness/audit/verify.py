@@ -80,8 +80,7 @@ def verify(folder: Path, source: Path | None, progress: Progress) -> Verificatio
     source_has_mtp = None if original is None else family.has_part(original.tensors, "mtp")
     is_told_of_mtp = config.states_mtp or source_has_mtp or family.has_part(checkpoint.tensors, "mtp")
     with_mtp = bool(config.num_mtp_layers and is_told_of_mtp and source_has_mtp is not False)
-    names = None if original is None else original.tensors
-    expectation = expect(config, quantization, checkpoint.tensors, names, with_mtp=with_mtp)
+    expectation = expect(config, quantization, checkpoint.tensors, original, with_mtp=with_mtp)
     findings = [Finding("error", "(files)", problem, REFUSED) for problem in problems]
     findings += _configuration_findings(quantization, checkpoint.config["quantization_config"])
     if not expectation.has_other_prefix:

@@ -217,9 +217,8 @@ class Stored:
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of what transformers calls `name`: its text part may have another prefix."""
         published, used = self.family.published.text_prefix, self._text_prefix
-        return (
-            used + name.removeprefix(published) if self.family.is_loaded(used) and name.startswith(published) else name
-        )
+        is_renamed = self.family.is_loaded(used) and name.startswith(published)
+        return used + name.removeprefix(published) if is_renamed else name
 
     @cached_property
     def _text_prefix(self) -> str:

@@ -19,45 +19,41 @@ _SCALE = re.compile(
 )
 _ANOTHER = "Give the checkpoint that config.json belongs to, or the config.json of this one."
 
-
 Tensors = Mapping[str, TensorEntry]
 Shapes = Mapping[str, tuple[int, ...]]
 Faults = Iterator[tuple[str, str]]
 """Problems, to stand behind the name of what has them, and remedies."""
 
 
-def check_source(config: ModelConfig, tensors: Tensors, where: str) -> None:
-    """`UserError`, naming `where`, for a source whose tensors are not those of `config`."""
+def check_source(config: ModelConfig, tensors: Tensors, where: str) -> tuple[str, ...]:
+    """What the user of a source should know of it: sentences without a full stop. `UserError`, naming `where`, for one
+    whose tensors are not those of `config`."""
     family = config.family
     layout = family.layout_of(tensors)
     expected = dict(expected_tensors(config, with_mtp=family.has_part(tensors, "mtp"), layout=layout))
     for check in (_another_state, _lost_parts, _other_numbers, _other_tensors):
         for problem, remedy in check(config, tensors, expected):
             raise UserError(f"{where} {problem}.", remedy)
+    return tuple(_notes_on_mtp(config, tensors, expected))
 
 
-def notes(config: ModelConfig, tensors: Tensors) -> tuple[str, ...]:
-    """What is true of a source that can be built, and that its user should know: sentences without a full stop."""
+def _notes_on_mtp(config: ModelConfig, tensors: Tensors, expected: Shapes) -> Iterator[str]:
+    """The MTP head is counted and not there, or another than is described; vLLM loads it for speculation alone."""
     family = config.family
     if not config.num_mtp_layers or not config.states_mtp:
-        return ()
+        return
     if not family.has_part(tensors, "mtp"):
-        return (
+        yield (
             f"config.json counts {_counted(config.num_mtp_layers, 'MTP layer')}, and the files hold none: "
-            "speculative decoding with method mtp does not work with this model or what is built of it",
+            "speculative decoding with method mtp does not work with this model or what is built of it"
         )
-    layout = family.layout_of(tensors)
-    off = [
-        name
-        for name, shape in expected_tensors(config, with_mtp=True, layout=layout)
-        if family.part_of(name) == "mtp" and (name not in tensors or tensors[name].shape != shape)
-    ]
-    if not off:
-        return ()
-    return (
-        f"the MTP head is not the one that config.json describes ({_listed(off)}): vLLM serves the model, and stops "
-        "while loading where it is to speculate with that head",
-    )
+        return
+    head = {name: shape for name, shape in expected.items() if family.part_of(name) == "mtp"}
+    if off := [name for name, shape in head.items() if name not in tensors or tensors[name].shape != shape]:
+        yield (
+            f"the MTP head is not the one that config.json describes ({_listed(off)}): vLLM serves the model, and "
+            "stops while loading where it is to speculate with that head"
+        )
 
 
 def _another_state(config: ModelConfig, tensors: Tensors, expected: Shapes) -> Faults:
@@ -72,14 +68,15 @@ def _another_state(config: ModelConfig, tensors: Tensors, expected: Shapes) -> F
             f"has names with the prefix '{next(iter(wrapped.values()))}' of a wrapper ({_listed(list(wrapped))})",
             "Save the model itself and not the trainer's wrapper of it, by save_pretrained.",
         )
-    scaled = {found[1]: name for name in tensors if (found := _SCALE.fullmatch(name))}
+    scales = {name: found[1] for name in tensors if (found := _SCALE.fullmatch(name))}
+    scaled = set(scales.values())
     for name, tensor in tensors.items():
-        if tensor.dtype in UNQUANTIZED_DTYPES or name in scaled.values():
+        if tensor.dtype in UNQUANTIZED_DTYPES or name in scales:
             continue
         lost = "" if name.removesuffix(".weight") in scaled else ", and its scale is not there"
         yield f"stores {name} as {tensor.dtype}{lost}", "Start from its 16-bit source."
-    if scaled:
-        yield f"holds scales of quantized weights ({_listed(list(scaled.values()))})", "Start from its 16-bit source."
+    if scales:
+        yield f"holds scales of quantized weights ({_listed(list(scales))})", "Start from its 16-bit source."
     prefix = config.family.text_prefix(tensors)
     if not config.family.is_loaded(prefix):
         right = config.family.published.text_prefix

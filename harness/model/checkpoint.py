@@ -191,7 +191,7 @@ def inspect_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     index_path = folder / INDEX
     problems: list[str] = []
     weight_map = read_index(folder)
-    shards = sorted(set(weight_map.values())) if weight_map is not None else shards_without_index(folder)
+    shards = shards_of(folder, weight_map)
     if not shards:
         pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
         if pickled:
@@ -199,9 +199,7 @@ def inspect_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
                 f"{folder} holds pickled weights ({pickled[0]}), which can run code when loaded.",
                 "Convert them to safetensors, or take the model's safetensors revision.",
             )
-        raise UserError(
-            f"{folder} holds no model.safetensors or other safetensors file.", "Give the folder of a checkpoint."
-        )
+        raise UserError(f"{folder} holds no {SINGLE} and no other shards.", "Give the folder of a checkpoint.")
     tensors: dict[str, TensorEntry] = {}
     opened = []
     for shard in shards:
@@ -230,9 +228,11 @@ def inspect_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     return Checkpoint(folder, config, tuple(opened), tensors), problems
 
 
-def shards_without_index(folder: Path) -> list[str]:
-    """The files of weights in a folder without an index: the single one, or else all that there are, and those that the
-    names of these count (`model-00001-of-00004.safetensors`)."""
+def shards_of(folder: Path, weight_map: Mapping[str, str] | None) -> list[str]:
+    """The names of a folder's files of weights, which may be missing: those of its index, if it has one; else the
+    single file, or all that there are, and those that the names of these count (`model-00001-of-00004.safetensors`)."""
+    if weight_map is not None:
+        return sorted(set(weight_map.values()))
     if (folder / SINGLE).exists():
         return [SINGLE]
     found = {path.name for path in folder.glob("*.safetensors")}

@@ -276,9 +276,8 @@ class Family:
         if role is None or role.target is None or not 2 <= len(shape) <= 3 or 0 in shape:
             return ()
         if len(shape) == 3:
-            return (
-                tuple(self._experts_in(tensor, shape, role)) if tensor.rpartition(".")[2] in self.experts.shards else ()
-            )
+            parameter = tensor.rpartition(".")[2]
+            return tuple(self._experts_in(tensor, shape, role)) if parameter in self.experts.shards else ()
         if tensor.endswith(self.not_linear):
             return ()
         module = tensor.removesuffix(".weight")

@@ -11,16 +11,9 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.model import hub
-from harness.model.agreement import check_source, notes
+from harness.model.agreement import check_source
 from harness.model.census import SourceTensor, expected_census, source_tensors
-from harness.model.checkpoint import (
-    INDEX,
-    Checkpoint,
-    open_checkpoint,
-    read_index,
-    read_json,
-    shards_without_index,
-)
+from harness.model.checkpoint import INDEX, Checkpoint, open_checkpoint, read_index, read_json, shards_of
 from harness.model.families import parse_config
 from harness.model.family import ModelConfig
 
@@ -64,7 +57,7 @@ def _local(location: str) -> Path | None:
 @dataclass(frozen=True)
 class SourceCensus:
     """The numbers of a 16-bit checkpoint's configuration, its tensors in the order of its files, and what its user
-    should know of it (`agreement.notes`)."""
+    should know of it: sentences without a full stop."""
 
     config: ModelConfig
     tensors: tuple[SourceTensor, ...]
@@ -77,11 +70,11 @@ def census_of(checkpoint: Checkpoint) -> SourceCensus:
     config = parse_config(checkpoint.config, str(checkpoint.folder / "config.json"))
     _refuse_quantized(checkpoint.folder, checkpoint.config)
     entries = checkpoint.tensors.values()
-    check_source(config, checkpoint.tensors, str(checkpoint.folder))
+    notes = check_source(config, checkpoint.tensors, str(checkpoint.folder))
     tensors = source_tensors(config.family, ((entry.name, entry.shape, entry.num_bytes) for entry in entries))
-    strays = sorted({path.name for path in checkpoint.folder.glob("*.safetensors")} - set(checkpoint.shards))
-    left = f"{', '.join(strays)} lies beside the weights, no index names it, and nothing of it is built"
-    return SourceCensus(config, tensors, (*notes(config, checkpoint.tensors), *([left] if strays else [])))
+    if strays := sorted({path.name for path in checkpoint.folder.glob("*.safetensors")} - set(checkpoint.shards)):
+        notes += (f"{', '.join(strays)} lies beside the weights, no index names it, and nothing of it is built",)
+    return SourceCensus(config, tensors, notes)
 
 
 def census_at(path: Path) -> SourceCensus:
@@ -92,11 +85,14 @@ def census_at(path: Path) -> SourceCensus:
     raw = read_json(config_file)
     config = parse_config(raw, str(config_file))
     _refuse_quantized(path, raw)
-    index = {} if folder is None else read_index(folder) or {}
-    shards = set(index.values()) or (folder and shards_without_index(folder))
-    if folder is not None and shards and all((folder / shard).exists() for shard in shards):
+    index = None if folder is None else read_index(folder)
+    if (
+        folder is not None
+        and (shards := shards_of(folder, index))
+        and all((folder / shard).exists() for shard in shards)
+    ):
         return census_of(open_checkpoint(folder))
-    return SourceCensus(config, expected_census(config, with_mtp=config.family.has_part(index, "mtp")))
+    return SourceCensus(config, expected_census(config, with_mtp=config.family.has_part(index or (), "mtp")))
 
 
 def _refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:

@@ -56,7 +56,7 @@ class Artifact:
     reused: bool
     counts: tuple[RoleCount, ...]
     notes: tuple[str, ...] = ()
-    """What its user should know of its source (`agreement.notes`)."""
+    """What its user should know of its source (see `SourceCensus`)."""
     stage_seconds: tuple[tuple[str, float], ...] = ()
     layers: tuple[Mapping[str, Any], ...] = ()
     """What calibration reported of every layer: see calibrate.LayerReport."""

@@ -103,7 +103,8 @@ def build(
     config, family, tensors = read.config, read.config.family, read.tensors
     what = plan(config, tensors, recipe)
     formats = {tensor.name: form for tensor, form in quantized(tensors, recipe)}
-    _check_sources(checkpoint, formats)
+    if not formats:
+        raise UserError(f"{source} has no tensor that the recipe quantizes.", "Choose a recipe for this kind of model.")
     identity = identity_of(checkpoint, family, recipe, None if calibration is None else calibration.identity())
     if (found := digest_of_existing(out, identity, recipe)) is not None:
         return Artifact(named, found, reused=True, counts=what.counts, notes=read.notes)
@@ -144,13 +145,6 @@ def build(
         planned_memory_bytes=None if memory is None else memory.total,
         peak_vram_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     )
-
-
-def _check_sources(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> None:
-    if not formats:
-        raise UserError(
-            f"{checkpoint.folder} has no tensor that the recipe quantizes.", "Choose a recipe for this kind of model."
-        )
 
 
 @contextmanager
